@@ -1,0 +1,17 @@
+//! What every layer of Infill shares: extents, request context, limits, buffers and errors.
+//!
+//! This crate does no I/O and knows no runtime, format or protocol. Offsets and lengths that cross a trait
+//! boundary are plain `u64` bytes; formats wrap them in newtypes of their own spaces.
+#![forbid(unsafe_code)]
+
+mod buffer;
+mod context;
+mod error;
+mod extent;
+mod limits;
+
+pub use buffer::{Gather, aligned_buffer, is_zero, zero_bytes};
+pub use context::{Class, Ctx, DiscardMode, WriteFlags, ZeroFlags};
+pub use error::{CreateError, ErrorKind, IoError, IoResult, OpenError};
+pub use extent::{Extent, ExtentKind, Extents, push_extent};
+pub use limits::{Limits, MAX_TRANSFER_BYTES, align_down, align_up, div_ceil, range_end};

@@ -1,0 +1,289 @@
+//! The edge from an overlay to what lies below: every read of absent bytes goes through here.
+//!
+//! One place holds the whole serialisation of copy-on-read and streaming against everything else:
+//! * **Generation** (I3a). Whoever changes what lies below, or makes a range absent again, raises the generation and
+//!   waits for local links under the old one ([`BackingSlot::raise`], [`BackingSlot::replace`]), never for a fetch.
+//!   A fetch carries the generation from before it began ([`Fetched::generation`]); a populate or copy-up links only
+//!   while it holds a [`LinkGuard`] of that generation.
+//! * **Copy-on-read** (I5): the guest is answered as soon as its bytes are there; the rest of the populate unit and
+//!   the local write follow in a task of their own, are dropped when memory is short, and their failure never fails
+//!   the read.
+
+use bytes::{Bytes, BytesMut};
+use event_listener::Event;
+use infill_base::{Class, Ctx, IoResult, align_down, align_up};
+use infill_storage::sync::atomic::{AtomicU64, Ordering};
+use infill_storage::sync::{Arc, Mutex, lock};
+use infill_storage::{Permits, RangeLock, rt};
+
+use crate::latency::LatencyKind;
+use crate::{NodeHandle, WeakNode};
+
+/// Bytes of copy-on-read populates in flight for one overlay; at the bound, populates are dropped.
+pub const COPY_ON_READ_BYTES_MAX: u64 = 32 << 20;
+
+/// Keeps what guests read in the overlay. Shared by all reactors.
+#[derive(Clone)]
+pub struct CopyOnRead(Arc<CopyOnReadInner>);
+
+struct CopyOnReadInner {
+    overlay: WeakNode,
+    permits: Permits,
+    /// Units that a populate is under way for: the second miss in a unit need not fetch the rest again.
+    busy: RangeLock,
+    populated_bytes: AtomicU64,
+    dropped: AtomicU64,
+}
+
+impl CopyOnRead {
+    /// Populates `overlay`, with at most `bytes_max` bytes in flight.
+    pub fn new(overlay: &NodeHandle, bytes_max: u64) -> CopyOnRead {
+        CopyOnRead(Arc::new(CopyOnReadInner {
+            overlay: overlay.downgrade(),
+            permits: Permits::new(bytes_max),
+            busy: RangeLock::new(),
+            populated_bytes: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
+        }))
+    }
+
+    /// Bytes that were linked so far.
+    pub fn populated_bytes(&self) -> u64 {
+        self.0.populated_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Populates that were dropped or failed so far. No data is lost by that; it stays below.
+    pub fn dropped(&self) -> u64 {
+        self.0.dropped.load(Ordering::Relaxed)
+    }
+
+    /// Waits until every populate that was begun before is over.
+    pub async fn settle(&self) {
+        self.0.busy.settle(0, u64::MAX).await;
+    }
+
+    /// Keeps `data`, which a guest has just read at `at`.
+    fn keep(&self, at: u64, data: Bytes, generation: u64) {
+        let Some(overlay) = self.0.overlay.upgrade() else { return };
+        let unit = overlay.populate_unit();
+        let (start, end) = (align_down(at, unit), align_up(at + data.len() as u64, unit).min(overlay.len()));
+        let permit = self.0.permits.try_take(end - start);
+        let busy = self.0.busy.try_exclusive(start, end);
+        let (Some(permit), Some(busy)) = (permit, busy) else {
+            self.0.dropped.fetch_add(1, Ordering::Relaxed);
+            return;
+        };
+        let this = self.clone();
+        rt::spawn(async move {
+            match populate_around(&overlay, at, data, start, end, generation).await {
+                Ok(linked) => this.0.populated_bytes.fetch_add(linked, Ordering::Relaxed),
+                Err(error) => {
+                    tracing::debug!(%error, at = start, "copy-on-read dropped");
+                    this.0.dropped.fetch_add(1, Ordering::Relaxed)
+                }
+            };
+            drop((busy, permit));
+        });
+    }
+}
+
+/// Fetches what is missing of `[start, end)` around `data`, and populates the whole.
+async fn populate_around(
+    overlay: &NodeHandle,
+    at: u64,
+    data: Bytes,
+    start: u64,
+    end: u64,
+    generation: u64,
+) -> IoResult<u64> {
+    let cx = Ctx::of(Class::AroundMiss);
+    let data_end = at + data.len() as u64;
+    let whole = if start == at && end == data_end {
+        data
+    } else {
+        let Some(slot) = overlay.backing() else { return Ok(0) };
+        let mut whole = BytesMut::with_capacity((end - start) as usize);
+        if start < at {
+            let head = slot.fetch(&cx, start, at - start).await?;
+            if head.generation != generation {
+                return Ok(0);
+            }
+            whole.extend_from_slice(&head.data);
+        }
+        whole.extend_from_slice(&data);
+        if data_end < end {
+            let tail = slot.fetch(&cx, data_end, end - data_end).await?;
+            if tail.generation != generation {
+                return Ok(0);
+            }
+            whole.extend_from_slice(&tail.data);
+        }
+        whole.freeze()
+    };
+    Ok(overlay.populate(&cx, start, whole, generation).await?.linked)
+}
+
+/// Bytes from below, and the generation of the edge under which they were asked for.
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    /// As many bytes as were asked for; zeroes behind the end of the backing.
+    pub data: Bytes,
+    /// To be given to [`BackingSlot::begin_link`] or [`crate::Node::populate`].
+    pub generation: u64,
+}
+
+#[derive(Debug, Default)]
+struct Links {
+    open: AtomicU64,
+    closed: Event,
+}
+
+/// Held from the last look at *absent* until the local write is linked: a change of generation waits for it.
+#[derive(Debug)]
+pub struct LinkGuard(Arc<Links>);
+
+impl Drop for LinkGuard {
+    fn drop(&mut self) {
+        if self.0.open.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.closed.notify(usize::MAX);
+        }
+    }
+}
+
+struct State {
+    node: Option<NodeHandle>,
+    generation: u64,
+    links: Arc<Links>,
+    copy_on_read: Option<CopyOnRead>,
+}
+
+/// An overlay's edge to its backing. Empty where there is none (any more): absent then reads as zeroes.
+pub struct BackingSlot(Mutex<State>);
+
+impl BackingSlot {
+    /// An edge to `node`, or an empty one.
+    pub fn new(node: Option<NodeHandle>) -> BackingSlot {
+        BackingSlot(Mutex::new(State { node, generation: 1, links: Arc::default(), copy_on_read: None }))
+    }
+
+    /// The node below.
+    pub fn node(&self) -> Option<NodeHandle> {
+        lock(&self.0).node.clone()
+    }
+
+    /// Whether something lies below.
+    pub fn is_some(&self) -> bool {
+        lock(&self.0).node.is_some()
+    }
+
+    /// The generation now.
+    pub fn generation(&self) -> u64 {
+        lock(&self.0).generation
+    }
+
+    /// Turns copy-on-read on or off.
+    pub fn set_copy_on_read(&self, policy: Option<CopyOnRead>) {
+        lock(&self.0).copy_on_read = policy;
+    }
+
+    /// The copy-on-read policy, while it is on.
+    pub fn copy_on_read(&self) -> Option<CopyOnRead> {
+        lock(&self.0).copy_on_read.clone()
+    }
+
+    /// Leave to link under `generation`; `None` if it is over (fetch again).
+    pub fn begin_link(&self, generation: u64) -> Option<LinkGuard> {
+        let state = lock(&self.0);
+        if state.generation != generation {
+            return None;
+        }
+        state.links.open.fetch_add(1, Ordering::AcqRel);
+        Some(LinkGuard(state.links.clone()))
+    }
+
+    /// Begins a new generation, and waits for links (local writes only) under the old one.
+    pub async fn raise(&self) -> u64 {
+        let node = self.node();
+        self.begin_generation(node).await
+    }
+
+    /// Puts `node` below from now on, as a new generation.
+    pub async fn replace(&self, node: Option<NodeHandle>) {
+        self.begin_generation(node).await;
+    }
+
+    async fn begin_generation(&self, node: Option<NodeHandle>) -> u64 {
+        let (links, generation) = {
+            let mut state = lock(&self.0);
+            if let Some(old) = &state.node {
+                old.fetches().raise();
+            }
+            state.node = node;
+            state.generation += 1;
+            (std::mem::take(&mut state.links), state.generation)
+        };
+        loop {
+            let closed = links.closed.listen();
+            if links.open.load(Ordering::Acquire) == 0 {
+                return generation;
+            }
+            closed.await;
+        }
+    }
+
+    /// A guest's read of bytes that are absent above: fills `buf` from guest byte `at`, then lets copy-on-read keep
+    /// them. Zeroes behind the end of the backing, and where there is none.
+    pub async fn read(&self, cx: &Ctx, at: u64, mut buf: BytesMut) -> IoResult<BytesMut> {
+        let (node, generation, copy_on_read) = {
+            let state = lock(&self.0);
+            (state.node.clone(), state.generation, state.copy_on_read.clone())
+        };
+        let Some(node) = node else {
+            buf.fill(0);
+            return Ok(buf);
+        };
+        let start = (cx.class == Class::Guest && node.latency().is_listening()).then(rt::now);
+        let (data, inside) = fetch_from(&node, cx, at, buf.len() as u64).await?;
+        if let Some(start) = start {
+            let end = rt::now();
+            node.latency().record(LatencyKind::Miss, end, end.saturating_sub(start));
+        }
+        buf[..inside].copy_from_slice(&data);
+        buf[inside..].fill(0);
+        if let Some(policy) = copy_on_read
+            && cx.class >= Class::Prefetch
+            && inside > 0
+        {
+            policy.keep(at, data, generation);
+        }
+        Ok(buf)
+    }
+
+    /// Bytes from below for a populate or a copy-up: nothing is kept, and nothing may be held while it waits.
+    pub async fn fetch(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Fetched> {
+        let (node, generation) = {
+            let state = lock(&self.0);
+            (state.node.clone(), state.generation)
+        };
+        let Some(node) = node else {
+            return Ok(Fetched { data: infill_base::zero_bytes(len as usize), generation });
+        };
+        let (data, inside) = fetch_from(&node, cx, at, len).await?;
+        if inside as u64 == len {
+            return Ok(Fetched { data, generation });
+        }
+        let mut whole = BytesMut::zeroed(len as usize);
+        whole[..inside].copy_from_slice(&data);
+        Ok(Fetched { data: whole.freeze(), generation })
+    }
+}
+
+/// The bytes of the range that lie on `node`, and how many that are.
+async fn fetch_from(node: &NodeHandle, cx: &Ctx, at: u64, len: u64) -> IoResult<(Bytes, usize)> {
+    let inside = node.len().saturating_sub(at).min(len);
+    if inside == 0 {
+        return Ok((Bytes::new(), 0));
+    }
+    let data = node.fetches().fetch(node, cx, at, inside).await?;
+    Ok((data, inside as usize))
+}

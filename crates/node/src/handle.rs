@@ -1,0 +1,292 @@
+//! The object-safe twin of [`Node`], the handle that everybody holds, and a node seen as a storage.
+
+use std::sync::{Arc, Weak};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::future::LocalBoxFuture;
+use infill_base::{Ctx, ExtentKind, Extents, Gather, IoResult, Limits, WriteFlags, ZeroFlags};
+use infill_storage::{Storage, rt};
+
+use crate::fetch::FetchTable;
+use crate::latency::{LatencyBoard, LatencyKind};
+use crate::{BackingRef, BackingSlot, Node, NodeInfo, Populated};
+
+type Answer<'a, T> = LocalBoxFuture<'a, IoResult<T>>;
+
+trait DynNode: Send + Sync {
+    fn limits(&self) -> Limits;
+    fn len(&self) -> u64;
+    fn info(&self) -> NodeInfo;
+    fn backing(&self) -> Option<&BackingSlot>;
+    fn populate_unit(&self) -> u64;
+    fn read<'a>(&'a self, cx: &'a Ctx, at: u64, buf: BytesMut) -> Answer<'a, BytesMut>;
+    fn write<'a>(&'a self, cx: &'a Ctx, at: u64, data: Gather, flags: WriteFlags) -> Answer<'a, ()>;
+    fn write_zeroes<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64, flags: ZeroFlags) -> Answer<'a, ()>;
+    fn discard<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, ()>;
+    fn sync<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
+    fn extents<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, Extents>;
+    fn populate<'a>(&'a self, cx: &'a Ctx, at: u64, data: Bytes, generation: u64) -> Answer<'a, Populated>;
+    fn populate_zero<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64, generation: u64) -> Answer<'a, Populated>;
+    fn set_backing_ref<'a>(&'a self, cx: &'a Ctx, backing: Option<BackingRef>) -> Answer<'a, ()>;
+    fn resize<'a>(&'a self, cx: &'a Ctx, len: u64) -> Answer<'a, ()>;
+    fn close<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
+}
+
+impl<N: Node> DynNode for N {
+    fn limits(&self) -> Limits {
+        Node::limits(self)
+    }
+    fn len(&self) -> u64 {
+        Node::len(self)
+    }
+    fn info(&self) -> NodeInfo {
+        Node::info(self)
+    }
+    fn backing(&self) -> Option<&BackingSlot> {
+        Node::backing(self)
+    }
+    fn populate_unit(&self) -> u64 {
+        Node::populate_unit(self)
+    }
+    fn read<'a>(&'a self, cx: &'a Ctx, at: u64, buf: BytesMut) -> Answer<'a, BytesMut> {
+        Box::pin(Node::read(self, cx, at, buf))
+    }
+    fn write<'a>(&'a self, cx: &'a Ctx, at: u64, data: Gather, flags: WriteFlags) -> Answer<'a, ()> {
+        Box::pin(Node::write(self, cx, at, data, flags))
+    }
+    fn write_zeroes<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64, flags: ZeroFlags) -> Answer<'a, ()> {
+        Box::pin(Node::write_zeroes(self, cx, at, len, flags))
+    }
+    fn discard<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, ()> {
+        Box::pin(Node::discard(self, cx, at, len))
+    }
+    fn sync<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()> {
+        Box::pin(Node::sync(self, cx))
+    }
+    fn extents<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, Extents> {
+        Box::pin(Node::extents(self, cx, at, len))
+    }
+    fn populate<'a>(&'a self, cx: &'a Ctx, at: u64, data: Bytes, generation: u64) -> Answer<'a, Populated> {
+        Box::pin(Node::populate(self, cx, at, data, generation))
+    }
+    fn populate_zero<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64, generation: u64) -> Answer<'a, Populated> {
+        Box::pin(Node::populate_zero(self, cx, at, len, generation))
+    }
+    fn set_backing_ref<'a>(&'a self, cx: &'a Ctx, backing: Option<BackingRef>) -> Answer<'a, ()> {
+        Box::pin(Node::set_backing_ref(self, cx, backing))
+    }
+    fn resize<'a>(&'a self, cx: &'a Ctx, len: u64) -> Answer<'a, ()> {
+        Box::pin(Node::resize(self, cx, len))
+    }
+    fn close<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()> {
+        Box::pin(Node::close(self, cx))
+    }
+}
+
+struct Cell<D: ?Sized> {
+    /// One single-flight table for everybody who has this node as backing (I4).
+    fetches: FetchTable,
+    latency: LatencyBoard,
+    driver: D,
+}
+
+/// A shared node of any driver. Cloning shares it.
+#[derive(Clone)]
+pub struct NodeHandle(Arc<Cell<dyn DynNode>>);
+
+/// A reference that does not keep the node.
+#[derive(Clone)]
+pub struct WeakNode(Weak<Cell<dyn DynNode>>);
+
+impl WeakNode {
+    /// The node, while somebody holds it.
+    pub fn upgrade(&self) -> Option<NodeHandle> {
+        self.0.upgrade().map(NodeHandle)
+    }
+}
+
+impl std::fmt::Debug for NodeHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let info = self.info();
+        write!(f, "NodeHandle({} {})", info.driver, info.filename)
+    }
+}
+
+impl NodeHandle {
+    /// Shares `node`.
+    pub fn new(node: impl Node) -> NodeHandle {
+        NodeHandle(Arc::new(Cell {
+            fetches: FetchTable::default(),
+            latency: LatencyBoard::default(),
+            driver: node,
+        }))
+    }
+
+    /// A reference that does not keep it.
+    pub fn downgrade(&self) -> WeakNode {
+        WeakNode(Arc::downgrade(&self.0))
+    }
+
+    /// Whether both are the same node.
+    pub fn is_same(&self, other: &NodeHandle) -> bool {
+        std::ptr::addr_eq(Arc::as_ptr(&self.0), Arc::as_ptr(&other.0))
+    }
+
+    pub(crate) fn fetches(&self) -> &FetchTable {
+        &self.0.fetches
+    }
+
+    /// Where latencies of this node's guest requests are noted while a job listens.
+    pub fn latency(&self) -> &LatencyBoard {
+        &self.0.latency
+    }
+
+    /// See [`Node::limits`].
+    pub fn limits(&self) -> Limits {
+        self.0.driver.limits()
+    }
+
+    /// See [`Node::len`].
+    #[expect(clippy::len_without_is_empty, reason = "a disk is not a collection")]
+    pub fn len(&self) -> u64 {
+        self.0.driver.len()
+    }
+
+    /// See [`Node::info`].
+    pub fn info(&self) -> NodeInfo {
+        self.0.driver.info()
+    }
+
+    /// See [`Node::backing`].
+    pub fn backing(&self) -> Option<&BackingSlot> {
+        self.0.driver.backing()
+    }
+
+    /// See [`Node::populate_unit`].
+    pub fn populate_unit(&self) -> u64 {
+        self.0.driver.populate_unit()
+    }
+
+    /// See [`Node::read`].
+    pub async fn read(&self, cx: &Ctx, at: u64, buf: BytesMut) -> IoResult<BytesMut> {
+        self.timed(cx, LatencyKind::Read, self.0.driver.read(cx, at, buf)).await
+    }
+
+    /// Reads `len` bytes into a new buffer.
+    pub async fn read_vec(&self, cx: &Ctx, at: u64, len: usize) -> IoResult<BytesMut> {
+        let buf = infill_base::aligned_buffer(len, self.limits().memory_align as usize);
+        self.read(cx, at, buf).await
+    }
+
+    /// See [`Node::write`].
+    pub async fn write(&self, cx: &Ctx, at: u64, data: impl Into<Gather>, flags: WriteFlags) -> IoResult<()> {
+        self.timed(cx, LatencyKind::Write, self.0.driver.write(cx, at, data.into(), flags)).await
+    }
+
+    /// See [`Node::write_zeroes`].
+    pub async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
+        self.timed(cx, LatencyKind::Write, self.0.driver.write_zeroes(cx, at, len, flags)).await
+    }
+
+    /// See [`Node::discard`].
+    pub async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.0.driver.discard(cx, at, len).await
+    }
+
+    /// See [`Node::sync`].
+    pub async fn sync(&self, cx: &Ctx) -> IoResult<()> {
+        self.timed(cx, LatencyKind::Sync, self.0.driver.sync(cx)).await
+    }
+
+    /// See [`Node::extents`].
+    pub async fn extents(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Extents> {
+        self.0.driver.extents(cx, at, len).await
+    }
+
+    /// See [`Node::populate`].
+    pub async fn populate(&self, cx: &Ctx, at: u64, data: Bytes, generation: u64) -> IoResult<Populated> {
+        self.0.driver.populate(cx, at, data, generation).await
+    }
+
+    /// See [`Node::populate_zero`].
+    pub async fn populate_zero(&self, cx: &Ctx, at: u64, len: u64, generation: u64) -> IoResult<Populated> {
+        self.0.driver.populate_zero(cx, at, len, generation).await
+    }
+
+    /// See [`Node::set_backing_ref`].
+    pub async fn set_backing_ref(&self, cx: &Ctx, backing: Option<BackingRef>) -> IoResult<()> {
+        self.0.driver.set_backing_ref(cx, backing).await
+    }
+
+    /// See [`Node::resize`].
+    pub async fn resize(&self, cx: &Ctx, len: u64) -> IoResult<()> {
+        self.0.driver.resize(cx, len).await
+    }
+
+    /// See [`Node::close`].
+    pub async fn close(&self, cx: &Ctx) -> IoResult<()> {
+        self.0.driver.close(cx).await
+    }
+
+    /// Waits for `answer`, and notes how long a guest's request took if somebody wants to know.
+    async fn timed<T>(&self, cx: &Ctx, kind: LatencyKind, answer: Answer<'_, T>) -> IoResult<T> {
+        if cx.class != infill_base::Class::Guest || !self.0.latency.is_listening() {
+            return answer.await;
+        }
+        let start = rt::now();
+        let result = answer.await;
+        let end = rt::now();
+        self.0.latency.record(kind, end, end.saturating_sub(start));
+        result
+    }
+}
+
+/// A node seen as bytes at offsets: what a format driver lies on when the graph puts a node there.
+#[derive(Clone, Debug)]
+pub struct NodeStorage(pub NodeHandle);
+
+impl Storage for NodeStorage {
+    fn limits(&self) -> Limits {
+        self.0.limits()
+    }
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+    fn name(&self) -> String {
+        self.0.info().filename
+    }
+    async fn read(&self, cx: &Ctx, at: u64, buf: BytesMut) -> IoResult<BytesMut> {
+        self.0.read(cx, at, buf).await
+    }
+    async fn write(&self, cx: &Ctx, at: u64, data: Gather, flags: WriteFlags) -> IoResult<()> {
+        let end = at.saturating_add(data.len() as u64);
+        if end > self.0.len() {
+            self.0.resize(cx, end).await?;
+        }
+        self.0.write(cx, at, data, flags).await
+    }
+    async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
+        let end = at.saturating_add(len);
+        if end > self.0.len() {
+            self.0.resize(cx, end).await?;
+        }
+        self.0.write_zeroes(cx, at, len, flags).await
+    }
+    async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.0.discard(cx, at, len).await
+    }
+    async fn sync(&self, cx: &Ctx) -> IoResult<()> {
+        self.0.sync(cx).await
+    }
+    async fn set_len(&self, cx: &Ctx, len: u64) -> IoResult<()> {
+        self.0.resize(cx, len).await
+    }
+    async fn extents(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Extents> {
+        let mut extents = crate::generic::chain_extents(&self.0, cx, at, len).await?;
+        for extent in &mut extents {
+            debug_assert_ne!(extent.kind, ExtentKind::Absent);
+            extent.host = None;
+        }
+        Ok(extents)
+    }
+}

@@ -1,0 +1,80 @@
+//! Latencies of guest requests, for the control of background jobs (30-streaming, point 4).
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use infill_storage::sync::atomic::{AtomicUsize, Ordering};
+use infill_storage::sync::{Mutex, lock};
+
+/// Samples kept for each kind. At more, the oldest go: a busy disk's last 100 ms are what control looks at.
+pub const LATENCY_SAMPLES_MAX: usize = 1024;
+
+/// What took time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LatencyKind {
+    /// A guest read that had to ask the backing.
+    Miss,
+    /// Any guest read.
+    Read,
+    /// Any guest write.
+    Write,
+    /// A guest's FLUSH.
+    Sync,
+}
+
+const KINDS: usize = 4;
+
+/// A sample: when it ended, how long it took.
+type Sample = (Duration, Duration);
+
+/// The last samples of each kind. Costs one relaxed load a request while nobody listens.
+#[derive(Debug, Default)]
+pub struct LatencyBoard {
+    listeners: AtomicUsize,
+    samples: Mutex<[VecDeque<Sample>; KINDS]>,
+}
+
+impl LatencyBoard {
+    /// Whether samples are wanted.
+    pub fn is_listening(&self) -> bool {
+        self.listeners.load(Ordering::Relaxed) > 0
+    }
+
+    /// Begins to want samples; pair with [`LatencyBoard::unlisten`].
+    pub fn listen(&self) {
+        self.listeners.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Ends it; the last one to go clears the board.
+    pub fn unlisten(&self) {
+        if self.listeners.fetch_sub(1, Ordering::Relaxed) == 1 {
+            lock(&self.samples).iter_mut().for_each(VecDeque::clear);
+        }
+    }
+
+    /// Notes that something ended at `end` on the runtime's clock after `took`.
+    pub fn record(&self, kind: LatencyKind, end: Duration, took: Duration) {
+        if !self.is_listening() {
+            return;
+        }
+        let mut samples = lock(&self.samples);
+        let samples = &mut samples[kind as usize];
+        if samples.len() == LATENCY_SAMPLES_MAX {
+            samples.pop_front();
+        }
+        samples.push_back((end, took));
+    }
+
+    /// The samples that ended after `since`, oldest first, as (end, duration).
+    pub fn since(&self, kind: LatencyKind, since: Duration) -> Vec<Sample> {
+        let samples = lock(&self.samples);
+        let samples = &samples[kind as usize];
+        let first = samples.partition_point(|(end, _)| *end <= since);
+        samples.iter().skip(first).copied().collect()
+    }
+
+    /// When the last sample of `kind` ended.
+    pub fn last(&self, kind: LatencyKind) -> Option<Duration> {
+        lock(&self.samples)[kind as usize].back().map(|(end, _)| *end)
+    }
+}

@@ -1,0 +1,221 @@
+//! The block graph: guest-visible bytes ([`Node`]), the edge to what lies below ([`BackingSlot`]), and the generic
+//! library from which every format gets copy-on-read, populate, stream and extents.
+//!
+//! # The one rule (I3): the guest's write always wins
+//! Filling an overlay is [`Node::populate`]: *write only what is still absent*. It never overwrites, so whatever
+//! fills (copy-on-read, a stream) needs no further agreement with the guest:
+//! * a populate fetches and writes its payload to where nothing points, then links with a compare against *absent*;
+//! * it waits for a guest's write to the same range, never the reverse;
+//! * it links only under the [generation](BackingSlot) of the edge that it fetched under (I3a).
+//!
+//! A driver overrides [`Node::populate`] with its own compare-and-link; without one it implements
+//! [`generic::LocalWrite`] and calls [`generic::populate`].
+#![forbid(unsafe_code)]
+
+mod backing;
+mod fetch;
+pub mod generic;
+mod graph;
+mod handle;
+mod latency;
+mod memory;
+mod raw;
+
+use std::future::Future;
+
+use bytes::{Bytes, BytesMut};
+use infill_base::{Ctx, ErrorKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags};
+
+pub use backing::{BackingSlot, COPY_ON_READ_BYTES_MAX, CopyOnRead, Fetched, LinkGuard};
+pub use graph::{Graph, GraphError};
+pub use handle::{NodeHandle, NodeStorage, WeakNode};
+pub use latency::{LatencyBoard, LatencyKind};
+pub use memory::MemoryOverlay;
+pub use raw::RawNode;
+
+/// How a header names a backing file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingRef {
+    /// The name, as it stands in the header.
+    pub filename: String,
+    /// The format, where the header says it.
+    pub format: Option<String>,
+}
+
+/// A format's own fact for `info` (`format-specific` of `qemu-img info`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InfoValue {
+    /// A flag.
+    Bool(bool),
+    /// A number.
+    Int(u64),
+    /// A word.
+    Text(String),
+}
+
+/// What a node is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeInfo {
+    /// Driver name, as QEMU spells it (`raw`, `qcow2`, `qed`, …).
+    pub driver: &'static str,
+    /// File name or URI of what it lies on.
+    pub filename: String,
+    /// Backing file as its header names it.
+    pub backing: Option<BackingRef>,
+    /// Cluster size in bytes, for formats that have clusters.
+    pub cluster_bytes: Option<u64>,
+    /// Whether it refuses writes.
+    pub read_only: bool,
+    /// Whether the image is marked as in need of a check or repair.
+    pub dirty: bool,
+    /// Facts of the format, keyed as in `qemu-img info --output=json`.
+    pub format_specific: Vec<(&'static str, InfoValue)>,
+}
+
+/// Outcome of [`Node::populate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Populated {
+    /// Bytes that were absent and are present now.
+    pub linked: u64,
+    /// Bytes that somebody else (a guest's write, another populate) had put there first.
+    pub lost: u64,
+    /// Bytes that were not linked because the edge's generation had changed: to be fetched again if still wanted.
+    pub stale: u64,
+}
+
+/// What `check` found and did. Counts are clusters unless they say otherwise.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CheckReport {
+    /// Metadata that contradicts itself.
+    pub corruptions: u64,
+    /// Clusters that nothing uses and that count as used.
+    pub leaks: u64,
+    /// Errors of the check itself (unreadable metadata).
+    pub check_errors: u64,
+    /// Corruptions that were repaired.
+    pub corruptions_fixed: u64,
+    /// Leaks that were given back.
+    pub leaks_fixed: u64,
+    /// Clusters of the virtual disk.
+    pub total_clusters: u64,
+    /// Of them, those with data in this image.
+    pub allocated_clusters: u64,
+    /// Of those, the compressed ones.
+    pub compressed_clusters: u64,
+    /// Of the allocated, those that do not follow their predecessor in the file.
+    pub fragmented_clusters: u64,
+    /// End of the last used cluster, in bytes.
+    pub image_end_offset: u64,
+    /// One line a finding, at most [`CheckReport::MAX_MESSAGES`].
+    pub messages: Vec<String>,
+}
+
+impl CheckReport {
+    /// How many messages are kept.
+    pub const MAX_MESSAGES: usize = 1000;
+
+    /// Adds a message while there is room.
+    pub fn say(&mut self, message: impl Into<String>) {
+        if self.messages.len() < Self::MAX_MESSAGES {
+            self.messages.push(message.into());
+        }
+    }
+}
+
+/// One element of the block graph: guest-visible bytes.
+///
+/// Ranges lie on the disk: `at + len <= len()`; a node answers others with `InvalidInput`. Any byte alignment is
+/// taken unless [`Node::limits`] says otherwise. Futures need not be `Send`; the node is shared between reactors.
+#[expect(clippy::len_without_is_empty, reason = "a disk is not a collection")]
+pub trait Node: Send + Sync + 'static {
+    /// What it wants of its callers.
+    fn limits(&self) -> Limits;
+
+    /// Size of the disk in bytes, now.
+    fn len(&self) -> u64;
+
+    /// What it is.
+    fn info(&self) -> NodeInfo;
+
+    /// Fills `buf` from guest byte `at`.
+    fn read(&self, cx: &Ctx, at: u64, buf: BytesMut) -> impl Future<Output = IoResult<BytesMut>>;
+
+    /// Writes `data` from guest byte `at`.
+    fn write(&self, cx: &Ctx, at: u64, data: Gather, flags: WriteFlags)
+    -> impl Future<Output = IoResult<()>>;
+
+    /// Makes the range read as zeroes.
+    fn write_zeroes(
+        &self,
+        cx: &Ctx,
+        at: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> impl Future<Output = IoResult<()>>;
+
+    /// The guest does not need the range any more. Over a backing it never becomes absent (I3a).
+    fn discard(&self, cx: &Ctx, at: u64, len: u64) -> impl Future<Output = IoResult<()>>;
+
+    /// Everything acknowledged before the call is on stable storage, with all metadata that finds it (P1).
+    fn sync(&self, cx: &Ctx) -> impl Future<Output = IoResult<()>>;
+
+    /// What this layer alone holds, from `at`, at most to `at + len`. May stop early, see [`Extents`].
+    fn extents(&self, cx: &Ctx, at: u64, len: u64) -> impl Future<Output = IoResult<Extents>>;
+
+    /// The edge to the backing, for a driver that can tell *absent* from *zero*. `None`: it cannot be an overlay.
+    fn backing(&self) -> Option<&BackingSlot> {
+        None
+    }
+
+    /// The smallest aligned piece that can become present on its own, in bytes: a (sub)cluster.
+    fn populate_unit(&self) -> u64 {
+        u64::from(self.limits().preferred_bytes)
+    }
+
+    /// Writes those bytes of `data` (guest byte `at`) that are still absent, under `generation` of the edge.
+    ///
+    /// The range is a multiple of [`Node::populate_unit`], but for the end of the disk. Volatile until a sync.
+    fn populate(
+        &self,
+        cx: &Ctx,
+        at: u64,
+        data: Bytes,
+        generation: u64,
+    ) -> impl Future<Output = IoResult<Populated>> {
+        let _ = (cx, at, data, generation);
+        async { Err(unsupported(self.info().driver, "be an overlay: it cannot tell absent from zero")) }
+    }
+
+    /// Makes what is still absent of the range zero, as [`Node::populate`] would write zeroes, but without data.
+    fn populate_zero(
+        &self,
+        cx: &Ctx,
+        at: u64,
+        len: u64,
+        generation: u64,
+    ) -> impl Future<Output = IoResult<Populated>> {
+        async move { self.populate(cx, at, infill_base::zero_bytes(len as usize), generation).await }
+    }
+
+    /// Writes the name of the backing file into the header (`None`: no backing any more), with a sync before and
+    /// after (P4). Does not touch the edge in the graph: see [`BackingSlot::replace`].
+    fn set_backing_ref(&self, cx: &Ctx, backing: Option<BackingRef>) -> impl Future<Output = IoResult<()>> {
+        let _ = (cx, backing);
+        async { Err(unsupported(self.info().driver, "name a backing file")) }
+    }
+
+    /// Changes the size of the disk. What is new reads as zeroes.
+    fn resize(&self, cx: &Ctx, len: u64) -> impl Future<Output = IoResult<()>> {
+        let _ = (cx, len);
+        async { Err(unsupported(self.info().driver, "be resized")) }
+    }
+
+    /// Syncs, gives reserved space back and marks the image as closed cleanly. Nothing is asked of it afterwards.
+    fn close(&self, cx: &Ctx) -> impl Future<Output = IoResult<()>> {
+        async move { if self.info().read_only { Ok(()) } else { self.sync(cx).await } }
+    }
+}
+
+fn unsupported(driver: &str, what: &str) -> IoError {
+    IoError::new(ErrorKind::Unsupported, format!("a {driver} node cannot {what}"))
+}

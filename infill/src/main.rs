@@ -1,0 +1,2 @@
+//! The `infill` program.
+fn main() {}
