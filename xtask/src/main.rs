@@ -1,2 +1,143 @@
-//! Developer tasks.
-fn main() {}
+//! Developer tasks: `cargo xtask test [--install] [--only STEP]…`.
+//!
+//! `test` is everything that has to pass before a change lands: tools, format, lints, documentation, licences, and every
+//! test (unit, property, crash, conformance, interop). It ends with one line, `N passed, N failed`.
+#![forbid(unsafe_code)]
+
+mod tools;
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+const USAGE: &str = "usage: cargo xtask test [--install] [--only tools|fmt|clippy|doc|deny|tests]...";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match run(&args) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &[String]) -> Result<bool> {
+    let Some(("test", options)) = args.split_first().map(|(verb, rest)| (verb.as_str(), rest)) else {
+        bail!("{USAGE}")
+    };
+    let (mut install, mut only) = (false, Vec::new());
+    let mut options = options.iter();
+    while let Some(option) = options.next() {
+        match option.as_str() {
+            "--install" => install = true,
+            "--only" => only.push(options.next().context(USAGE)?.as_str()),
+            other => bail!("unknown option {other}; {USAGE}"),
+        }
+    }
+    let wanted = |step: &str| only.is_empty() || only.contains(&step);
+    let mut score = Score::default();
+    if wanted("tools") {
+        tools::require(install)?;
+    }
+    if wanted("fmt") {
+        score.step("format", &["fmt", "--all", "--check"], &[])?;
+    }
+    if wanted("clippy") {
+        score.step(
+            "lints",
+            &["clippy", "--workspace", "--all-targets", "--profile", "ci", "--", "-D", "warnings"],
+            &[],
+        )?;
+    }
+    if wanted("doc") {
+        let docs = ["doc", "--workspace", "--no-deps", "--profile", "ci"];
+        score.step("documentation", &docs, &[("RUSTDOCFLAGS", "-D warnings")])?;
+    }
+    if wanted("deny") && tools::is_there("cargo-deny") {
+        score.step("licences", &["deny", "--offline", "check", "licenses", "bans", "sources"], &[])?;
+    }
+    if wanted("tests") {
+        score.tests()?;
+    }
+    println!("{} passed, {} failed", score.passed, score.failed);
+    Ok(score.failed == 0)
+}
+
+/// How many checks and tests passed and failed.
+#[derive(Default)]
+struct Score {
+    passed: u64,
+    failed: u64,
+}
+
+impl Score {
+    /// Runs one cargo command that passes or fails as a whole.
+    fn step(&mut self, name: &str, args: &[&str], env: &[(&str, &str)]) -> Result<()> {
+        println!("== {name}: cargo {}", args.join(" "));
+        let status = Command::new(cargo())
+            .args(args)
+            .envs(env.iter().copied())
+            .status()
+            .context("cannot run cargo")?;
+        if status.success() {
+            self.passed += 1;
+        } else {
+            println!("== {name}: FAILED");
+            self.failed += 1;
+        }
+        Ok(())
+    }
+
+    /// Runs every test and adds up what the test programs say.
+    fn tests(&mut self) -> Result<()> {
+        let args = ["test", "--workspace", "--profile", "ci", "--no-fail-fast"];
+        println!("== tests: cargo {}", args.join(" "));
+        let mut child =
+            Command::new(cargo()).args(args).stdout(Stdio::piped()).spawn().context("cannot run cargo")?;
+        let output = child.stdout.take().context("cargo's output is not piped")?;
+        let (mut passed, mut failed) = (0, 0);
+        for line in BufReader::new(output).lines() {
+            let line = line?;
+            println!("{line}");
+            if let Some((good, bad)) = counts(&line) {
+                passed += good;
+                failed += bad;
+            }
+        }
+        if !child.wait()?.success() && failed == 0 {
+            // A build that broke, or a test program that died, says no number.
+            failed = 1;
+        }
+        self.passed += passed;
+        self.failed += failed;
+        Ok(())
+    }
+}
+
+/// The counts of libtest's closing line.
+fn counts(line: &str) -> Option<(u64, u64)> {
+    let rest = line.strip_prefix("test result: ")?;
+    let number_before = |word: &str| -> Option<u64> {
+        let at = rest.find(word)?;
+        rest[..at].trim_end().rsplit(' ').next()?.parse().ok()
+    };
+    Some((number_before("passed")?, number_before("failed;")?))
+}
+
+fn cargo() -> String {
+    std::env::var("CARGO").unwrap_or_else(|_| "cargo".into())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn counts_are_read_from_the_closing_line() {
+        let line = "test result: FAILED. 12 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.1s";
+        assert_eq!(super::counts(line), Some((12, 3)));
+        assert_eq!(super::counts("running 3 tests"), None);
+    }
+}
