@@ -152,49 +152,69 @@ impl Drop for LinkGuard {
 
 struct State {
     node: Option<NodeHandle>,
-    generation: u64,
     links: Arc<Links>,
     copy_on_read: Option<CopyOnRead>,
 }
 
+/// Outcome of [`BackingSlot::read`].
+#[derive(Debug)]
+#[must_use]
+pub enum Below {
+    /// The buffer holds what lies below.
+    Filled(BytesMut),
+    /// The edge has changed since the generation was taken: what was absent may be present now, and what lay below may
+    /// be gone. Look the range up again. The buffer's content means nothing.
+    Changed(BytesMut),
+}
+
 /// An overlay's edge to its backing. Empty where there is none (any more): absent then reads as zeroes.
-pub struct BackingSlot(Mutex<State>);
+///
+/// A look-up that finds *absent* is worth something only under the generation that was taken **before** it: a stream may
+/// populate the range and drop the backing in between, and asking below would then give zeroes. So a driver reads
+/// [`BackingSlot::generation`], looks up, and gives that generation to [`BackingSlot::read`], which tells it to look
+/// again where the edge has changed.
+pub struct BackingSlot {
+    /// Changed only under the lock; read without it.
+    generation: AtomicU64,
+    state: Mutex<State>,
+}
 
 impl BackingSlot {
     /// An edge to `node`, or an empty one.
     pub fn new(node: Option<NodeHandle>) -> BackingSlot {
-        BackingSlot(Mutex::new(State { node, generation: 1, links: Arc::default(), copy_on_read: None }))
+        let state = State { node, links: Arc::default(), copy_on_read: None };
+        BackingSlot { generation: AtomicU64::new(1), state: Mutex::new(state) }
     }
 
     /// The node below.
     pub fn node(&self) -> Option<NodeHandle> {
-        lock(&self.0).node.clone()
+        lock(&self.state).node.clone()
     }
 
     /// Whether something lies below.
     pub fn is_some(&self) -> bool {
-        lock(&self.0).node.is_some()
+        lock(&self.state).node.is_some()
     }
 
     /// The generation now.
     pub fn generation(&self) -> u64 {
-        lock(&self.0).generation
+        self.generation.load(Ordering::Acquire)
     }
 
     /// Turns copy-on-read on or off.
     pub fn set_copy_on_read(&self, policy: Option<CopyOnRead>) {
-        lock(&self.0).copy_on_read = policy;
+        lock(&self.state).copy_on_read = policy;
     }
 
     /// The copy-on-read policy, while it is on.
     pub fn copy_on_read(&self) -> Option<CopyOnRead> {
-        lock(&self.0).copy_on_read.clone()
+        lock(&self.state).copy_on_read.clone()
     }
 
     /// Leave to link under `generation`; `None` if it is over (fetch again).
     pub fn begin_link(&self, generation: u64) -> Option<LinkGuard> {
-        let state = lock(&self.0);
-        if state.generation != generation {
+        let state = lock(&self.state);
+        if self.generation() != generation {
             return None;
         }
         state.links.open.fetch_add(1, Ordering::AcqRel);
@@ -214,13 +234,13 @@ impl BackingSlot {
 
     async fn begin_generation(&self, node: Option<NodeHandle>) -> u64 {
         let (links, generation) = {
-            let mut state = lock(&self.0);
+            let mut state = lock(&self.state);
             if let Some(old) = &state.node {
                 old.fetches().raise();
             }
             state.node = node;
-            state.generation += 1;
-            (std::mem::take(&mut state.links), state.generation)
+            let generation = self.generation.fetch_add(1, Ordering::AcqRel) + 1;
+            (std::mem::take(&mut state.links), generation)
         };
         loop {
             let closed = links.closed.listen();
@@ -231,19 +251,26 @@ impl BackingSlot {
         }
     }
 
-    /// A guest's read of bytes that are absent above: fills `buf` from guest byte `at`, then lets copy-on-read keep
-    /// them. Zeroes behind the end of the backing, and where there is none.
-    pub async fn read(&self, cx: &Ctx, at: u64, mut buf: BytesMut) -> IoResult<BytesMut> {
-        let (node, generation, copy_on_read) = {
-            let state = lock(&self.0);
-            (state.node.clone(), state.generation, state.copy_on_read.clone())
+    /// A guest's read of bytes that a look-up under `generation` found absent: fills `buf` from guest byte `at`, then
+    /// lets copy-on-read keep them. Zeroes behind the end of the backing, and where there is none.
+    pub async fn read(&self, cx: &Ctx, at: u64, mut buf: BytesMut, generation: u64) -> IoResult<Below> {
+        let (node, now, copy_on_read) = {
+            let state = lock(&self.state);
+            (state.node.clone(), self.generation(), state.copy_on_read.clone())
         };
+        if now != generation {
+            return Ok(Below::Changed(buf));
+        }
         let Some(node) = node else {
             buf.fill(0);
-            return Ok(buf);
+            return Ok(Below::Filled(buf));
         };
         let start = (cx.class == Class::Guest && node.latency().is_listening()).then(rt::now);
-        let (data, inside) = fetch_from(&node, cx, at, buf.len() as u64).await?;
+        let fetched = fetch_from(&node, cx, at, buf.len() as u64).await;
+        if self.generation() != generation {
+            return Ok(Below::Changed(buf));
+        }
+        let (data, inside) = fetched?;
         if let Some(start) = start {
             let end = rt::now();
             node.latency().record(LatencyKind::Miss, end, end.saturating_sub(start));
@@ -256,14 +283,14 @@ impl BackingSlot {
         {
             policy.keep(at, data, generation);
         }
-        Ok(buf)
+        Ok(Below::Filled(buf))
     }
 
     /// Bytes from below for a populate or a copy-up: nothing is kept, and nothing may be held while it waits.
     pub async fn fetch(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Fetched> {
         let (node, generation) = {
-            let state = lock(&self.0);
-            (state.node.clone(), state.generation)
+            let state = lock(&self.state);
+            (state.node.clone(), self.generation())
         };
         let Some(node) = node else {
             return Ok(Fetched { data: infill_base::zero_bytes(len as usize), generation });

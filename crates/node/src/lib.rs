@@ -26,7 +26,7 @@ use std::future::Future;
 use bytes::{Bytes, BytesMut};
 use infill_base::{Ctx, ErrorKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags};
 
-pub use backing::{BackingSlot, COPY_ON_READ_BYTES_MAX, CopyOnRead, Fetched, LinkGuard};
+pub use backing::{BackingSlot, Below, COPY_ON_READ_BYTES_MAX, CopyOnRead, Fetched, LinkGuard};
 pub use graph::{Graph, GraphError};
 pub use handle::{NodeHandle, NodeStorage, WeakNode};
 pub use latency::{LatencyBoard, LatencyKind};

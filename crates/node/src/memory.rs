@@ -8,7 +8,7 @@ use infill_base::{
 use infill_storage::RangeLock;
 use infill_storage::sync::{Mutex, lock};
 
-use crate::{BackingSlot, Node, NodeHandle, NodeInfo, Populated, generic};
+use crate::{BackingSlot, Below, Node, NodeHandle, NodeInfo, Populated, generic};
 
 #[derive(Clone, Debug)]
 enum Unit {
@@ -53,7 +53,17 @@ impl MemoryOverlay {
         }
     }
 
-    /// Calls `each` with (unit, offset in it, offset in the range, length) for every piece of the range.
+    /// Fills `into` from byte `inside` of a unit; false if it is absent.
+    fn copy_present(&self, index: u64, inside: usize, into: &mut [u8]) -> bool {
+        match &lock(&self.units)[index as usize] {
+            Unit::Absent => return false,
+            Unit::Zero => into.fill(0),
+            Unit::Data(bytes) => into.copy_from_slice(&bytes[inside..inside + into.len()]),
+        }
+        true
+    }
+
+    /// Gives (unit, offset in it, offset in the range, length) for every piece of the range.
     fn pieces(&self, at: u64, len: u64) -> impl Iterator<Item = (u64, usize, usize, usize)> + use<> {
         let unit = self.unit;
         let mut next = at;
@@ -122,20 +132,17 @@ impl Node for MemoryOverlay {
     async fn read(&self, cx: &Ctx, at: u64, mut buf: BytesMut) -> IoResult<BytesMut> {
         self.check(at, buf.len() as u64)?;
         for (index, inside, from, len) in self.pieces(at, buf.len() as u64) {
-            let absent = match &lock(&self.units)[index as usize] {
-                Unit::Absent => true,
-                Unit::Zero => {
-                    buf[from..from + len].fill(0);
-                    false
+            loop {
+                let generation = self.backing.generation();
+                if self.copy_present(index, inside, &mut buf[from..from + len]) {
+                    break;
                 }
-                Unit::Data(bytes) => {
-                    buf[from..from + len].copy_from_slice(&bytes[inside..inside + len]);
-                    false
+                let below =
+                    self.backing.read(cx, at + from as u64, BytesMut::zeroed(len), generation).await?;
+                if let Below::Filled(piece) = below {
+                    buf[from..from + len].copy_from_slice(&piece);
+                    break;
                 }
-            };
-            if absent {
-                let piece = self.backing.read(cx, at + from as u64, BytesMut::zeroed(len)).await?;
-                buf[from..from + len].copy_from_slice(&piece);
             }
         }
         Ok(buf)

@@ -30,8 +30,16 @@ fn map_layer(
 ) -> LocalBoxFuture<'static, IoResult<Vec<MappedExtent>>> {
     Box::pin(async move {
         let mut out = Vec::new();
-        let below = node.backing().and_then(|slot| slot.node());
-        for extent in node.extents(&cx, at, len).await? {
+        // What a layer calls absent counts only while the edge stays as it was before the question.
+        let (below, extents) = loop {
+            let Some(slot) = node.backing() else { break (None, node.extents(&cx, at, len).await?) };
+            let (generation, below) = (slot.generation(), slot.node());
+            let extents = node.extents(&cx, at, len).await?;
+            if slot.generation() == generation {
+                break (below, extents);
+            }
+        };
+        for extent in extents {
             let below = match &below {
                 Some(below) if extent.kind == ExtentKind::Absent => below,
                 _ => {
