@@ -1,1 +1,11 @@
-//! See docs/architecture.md.
+//! A deterministic world to test in: a scheduler with a virtual clock, a disk with a crash model, a network.
+//!
+//! Everything that happens by chance (which task runs, how long an operation takes, what a power cut leaves) is
+//! decided by a seed, so that a failure is repeated by its seed. For tests only.
+#![forbid(unsafe_code)]
+
+mod rng;
+mod world;
+
+pub use rng::Rng;
+pub use world::{World, block_on};
