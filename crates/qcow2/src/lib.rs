@@ -1,1 +1,27 @@
-//! See docs/architecture.md.
+//! The qcow2 image format, versions 2 and 3.
+//!
+//! # On-disk structures
+//! [`Header`], [`Geometry`] and the entry views ([`L1Entry`], [`L2Entry`]) turn bytes into validated values: an image
+//! that breaks the format's rules, or needs what is not supported, is refused with the field, the value found and what
+//! to do. Every length that a file claims is bounded ([`limits`]) before anything is allocated for it.
+#![forbid(unsafe_code)]
+
+mod entry;
+mod features;
+mod format;
+mod geometry;
+mod header;
+mod metaio;
+
+pub use entry::{
+    CompressedCluster, EntryError, EntryRule, L1Entry, L2Entry, L2TableRef, L2View, StandardCluster,
+    SubclusterState, refcount_block, refcount_get, refcount_set,
+};
+pub use features::{Autoclear, Compatible, Compression, Incompatible};
+pub use format::limits;
+pub use geometry::{
+    Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset, L1Index, L2Index, SUBCLUSTERS,
+};
+pub use header::{
+    BackingRewrite, BitmapDirectory, Extension, Header, HeaderChange, Purpose, TableRef, WriteGate, probe,
+};
