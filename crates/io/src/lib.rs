@@ -1,1 +1,22 @@
-//! See docs/architecture.md.
+//! The only crate that talks to the kernel: reactors, files and block devices, sockets, signals.
+//!
+//! * [`Reactors`]: threads, each with its own io_uring (or poll, where a kernel refuses io_uring) and its own tasks. On
+//!   them `infill_storage::rt` works.
+//! * [`FileStorage`]: a file or block device as a storage, locked as QEMU locks its images.
+//! * [`Listener`], [`TcpConnector`], [`UnixConnector`], [`stdio`]: byte streams.
+//! * [`termination`]: waits for a signal that asks the process to end.
+//!
+//! A dropped operation is cancelled where the kernel can; its buffer lives until the kernel is done with it. Whoever
+//! drops a *receive* may lose bytes with it: give each direction of a stream one task of its own.
+
+mod file;
+mod locks;
+mod net;
+mod reactor;
+mod signal;
+
+pub use file::{Create, FileOptions, FileStorage};
+pub use locks::Share;
+pub use net::{Accepted, Address, Listener, TcpConnector, UnixConnector, connector, stdio};
+pub use reactor::{Reactor, Reactors};
+pub use signal::termination;

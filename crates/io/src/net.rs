@@ -1,0 +1,440 @@
+//! Byte streams: TCP, Unix sockets, standard input and output.
+
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use compio::buf::{BufResult, IntoInner, IoBuf};
+use compio::driver::op::{Interest, PollOnce, Read, Recv, RecvFlags, SendFlags, SendVectored, WriteVectored};
+use futures_util::future::LocalBoxFuture;
+use infill_base::{ErrorKind, Gather, IoError, IoResult};
+use infill_storage::rt;
+use infill_storage::stream::{Connection, Connector, StreamRead, StreamWrite};
+
+/// How long one attempt to connect may take.
+const CONNECT_TIME: Duration = Duration::from_secs(10);
+/// Most runs of bytes that one send hands to the kernel (its own limit is 1024).
+const MAX_RUNS: usize = 1024;
+
+/// Where to listen, or to connect to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// A host (name or number) and port.
+    Tcp {
+        /// The host; empty listens on all of them.
+        host: String,
+        /// The port; 0 lets the kernel choose one to listen on.
+        port: u16,
+    },
+    /// A socket file.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Address::Tcp { host, port } => write!(f, "{host}:{port}"),
+            Address::Unix(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// A listening socket. A socket file that it made is removed with it.
+pub struct Listener {
+    socket: Arc<Socket>,
+    address: Address,
+    made: Option<PathBuf>,
+}
+
+enum Socket {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        match self {
+            Socket::Tcp(socket) => socket.as_fd(),
+            Socket::Unix(socket) => socket.as_fd(),
+        }
+    }
+}
+
+impl Listener {
+    /// Listens at `address`. A stale socket file (nobody listens there) is replaced; a live one is an error.
+    pub fn bind(address: &Address) -> IoResult<Listener> {
+        let named = |error: io::Error| IoError::from(error).in_node(address);
+        let (socket, address, made) = match address {
+            Address::Tcp { host, port } => {
+                let host = if host.is_empty() { "::" } else { host.as_str() };
+                let socket = TcpListener::bind((host, *port)).map_err(named)?;
+                let port = socket.local_addr().map_err(named)?.port();
+                (Socket::Tcp(socket), Address::Tcp { host: host.to_owned(), port }, None)
+            }
+            Address::Unix(path) => {
+                let socket = match UnixListener::bind(path) {
+                    Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
+                        std::fs::remove_file(path).and_then(|()| UnixListener::bind(path))
+                    }
+                    other => other,
+                };
+                (Socket::Unix(socket.map_err(named)?), address.clone(), Some(path.clone()))
+            }
+        };
+        Listener::over(socket, address, made)
+    }
+
+    /// Takes a listening socket that somebody else has made (socket activation, a manager's descriptor).
+    pub fn from_fd(fd: OwnedFd) -> IoResult<Listener> {
+        let local = rustix::net::getsockname(&fd).map_err(io::Error::from)?;
+        let (socket, address) = match SocketAddr::try_from(local) {
+            Ok(addr) => {
+                let address = Address::Tcp { host: addr.ip().to_string(), port: addr.port() };
+                (Socket::Tcp(fd.into()), address)
+            }
+            Err(_) => (Socket::Unix(fd.into()), Address::Unix("(passed socket)".into())),
+        };
+        Listener::over(socket, address, None)
+    }
+
+    fn over(socket: Socket, address: Address, made: Option<PathBuf>) -> IoResult<Listener> {
+        match &socket {
+            Socket::Tcp(socket) => socket.set_nonblocking(true)?,
+            Socket::Unix(socket) => socket.set_nonblocking(true)?,
+        }
+        Ok(Listener { socket: Arc::new(socket), address, made })
+    }
+
+    /// Where it listens, with the port that the kernel chose.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// The next connection, not yet bound to a reactor.
+    pub async fn accept(&self) -> IoResult<Accepted> {
+        loop {
+            let result = match &*self.socket {
+                Socket::Tcp(socket) => socket.accept().map(|(stream, peer)| {
+                    let _ = stream.set_nodelay(true);
+                    Accepted { fd: stream.into(), peer: peer.to_string() }
+                }),
+                Socket::Unix(socket) => socket.accept().map(|(stream, _)| Accepted {
+                    fd: stream.into(),
+                    peer: format!("a client of {}", self.address),
+                }),
+            };
+            match result {
+                Ok(accepted) => return Ok(accepted),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let op = PollOnce::new(self.socket.clone(), Interest::Readable);
+                    compio::runtime::submit(op).await.0?;
+                }
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
+                    ) => {}
+                Err(error) => return Err(IoError::from(error).in_node(&self.address)),
+            }
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(path) = &self.made {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Whether nobody listens behind a socket file.
+fn is_stale(path: &Path) -> bool {
+    matches!(UnixStream::connect(path), Err(error) if error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+/// A connection that may still go to any reactor.
+pub struct Accepted {
+    fd: OwnedFd,
+    peer: String,
+}
+
+impl Accepted {
+    /// Who is at the other end.
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// Binds it to this reactor.
+    pub fn into_connection(self) -> IoResult<Connection> {
+        // The ring waits by itself and wants sockets that block; poll wants them otherwise.
+        let ring = compio::runtime::Runtime::with_current(|ring| ring.driver_type()).is_iouring();
+        rustix::io::ioctl_fionbio(&self.fd, !ring).map_err(io::Error::from)?;
+        let fd = Arc::new(self.fd);
+        Ok(Connection {
+            reader: Box::new(SocketReader(fd.clone())),
+            writer: Box::new(SocketWriter(fd)),
+            peer: self.peer,
+        })
+    }
+}
+
+struct SocketReader(Arc<OwnedFd>);
+
+impl StreamRead for SocketReader {
+    fn read(&mut self, buf: BytesMut) -> LocalBoxFuture<'_, IoResult<BytesMut>> {
+        Box::pin(async move {
+            let mut buf = buf;
+            debug_assert!(buf.capacity() > buf.len(), "nowhere to receive to");
+            loop {
+                let (filled, end) = (buf.len(), buf.capacity());
+                let op = Recv::new(self.0.clone(), buf.slice(filled..end), RecvFlags::empty());
+                let BufResult(result, slice) = compio::runtime::submit(op).await.into_inner();
+                buf = slice.into_inner();
+                match result {
+                    Ok(n) => {
+                        // SAFETY: the kernel has filled n bytes behind the first `filled`, within the capacity.
+                        unsafe { buf.set_len(filled + n) };
+                        return Ok(buf);
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        })
+    }
+}
+
+struct SocketWriter(Arc<OwnedFd>);
+
+impl StreamWrite for SocketWriter {
+    fn write_all(&mut self, data: Gather) -> LocalBoxFuture<'_, IoResult<()>> {
+        Box::pin(async move {
+            let mut left = data;
+            while !left.is_empty() {
+                let runs = left.runs().iter().take(MAX_RUNS).cloned().collect::<Vec<_>>();
+                let op = SendVectored::new(self.0.clone(), runs, SendFlags::NOSIGNAL);
+                let BufResult(result, _) = compio::runtime::submit(op).await;
+                match result {
+                    Ok(n) => left = left.slice(n, left.len() - n),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn shutdown(&mut self) -> LocalBoxFuture<'_, IoResult<()>> {
+        let result = rustix::net::shutdown(&*self.0, rustix::net::Shutdown::Write);
+        Box::pin(async move { result.map_err(|error| io::Error::from(error).into()) })
+    }
+}
+
+/// Connects over TCP.
+#[derive(Clone, Debug)]
+pub struct TcpConnector {
+    /// Name or number.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+}
+
+impl Connector for TcpConnector {
+    fn connect(&self) -> LocalBoxFuture<'_, IoResult<Connection>> {
+        Box::pin(async move {
+            let (host, port) = (self.host.clone(), self.port);
+            let stream = rt::offload(move || connect_tcp(&host, port)).await;
+            let stream = stream.map_err(|error| unreachable_peer(error, &self.target()))?;
+            Accepted { fd: stream.into(), peer: self.target() }.into_connection()
+        })
+    }
+
+    fn target(&self) -> String {
+        Address::Tcp { host: self.host.clone(), port: self.port }.to_string()
+    }
+}
+
+/// Tries every address of the name.
+fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for addr in (host, port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&addr, CONNECT_TIME) {
+            Ok(stream) => {
+                stream.set_nodelay(true)?;
+                rustix::net::sockopt::set_socket_keepalive(&stream, true)?;
+                return Ok(stream);
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn unreachable_peer(error: io::Error, target: &str) -> IoError {
+    IoError::new(ErrorKind::SourceLost, format!("cannot connect to {target}")).caused_by(error)
+}
+
+/// Connects to a Unix socket.
+#[derive(Clone, Debug)]
+pub struct UnixConnector {
+    /// The socket file.
+    pub path: PathBuf,
+}
+
+impl Connector for UnixConnector {
+    fn connect(&self) -> LocalBoxFuture<'_, IoResult<Connection>> {
+        Box::pin(async move {
+            let path = self.path.clone();
+            let stream = rt::offload(move || UnixStream::connect(path)).await;
+            let stream = stream.map_err(|error| unreachable_peer(error, &self.target()))?;
+            Accepted { fd: stream.into(), peer: self.target() }.into_connection()
+        })
+    }
+
+    fn target(&self) -> String {
+        self.path.display().to_string()
+    }
+}
+
+/// The connector for an address.
+pub fn connector(address: &Address) -> Arc<dyn Connector> {
+    match address {
+        Address::Tcp { host, port } => Arc::new(TcpConnector { host: host.clone(), port: *port }),
+        Address::Unix(path) => Arc::new(UnixConnector { path: path.clone() }),
+    }
+}
+
+/// Standard input and output as a byte stream (a monitor on `stdio`).
+pub fn stdio() -> IoResult<Connection> {
+    let input = io::stdin().as_fd().try_clone_to_owned()?;
+    let output = io::stdout().as_fd().try_clone_to_owned()?;
+    Ok(Connection {
+        reader: Box::new(PipeReader(Arc::new(input))),
+        writer: Box::new(PipeWriter(Arc::new(output))),
+        peer: "standard input".into(),
+    })
+}
+
+struct PipeReader(Arc<OwnedFd>);
+
+impl StreamRead for PipeReader {
+    fn read(&mut self, buf: BytesMut) -> LocalBoxFuture<'_, IoResult<BytesMut>> {
+        Box::pin(async move {
+            let (filled, end) = (buf.len(), buf.capacity());
+            let op = Read::new(self.0.clone(), buf.slice(filled..end));
+            let BufResult(result, slice) = compio::runtime::submit(op).await.into_inner();
+            let mut buf = slice.into_inner();
+            let n = result?;
+            // SAFETY: the kernel has filled n bytes behind the first `filled`, within the capacity.
+            unsafe { buf.set_len(filled + n) };
+            Ok(buf)
+        })
+    }
+}
+
+struct PipeWriter(Arc<OwnedFd>);
+
+impl StreamWrite for PipeWriter {
+    fn write_all(&mut self, data: Gather) -> LocalBoxFuture<'_, IoResult<()>> {
+        Box::pin(async move {
+            let mut left = data;
+            while !left.is_empty() {
+                let runs = left.runs().iter().take(MAX_RUNS).cloned().collect::<Vec<_>>();
+                let op = WriteVectored::new(self.0.clone(), runs);
+                let BufResult(result, _) = compio::runtime::submit(op).await;
+                let n = result?;
+                left = left.slice(n, left.len() - n);
+            }
+            Ok(())
+        })
+    }
+
+    fn shutdown(&mut self) -> LocalBoxFuture<'_, IoResult<()>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Reactors;
+    use bytes::Bytes;
+
+    async fn echo(address: Address) {
+        let listener = Listener::bind(&address).unwrap();
+        let address = listener.address().clone();
+        rt::spawn(async move {
+            let mut connection = listener.accept().await.unwrap().into_connection().unwrap();
+            loop {
+                let buf = connection.reader.read(BytesMut::with_capacity(1000)).await.unwrap();
+                if buf.is_empty() {
+                    return;
+                }
+                connection.writer.write_all(buf.freeze().into()).await.unwrap();
+            }
+        });
+        let mut connection = connector(&address).connect().await.unwrap();
+        let mut data = Gather::new();
+        (0..3000_u32).for_each(|i| data.push(Bytes::from(vec![i as u8; 100])));
+        let sent = data.to_bytes();
+        let (mut reader, mut writer) = (connection.reader, connection.writer);
+        rt::spawn(async move {
+            writer.write_all(data).await.unwrap();
+            writer.shutdown().await.unwrap();
+        });
+        let mut got = BytesMut::with_capacity(16);
+        loop {
+            got.reserve(4096);
+            let before = got.len();
+            got = reader.read(got).await.unwrap();
+            if got.len() == before {
+                break;
+            }
+        }
+        connection.peer.clear();
+        assert!(got == sent, "{} of {} bytes came back", got.len(), sent.len());
+    }
+
+    #[test]
+    fn bytes_travel_over_tcp() {
+        let reactors = Reactors::start(1).unwrap();
+        reactors.block_on(|| echo(Address::Tcp { host: "127.0.0.1".into(), port: 0 }));
+    }
+
+    #[test]
+    fn bytes_travel_over_unix_sockets_and_a_stale_socket_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        drop(UnixListener::bind(&path).unwrap());
+        let address = Address::Unix(path.clone());
+        Reactors::start(1).unwrap().block_on(move || echo(address));
+        assert!(!path.exists(), "the listener removes its socket");
+    }
+
+    #[test]
+    fn a_live_socket_is_not_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let _live = UnixListener::bind(&path).unwrap();
+        assert!(Listener::bind(&Address::Unix(path.clone())).is_err());
+        assert!(UnixStream::connect(path).is_ok());
+    }
+
+    #[test]
+    fn nobody_there_is_a_lost_source_with_its_name() {
+        let error = Reactors::start(1).unwrap().block_on(|| async {
+            let connector = UnixConnector { path: "/nonexistent/socket".into() };
+            connector.connect().await.err().unwrap()
+        });
+        assert_eq!(error.kind(), ErrorKind::SourceLost);
+        assert!(error.to_string().contains("/nonexistent/socket"), "{error}");
+    }
+}
