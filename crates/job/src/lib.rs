@@ -1,1 +1,19 @@
-//! See docs/architecture.md.
+//! Background jobs: their life cycle ([`Jobs`], [`Job`]).
+//!
+//! The life cycle is QEMU's: states, verbs, events and error classes are values here, and whoever speaks a protocol
+//! turns them into words. What never happens: a state that does not follow from the one before, an event out of order,
+//! a job that is *completed* and not durable. A job's future runs on the reactor that started it; the handles are
+//! shared between threads. A job costs one task and a few hundred bytes beside its own buffers.
+#![forbid(unsafe_code)]
+
+mod error;
+mod event;
+mod job;
+mod manager;
+mod state;
+
+pub use error::{ErrorClass, JobError};
+pub use event::{BlockJobProgress, EVENTS_KEPT_MAX, Events, JobEvent};
+pub use job::{BlockJobInfo, Job, JobInfo, Work};
+pub use manager::{JOB_ID_BYTES_MAX, JOBS_MAX, JobOptions, Jobs};
+pub use state::{ErrorAction, IoStatus, JobStatus, JobType, JobVerb, OnError, Operation};

@@ -1,0 +1,159 @@
+//! All jobs of a process.
+
+use std::future::Future;
+
+use infill_base::IoResult;
+use infill_storage::rt;
+use infill_storage::sync::{Arc, Mutex, lock};
+
+use crate::error::JobError;
+use crate::event::{Broadcast, Events};
+use crate::job::{BlockJobInfo, Job, JobInfo, Work};
+use crate::state::JobType;
+
+/// Jobs at a time, those that wait to be dismissed included.
+pub const JOBS_MAX: usize = 4096;
+
+/// Longest id of a job, in bytes.
+pub const JOB_ID_BYTES_MAX: usize = 255;
+
+/// What every kind of job takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobOptions {
+    /// Its id: a letter, then letters, digits, `-`, `.` and `_`.
+    pub id: String,
+    /// Whether it makes its last changes by itself.
+    pub auto_finalize: bool,
+    /// Whether it is forgotten by itself when it is over.
+    pub auto_dismiss: bool,
+    /// Rate limit in bytes per second; 0 is none.
+    pub speed: u64,
+}
+
+impl JobOptions {
+    /// The defaults of the interface, for a job of that id.
+    pub fn new(id: impl Into<String>) -> JobOptions {
+        JobOptions { id: id.into(), auto_finalize: true, auto_dismiss: true, speed: 0 }
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Shared {
+    /// The newest last.
+    jobs: Mutex<Vec<Job>>,
+    pub(crate) events: Broadcast,
+}
+
+impl Shared {
+    pub(crate) fn remove(&self, job: &Job) {
+        lock(&self.jobs).retain(|other| !other.is_same(job));
+    }
+}
+
+/// All jobs of a process, by id. Cloning shares them.
+#[derive(Clone, Debug, Default)]
+pub struct Jobs(Arc<Shared>);
+
+impl Jobs {
+    /// No jobs.
+    pub fn new() -> Jobs {
+        Jobs::default()
+    }
+
+    /// Everything that happens to any job from now on.
+    pub fn subscribe(&self) -> Events {
+        self.0.events.subscribe()
+    }
+
+    /// Starts a job on this thread's reactor. Events are told from before this returns.
+    pub fn start(&self, kind: JobType, options: JobOptions, work: impl Work) -> Result<Job, JobError> {
+        if !well_formed(&options.id) {
+            return Err(JobError::generic(format!(
+                "'{}' is no job id: a letter, then up to {} letters, digits, '-', '.' or '_'",
+                options.id.escape_debug().take(JOB_ID_BYTES_MAX).collect::<String>(),
+                JOB_ID_BYTES_MAX - 1
+            )));
+        }
+        let job = {
+            let mut jobs = lock(&self.0.jobs);
+            if jobs.iter().any(|job| job.id() == options.id) {
+                return Err(JobError::generic(format!("a job '{}' exists already", options.id)));
+            }
+            if jobs.len() >= JOBS_MAX {
+                let why =
+                    format!("there are {JOBS_MAX} jobs, which is the most: dismiss those that are over");
+                return Err(JobError::generic(why));
+            }
+            let job = Job::new(options, kind, &self.0);
+            jobs.push(job.clone());
+            job
+        };
+        job.announce();
+        rt::spawn(job.clone().live(work));
+        Ok(job)
+    }
+
+    /// Starts a job that is one future (`blockdev-create`).
+    pub fn start_future(
+        &self,
+        kind: JobType,
+        options: JobOptions,
+        future: impl Future<Output = IoResult<()>> + 'static,
+    ) -> Result<Job, JobError> {
+        struct Once(std::pin::Pin<Box<dyn Future<Output = IoResult<()>>>>);
+        impl Work for Once {
+            async fn run(&mut self, job: &Job) -> IoResult<()> {
+                job.set_progress(0, 1);
+                (&mut self.0).await?;
+                job.set_progress(1, 1);
+                Ok(())
+            }
+        }
+        self.start(kind, options, Once(Box::pin(future)))
+    }
+
+    /// The job of that id, for the `job-*` commands.
+    pub fn get(&self, id: &str) -> Result<Job, JobError> {
+        self.find(id).ok_or_else(|| JobError::generic(format!("there is no job '{id}'")))
+    }
+
+    /// The block job of that id, for the `block-job-*` commands.
+    pub fn get_block(&self, id: &str) -> Result<Job, JobError> {
+        let job = self.find(id).filter(|job| job.kind().is_block_job());
+        job.ok_or_else(|| JobError::not_active(id))
+    }
+
+    fn find(&self, id: &str) -> Option<Job> {
+        lock(&self.0.jobs).iter().find(|job| job.id() == id).cloned()
+    }
+
+    /// All jobs, the newest first.
+    pub fn list(&self) -> Vec<Job> {
+        lock(&self.0.jobs).iter().rev().cloned().collect()
+    }
+
+    /// `query-jobs`.
+    pub fn query(&self) -> Vec<JobInfo> {
+        self.list().iter().map(Job::info).collect()
+    }
+
+    /// `query-block-jobs`.
+    pub fn query_block(&self) -> Vec<BlockJobInfo> {
+        self.list().iter().filter_map(Job::block_info).collect()
+    }
+
+    /// Cancels everything and waits until it is over (`quit`). What cannot be cancelled any more ends as it ends.
+    pub async fn shut_down(&self) {
+        for job in self.list() {
+            // One that is over already refuses, and that is well.
+            let _over = job.cancel();
+            let _outcome = job.wait().await;
+        }
+    }
+}
+
+fn well_formed(id: &str) -> bool {
+    id.len() <= JOB_ID_BYTES_MAX
+        && id.starts_with(|first: char| first.is_ascii_alphabetic())
+        && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
+}
