@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 
 use infill_base::{Ctx, ErrorKind, ExtentKind, IoError, IoResult, align_down, align_up};
 
-use super::chain_extents;
+use super::chain_map;
 use crate::NodeHandle;
 
 /// How much of the disk is mapped at a time, in bytes.
@@ -31,23 +31,45 @@ pub enum FillPiece {
     },
 }
 
-/// A walk over everything that is absent in an overlay and not zero below.
+/// A walk over everything that is absent in an overlay and neither zero below nor left to a base.
 #[derive(Debug)]
 pub struct StreamCursor {
     node: NodeHandle,
     next: u64,
     end: u64,
-    /// Whether something stays below, so that zeroes must be said above.
+    /// What stays below: zeroes above it must be said, and what only it holds is left alone.
+    base: Option<NodeHandle>,
     tell_zeroes: bool,
     pending: VecDeque<FillPiece>,
     skipped_bytes: u64,
+}
+
+/// What a run below an absent one asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Need {
+    Copy,
+    Zero,
+    Nothing,
 }
 
 impl StreamCursor {
     /// A walk over the whole of `node`.
     pub fn new(node: &NodeHandle, tell_zeroes: bool) -> StreamCursor {
         let (node, end) = (node.clone(), node.len());
-        StreamCursor { node, next: 0, end, tell_zeroes, pending: VecDeque::new(), skipped_bytes: 0 }
+        StreamCursor {
+            node,
+            next: 0,
+            end,
+            base: None,
+            tell_zeroes,
+            pending: VecDeque::new(),
+            skipped_bytes: 0,
+        }
+    }
+
+    /// A walk over what lies between `node` and `base`, a node somewhere below it that stays.
+    pub fn above(node: &NodeHandle, base: NodeHandle) -> StreamCursor {
+        StreamCursor { base: Some(base), ..StreamCursor::new(node, true) }
     }
 
     /// Bytes up to which everything was given out or skipped.
@@ -77,6 +99,7 @@ impl StreamCursor {
         Ok(Some(FillPiece::Copy { at, len: len.min(max) }))
     }
 
+    /// Maps the next stride. Dropped in the middle, it has changed nothing.
     async fn map_stride(&mut self, cx: &Ctx) -> IoResult<()> {
         let stride = (self.end - self.next).min(MAP_STRIDE_BYTES);
         let own = self.node.extents(cx, self.next, stride).await?;
@@ -85,53 +108,152 @@ impl StreamCursor {
         };
         let (from, to) = (self.next, last.end());
         let below = self.node.backing().and_then(|slot| slot.node());
-        let mut work = 0;
+        let mut pieces = VecDeque::new();
         for extent in own.iter().filter(|extent| extent.kind == ExtentKind::Absent) {
-            let inside_end = below.as_ref().map_or(0, |node| node.len()).clamp(extent.start, extent.end());
-            if let Some(below) = &below
-                && inside_end > extent.start
-            {
-                let runs = chain_extents(below, cx, extent.start, inside_end - extent.start).await?;
-                work += self.plan(
-                    extent.start,
-                    extent.end(),
-                    runs.iter().map(|run| (run.start, run.end(), run.kind)),
-                );
-            } else {
-                work += self.plan(extent.start, extent.end(), std::iter::empty());
-            }
+            let needs = self.needs(cx, below.as_ref(), extent.start, extent.end()).await?;
+            plan(self.node.populate_unit(), extent.start, extent.end(), &needs, &mut pieces);
         }
+        let work: u64 = pieces.iter().map(|piece| piece.len()).sum();
+        self.pending.extend(pieces);
         self.skipped_bytes += (to - from) - work;
         self.next = to;
         Ok(())
     }
 
-    /// Turns the runs below one absent run into pieces of whole units; returns how many bytes of work that is.
-    fn plan(&mut self, start: u64, end: u64, below: impl Iterator<Item = (u64, u64, ExtentKind)>) -> u64 {
-        let unit = self.node.populate_unit();
-        let (mut planned_to, mut work) = (start, 0);
-        for (from, to, _) in below.filter(|(_, _, kind)| *kind == ExtentKind::Data) {
-            let from = align_down(from, unit).max(planned_to);
-            let to = align_up(to, unit).min(end);
-            if from >= to {
-                continue;
+    /// What an absent run needs, as (end, need) in ascending order up to `end`; neighbours differ.
+    async fn needs(
+        &self,
+        cx: &Ctx,
+        below: Option<&NodeHandle>,
+        start: u64,
+        end: u64,
+    ) -> IoResult<Vec<(u64, Need)>> {
+        let mut needs: Vec<(u64, Need)> = Vec::new();
+        let mut push = |to: u64, need: Need| match needs.last_mut() {
+            Some(last) if last.1 == need => last.0 = to,
+            _ => needs.push((to, need)),
+        };
+        let zero = if self.tell_zeroes { Need::Zero } else { Need::Nothing };
+        let inside = below.map_or(0, |node| node.len()).clamp(start, end);
+        let base_depth = self.base_depth(below)?;
+        let mut next = start;
+        while let Some(below) = below
+            && next < inside
+        {
+            for mapped in chain_map(below, cx, next, inside - next).await? {
+                next = mapped.extent.end();
+                let need = match mapped.extent.kind {
+                    // The base, and what lies under it, stays; behind its end it reads as zeroes as before.
+                    _ if base_depth.is_some_and(|base| mapped.depth >= base) => Need::Nothing,
+                    ExtentKind::Data => Need::Copy,
+                    ExtentKind::Zero | ExtentKind::Absent => zero,
+                };
+                push(next, need);
             }
-            work += self.plan_zero(planned_to, from);
-            match self.pending.back_mut() {
-                Some(FillPiece::Copy { at, len }) if *at + *len == from => *len += to - from,
-                _ => self.pending.push_back(FillPiece::Copy { at: from, len: to - from }),
-            }
-            work += to - from;
-            planned_to = to;
         }
-        work + self.plan_zero(planned_to, end)
+        if next < end {
+            // Behind the end of the layer directly below; where that is the base itself, it stays so.
+            push(end, if base_depth == Some(0) { Need::Nothing } else { zero });
+        }
+        Ok(needs)
     }
 
-    fn plan_zero(&mut self, start: u64, end: u64) -> u64 {
-        if !self.tell_zeroes || start >= end {
-            return 0;
+    /// How many layers below `below` the base lies.
+    fn base_depth(&self, below: Option<&NodeHandle>) -> IoResult<Option<usize>> {
+        let Some(base) = &self.base else { return Ok(None) };
+        let (mut layer, mut depth) = (below.cloned(), 0);
+        while let Some(node) = layer {
+            if node.is_same(base) {
+                return Ok(Some(depth));
+            }
+            layer = node.backing().and_then(|slot| slot.node());
+            depth += 1;
         }
-        self.pending.push_back(FillPiece::Zero { at: start, len: end - start });
-        end - start
+        Err(IoError::new(ErrorKind::NotFound, "the base is not in the chain any more"))
+    }
+}
+
+impl FillPiece {
+    /// Its length in bytes.
+    #[expect(clippy::len_without_is_empty, reason = "a piece is never empty")]
+    pub fn len(&self) -> u64 {
+        match self {
+            FillPiece::Copy { len, .. } | FillPiece::Zero { len, .. } => *len,
+        }
+    }
+}
+
+/// Turns the needs of one absent run into pieces of whole units. A unit whose bytes need different things is copied.
+fn plan(unit: u64, start: u64, end: u64, needs: &[(u64, Need)], pieces: &mut VecDeque<FillPiece>) {
+    let mut emit = |from: u64, to: u64, need: Need| match (need, pieces.back_mut()) {
+        _ if from >= to => {}
+        (Need::Nothing, _) => {}
+        (Need::Copy, Some(FillPiece::Copy { at, len })) if *at + *len == from => *len += to - from,
+        (Need::Zero, Some(FillPiece::Zero { at, len })) if *at + *len == from => *len += to - from,
+        (Need::Copy, _) => pieces.push_back(FillPiece::Copy { at: from, len: to - from }),
+        (Need::Zero, _) => pieces.push_back(FillPiece::Zero { at: from, len: to - from }),
+    };
+    let mut done = start;
+    for &(to, need) in needs {
+        if to <= done {
+            continue;
+        }
+        let whole = if to == end { end } else { align_down(to, unit).max(done) };
+        emit(done, whole, need);
+        done = whole;
+        if whole < to {
+            done = align_up(to, unit).min(end);
+            emit(whole, done, Need::Copy);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+    use infill_base::{WriteFlags, ZeroFlags};
+
+    use super::*;
+    use crate::MemoryOverlay;
+
+    fn pieces(mut cursor: StreamCursor) -> Vec<FillPiece> {
+        std::iter::from_fn(|| cursor.next(&Ctx::FILL, u64::MAX).now_or_never().unwrap().unwrap()).collect()
+    }
+
+    fn fill(node: &NodeHandle, at: u64, len: usize) {
+        let data = vec![7; len];
+        node.write(&Ctx::GUEST, at, data, WriteFlags::empty()).now_or_never().unwrap().unwrap();
+    }
+
+    #[test]
+    fn what_only_the_base_holds_is_left_alone_and_zeroes_over_it_are_told() {
+        let base = NodeHandle::new(MemoryOverlay::new(64 << 10, 4096, None));
+        fill(&base, 0, 64 << 10);
+        // Shorter than the base: behind its end the chain reads zeroes, and must not show the base afterwards.
+        let middle = NodeHandle::new(MemoryOverlay::new(48 << 10, 4096, Some(base.clone())));
+        fill(&middle, 8192, 4096);
+        let zeroes = middle.write_zeroes(&Ctx::GUEST, 16384, 4096, ZeroFlags::empty());
+        zeroes.now_or_never().unwrap().unwrap();
+        let top = NodeHandle::new(MemoryOverlay::new(64 << 10, 4096, Some(middle.clone())));
+        assert_eq!(
+            pieces(StreamCursor::above(&top, base)),
+            [
+                FillPiece::Copy { at: 8192, len: 4096 },
+                FillPiece::Zero { at: 16384, len: 4096 },
+                FillPiece::Zero { at: 48 << 10, len: 16 << 10 },
+            ]
+        );
+        assert_eq!(pieces(StreamCursor::above(&top, middle)), []);
+    }
+
+    #[test]
+    fn a_unit_that_is_partly_zero_and_partly_left_to_the_base_is_copied() {
+        let base = NodeHandle::new(MemoryOverlay::new(64 << 10, 512, None));
+        fill(&base, 0, 64 << 10);
+        let middle = NodeHandle::new(MemoryOverlay::new(64 << 10, 512, Some(base.clone())));
+        let zeroes = middle.write_zeroes(&Ctx::GUEST, 512, 4096, ZeroFlags::empty());
+        zeroes.now_or_never().unwrap().unwrap();
+        let top = NodeHandle::new(MemoryOverlay::new(64 << 10, 4096, Some(middle)));
+        assert_eq!(pieces(StreamCursor::above(&top, base)), [FillPiece::Copy { at: 0, len: 8192 }]);
     }
 }
