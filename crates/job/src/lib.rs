@@ -1,4 +1,4 @@
-//! Background jobs: their life cycle ([`Jobs`], [`Job`]).
+//! Background jobs: their life cycle ([`Jobs`], [`Job`]), and the job that fills an overlay ([`stream`]).
 //!
 //! The life cycle is QEMU's: states, verbs, events and error classes are values here, and whoever speaks a protocol
 //! turns them into words. What never happens: a state that does not follow from the one before, an event out of order,
@@ -11,6 +11,7 @@ mod event;
 mod job;
 mod manager;
 mod state;
+pub mod stream;
 
 pub use error::{ErrorClass, JobError};
 pub use event::{BlockJobProgress, EVENTS_KEPT_MAX, Events, JobEvent};

@@ -1,0 +1,370 @@
+//! How much of a fill may be in flight: the latency control, as a state machine without I/O or clock.
+//!
+//! Outstanding bytes = rate × shortest round trip + what may queue at the slowest hop. Rate and round trip are
+//! discovered; what may queue depends on who else is there:
+//!
+//! | guest misses | queued at the slowest hop |
+//! |---|---|
+//! | within the last 50 ms | 0.35 ms of rate, in requests of that size |
+//! | within the last 2 s | 2 ms of rate |
+//! | none | as much again as is on the way, and 4 ms of rate |
+//!
+//! Every 100 ms the p90 of guest misses is compared with the floor, the smallest sample of the last 10 s; where it is
+//! over max(2 × floor, floor + 1 ms), the window halves (down to one request), else it grows. The guest's FLUSH, read
+//! and write latencies do the same to the *pace* (bytes per second), since they share the local disk, not the link.
+//! Neither takes the fill below `min_rate`. The round trip is measured anew every 10 s with nothing else in flight: a
+//! minimum that was taken behind the fill's own queue would drift up without end.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Largest request, in bytes.
+pub(crate) const REQUEST_BYTES_MAX: u64 = 1 << 20;
+/// Smallest request (but for the ends of runs), in bytes.
+pub(crate) const REQUEST_BYTES_MIN: u64 = 4096;
+/// Most that is asked for and not answered, in bytes.
+pub(crate) const WINDOW_BYTES_MAX: u64 = 64 << 20;
+/// How often latencies are looked at.
+pub(crate) const TICK: Duration = Duration::from_millis(100);
+/// How long a guest miss counts as *now*.
+const MISS_RECENT: Duration = Duration::from_millis(50);
+/// How long a disk without misses counts as in use.
+const MISS_LATELY: Duration = Duration::from_secs(2);
+/// How long a floor and a round trip hold.
+const FLOOR_AGE: Duration = Duration::from_secs(10);
+/// Window at the start, in bytes.
+const WINDOW_BYTES_START: u64 = 256 << 10;
+/// A rate is measured over at least this.
+const RATE_SPAN_MIN: Duration = Duration::from_millis(10);
+/// Rates of which the largest counts.
+const RATES_KEPT: usize = 10;
+/// How far control may take window and pace down, as a part of what the link gives.
+const SCALE_MIN: f64 = 1.0 / 256.0;
+
+/// Smallest sample of the last ten seconds.
+#[derive(Debug, Default)]
+struct Floor(VecDeque<(Duration, Duration)>);
+
+impl Floor {
+    fn note(&mut self, now: Duration, sample: Duration) {
+        while self.0.back().is_some_and(|(_, other)| *other >= sample) {
+            self.0.pop_back();
+        }
+        self.0.push_back((now, sample));
+        // The last one stays even when it is old: better an old floor than none.
+        while self.0.len() > 1 && self.0[0].0 + FLOOR_AGE < now {
+            self.0.pop_front();
+        }
+    }
+
+    fn get(&self) -> Option<Duration> {
+        self.0.front().map(|(_, sample)| *sample)
+    }
+}
+
+/// One kind of guest request: its floor, and whether it suffers.
+#[derive(Debug, Default)]
+struct Watch(Floor);
+
+impl Watch {
+    /// Takes the samples of one tick; `Some(true)` if they are too slow, `None` if there are none.
+    fn suffers(&mut self, now: Duration, samples: &mut [Duration]) -> Option<bool> {
+        samples.sort_unstable();
+        self.0.note(now, *samples.first()?);
+        let p90 = samples[(samples.len() - 1) * 9 / 10];
+        let floor = self.0.get()?;
+        Some(p90 > (2 * floor).max(floor + Duration::from_millis(1)))
+    }
+}
+
+/// What guests met since the last tick.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) misses: Vec<Duration>,
+    pub(crate) reads: Vec<Duration>,
+    pub(crate) writes: Vec<Duration>,
+    pub(crate) syncs: Vec<Duration>,
+}
+
+/// The control of one fill.
+#[derive(Debug)]
+pub(crate) struct Control {
+    /// Bytes per second below which politeness does not take the fill.
+    min_rate: u64,
+    round_trip: Floor,
+    probed_at: Option<Duration>,
+    rates: VecDeque<f64>,
+    span_start: Duration,
+    span_bytes: u64,
+    span_limited: bool,
+    /// Grows with every answer while nothing is known of the link; `None` once the rate stopped growing.
+    start_window: Option<u64>,
+    flat_spans: u32,
+    last_miss: Option<Duration>,
+    /// Parts of the window and of the rate that control leaves to the fill.
+    window_scale: f64,
+    pace_scale: f64,
+    misses: Watch,
+    reads: Watch,
+    writes: Watch,
+    syncs: Watch,
+    last_rate: f64,
+}
+
+impl Control {
+    pub(crate) fn new(now: Duration, min_rate: u64) -> Control {
+        Control {
+            min_rate,
+            round_trip: Floor::default(),
+            probed_at: None,
+            rates: VecDeque::new(),
+            span_start: now,
+            span_bytes: 0,
+            span_limited: false,
+            start_window: Some(WINDOW_BYTES_START),
+            flat_spans: 0,
+            last_miss: None,
+            window_scale: 1.0,
+            pace_scale: 1.0,
+            misses: Watch::default(),
+            reads: Watch::default(),
+            writes: Watch::default(),
+            syncs: Watch::default(),
+            last_rate: 0.0,
+        }
+    }
+
+    /// Sets the floor under politeness.
+    pub(crate) fn set_min_rate(&mut self, bytes_per_second: u64) {
+        self.min_rate = bytes_per_second;
+    }
+
+    /// When a guest last missed.
+    pub(crate) fn set_last_miss(&mut self, at: Option<Duration>) {
+        self.last_miss = at;
+    }
+
+    fn missed_within(&self, now: Duration, span: Duration) -> bool {
+        self.last_miss.is_some_and(|at| at + span >= now)
+    }
+
+    fn rate(&self) -> f64 {
+        self.rates.iter().copied().fold(0.0, f64::max)
+    }
+
+    /// Whether the round trip is to be measured: what is in flight drains, one small request goes alone.
+    pub(crate) fn probe_due(&self, now: Duration) -> bool {
+        self.probed_at.is_none_or(|at| at + FLOOR_AGE < now)
+    }
+
+    /// The size of the next request, in bytes.
+    pub(crate) fn request_bytes(&self, now: Duration) -> u64 {
+        if self.probe_due(now) {
+            return REQUEST_BYTES_MIN;
+        }
+        let bytes = if self.missed_within(now, MISS_RECENT) {
+            self.rate() * 0.000_35
+        } else {
+            self.window(now) as f64 / 8.0
+        };
+        let bytes = (bytes as u64).clamp(REQUEST_BYTES_MIN, REQUEST_BYTES_MAX);
+        1 << bytes.ilog2()
+    }
+
+    /// How many bytes may be asked for and not answered. One request may always be.
+    pub(crate) fn window(&self, now: Duration) -> u64 {
+        let (rate, trip) = (self.rate(), self.round_trip.get().unwrap_or_default().as_secs_f64());
+        let window = if self.missed_within(now, MISS_RECENT) {
+            rate * (trip + 0.000_35) * self.window_scale
+        } else if self.missed_within(now, MISS_LATELY) {
+            rate * (trip + 0.002) * self.window_scale
+        } else {
+            rate * (2.0 * trip + 0.004) * self.window_scale
+        };
+        let start = self.start_window.filter(|_| !self.missed_within(now, MISS_RECENT)).unwrap_or(0);
+        (window as u64).max(start).clamp(REQUEST_BYTES_MIN, WINDOW_BYTES_MAX)
+    }
+
+    /// The rate that the local disk's guests leave to the fill, in bytes per second; 0 is no limit.
+    pub(crate) fn pace(&self) -> u64 {
+        if self.pace_scale >= 1.0 {
+            return 0;
+        }
+        ((self.rate() * self.pace_scale) as u64).max(self.min_rate).max(REQUEST_BYTES_MIN)
+    }
+
+    /// `bytes` came after `took`; `alone`: nothing else was in flight. `limited`: something else than the link limits.
+    pub(crate) fn answered(&mut self, now: Duration, bytes: u64, took: Duration, alone: bool, limited: bool) {
+        if alone && (bytes <= REQUEST_BYTES_MIN || self.probed_at.is_none()) {
+            self.round_trip.note(now, took);
+            self.probed_at = Some(now);
+        }
+        if let Some(window) = &mut self.start_window {
+            *window = window.saturating_add(bytes).min(WINDOW_BYTES_MAX);
+        }
+        self.span_bytes += bytes;
+        self.span_limited |= limited || self.missed_within(now, MISS_RECENT);
+        let span = now.saturating_sub(self.span_start);
+        if span >= RATE_SPAN_MIN.max(self.round_trip.get().unwrap_or_default()) {
+            self.end_span(now, span);
+        }
+    }
+
+    fn end_span(&mut self, now: Duration, span: Duration) {
+        let rate = self.span_bytes as f64 / span.as_secs_f64();
+        let best = self.rate();
+        self.last_rate = rate;
+        // What the link gives is not seen while something else holds the fill back.
+        if !self.span_limited || rate > best {
+            if self.rates.len() == RATES_KEPT {
+                self.rates.pop_front();
+            }
+            self.rates.push_back(rate);
+        }
+        if !self.span_limited && self.start_window.is_some() {
+            self.flat_spans = if rate > best * 1.25 { 0 } else { self.flat_spans + 1 };
+            if self.flat_spans >= 3 {
+                self.start_window = None;
+            }
+        }
+        self.restart_span(now);
+    }
+
+    /// Measures the rate anew from here (after a pause, or when nothing was in flight).
+    pub(crate) fn restart_span(&mut self, now: Duration) {
+        (self.span_start, self.span_bytes, self.span_limited) = (now, 0, false);
+    }
+
+    /// Every [`TICK`]: what guests met since the last one.
+    pub(crate) fn tick(&mut self, now: Duration, mut seen: Seen) {
+        let had_misses = !seen.misses.is_empty();
+        let polite = self.last_rate > self.min_rate as f64;
+        match self.misses.suffers(now, &mut seen.misses) {
+            Some(true) if polite => {
+                self.start_window = None;
+                self.window_scale = (self.window_scale / 2.0).max(SCALE_MIN);
+            }
+            Some(_) => self.window_scale = (self.window_scale * 1.25).min(1.0),
+            None if !self.missed_within(now, MISS_RECENT) => {
+                self.window_scale = (self.window_scale * 2.0).min(1.0);
+            }
+            None => {}
+        }
+        let local = [
+            self.syncs.suffers(now, &mut seen.syncs),
+            self.writes.suffers(now, &mut seen.writes),
+            // A read that missed has been looked at above.
+            if had_misses { None } else { self.reads.suffers(now, &mut seen.reads) },
+        ];
+        if local.contains(&Some(true)) {
+            if polite {
+                self.pace_scale = (self.pace_scale / 2.0).max(SCALE_MIN);
+            }
+        } else {
+            let grow = if local.contains(&Some(false)) { 1.25 } else { 2.0 };
+            self.pace_scale = (self.pace_scale * grow).min(1.0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    /// A control that has found a link of 25 MB/s with a round trip of 1 ms.
+    fn settled() -> (Control, Duration) {
+        let mut control = Control::new(Duration::ZERO, 0);
+        let mut now = MS;
+        control.answered(now, 4096, MS, true, false);
+        for _ in 0..2000 {
+            now += MS;
+            control.answered(now, 25_000, MS, false, false);
+        }
+        (control, now)
+    }
+
+    fn misses(took: Duration) -> Seen {
+        Seen { misses: vec![took; 10], ..Seen::default() }
+    }
+
+    #[test]
+    fn the_queue_at_the_slowest_hop_is_small_while_guests_miss() {
+        let (mut control, now) = settled();
+        assert!(control.window(now) >= 100_000, "nobody there: {}", control.window(now));
+        control.set_last_miss(Some(now));
+        // 25 MB/s × (1 ms + 0.35 ms).
+        assert!((30_000..36_000).contains(&control.window(now)), "{}", control.window(now));
+        assert_eq!(control.request_bytes(now), 8192);
+        control.set_last_miss(Some(now - 60 * MS));
+        assert!((70_000..80_000).contains(&control.window(now)), "{}", control.window(now));
+    }
+
+    #[test]
+    fn slow_misses_halve_the_window_to_one_request_and_good_ones_give_it_back() {
+        let (mut control, mut now) = settled();
+        control.set_last_miss(Some(now));
+        let full = control.window(now);
+        control.tick(now, misses(MS));
+        assert_eq!(control.window(now), full);
+        control.tick(now, misses(3 * MS));
+        assert!(control.window(now) <= full / 2 + 1);
+        for _ in 0..20 {
+            control.tick(now, misses(3 * MS));
+        }
+        assert_eq!(control.window(now), REQUEST_BYTES_MIN);
+        for _ in 0..40 {
+            now += TICK;
+            control.set_last_miss(Some(now));
+            control.tick(now, misses(MS));
+        }
+        assert_eq!(control.window(now), full);
+    }
+
+    #[test]
+    fn politeness_ends_at_the_floor() {
+        let (mut control, now) = settled();
+        control.set_min_rate(30_000_000);
+        control.set_last_miss(Some(now));
+        let full = control.window(now);
+        control.tick(now, misses(MS));
+        control.tick(now, misses(50 * MS));
+        assert_eq!(control.window(now), full, "the fill is below its floor already");
+        control.set_min_rate(1_000_000);
+        for _ in 0..50 {
+            control.tick(now, Seen { syncs: vec![MS, 90 * MS, 90 * MS], ..Seen::default() });
+        }
+        assert_eq!(control.pace(), 1_000_000);
+    }
+
+    #[test]
+    fn a_slow_flush_lowers_the_pace_and_a_quiet_disk_lifts_it() {
+        let (mut control, now) = settled();
+        assert_eq!(control.pace(), 0);
+        control.tick(now, Seen { syncs: vec![MS / 10], ..Seen::default() });
+        assert_eq!(control.pace(), 0);
+        control.tick(now, Seen { syncs: vec![20 * MS], ..Seen::default() });
+        assert!((12_000_000..13_000_000).contains(&control.pace()), "{}", control.pace());
+        control.tick(now, Seen::default());
+        assert_eq!(control.pace(), 0);
+    }
+
+    #[test]
+    fn the_floor_is_the_smallest_sample_and_ages() {
+        let mut floor = Floor::default();
+        floor.note(Duration::ZERO, MS);
+        floor.note(5000 * MS, 3 * MS);
+        assert_eq!(floor.get(), Some(MS));
+        floor.note(11_000 * MS, 4 * MS);
+        assert_eq!(floor.get(), Some(3 * MS));
+    }
+
+    #[test]
+    fn the_round_trip_is_measured_again_before_it_is_too_old() {
+        let (control, now) = settled();
+        assert!(!control.probe_due(now));
+        assert!(control.probe_due(now + FLOOR_AGE));
+        assert_eq!(control.request_bytes(now + FLOOR_AGE), REQUEST_BYTES_MIN);
+    }
+}
