@@ -175,6 +175,8 @@ pub trait Node: Send + Sync + 'static {
     /// Writes those bytes of `data` (guest byte `at`) that are still absent, under `generation` of the edge.
     ///
     /// The range is a multiple of [`Node::populate_unit`], but for the end of the disk. Volatile until a sync.
+    /// For [`Class::Fill`](infill_base::Class) the payload has been written back when it returns, so that what a fill
+    /// leaves dirty, and a guest's FLUSH would have to wait for, is bounded by what the fill has in flight.
     fn populate(
         &self,
         cx: &Ctx,

@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use infill_base::{Ctx, ErrorKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags};
+use infill_base::{
+    Ctx, ErrorKind, Extent, ExtentKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags,
+};
 use infill_job::{Events, JobEvent};
 use infill_node::{BackingRef, BackingSlot, MemoryOverlay, Node, NodeHandle, NodeInfo, Populated, RawNode};
 use infill_storage::{MemoryStorage, Storage, StorageHandle, rt};
@@ -21,9 +23,14 @@ pub fn pattern(len: u64) -> Vec<u8> {
     (0..len / 8).flat_map(|word| (word * 8 + 1).to_be_bytes()).collect()
 }
 
+enum Content {
+    Memory(MemoryStorage),
+    Sevens(u64),
+}
+
 /// A storage behind a link of a round trip and a rate, first in, first out.
 pub struct Link {
-    bytes: MemoryStorage,
+    bytes: Content,
     round_trip: Duration,
     bytes_per_second: u64,
     free_at: Mutex<Duration>,
@@ -40,8 +47,17 @@ pub struct Link {
 
 impl Link {
     pub fn new(bytes: Vec<u8>, round_trip: Duration, bytes_per_second: u64) -> Arc<Link> {
+        Link::of(Content::Memory(MemoryStorage::from_bytes(bytes)), round_trip, bytes_per_second)
+    }
+
+    /// A source of any size that costs no memory: every byte is 7.
+    pub fn sevens(len: u64, round_trip: Duration, bytes_per_second: u64) -> Arc<Link> {
+        Link::of(Content::Sevens(len), round_trip, bytes_per_second)
+    }
+
+    fn of(bytes: Content, round_trip: Duration, bytes_per_second: u64) -> Arc<Link> {
         Arc::new(Link {
-            bytes: MemoryStorage::from_bytes(bytes),
+            bytes,
             round_trip,
             bytes_per_second,
             free_at: Mutex::default(),
@@ -71,10 +87,13 @@ impl Drop for InFlight<'_> {
 
 impl Storage for Link {
     fn limits(&self) -> Limits {
-        Limits { writable: false, ..Storage::limits(&self.bytes) }
+        Limits { writable: false, ..Limits::default() }
     }
     fn len(&self) -> u64 {
-        Storage::len(&self.bytes)
+        match &self.bytes {
+            Content::Memory(bytes) => Storage::len(bytes),
+            Content::Sevens(len) => *len,
+        }
     }
     fn name(&self) -> String {
         "link".into()
@@ -104,7 +123,14 @@ impl Storage for Link {
         if let Some(kind) = self.errors.lock().unwrap().pop_front() {
             return Err(IoError::new(kind, "a planted error"));
         }
-        Storage::read(&self.bytes, cx, at, buf).await
+        match &self.bytes {
+            Content::Memory(bytes) => Storage::read(bytes, cx, at, buf).await,
+            Content::Sevens(_) => Ok({
+                let mut buf = buf;
+                buf.fill(7);
+                buf
+            }),
+        }
     }
     async fn write(&self, _: &Ctx, _: u64, _: Gather, _: WriteFlags) -> IoResult<()> {
         Err(IoError::new(ErrorKind::NotPermitted, "read-only"))
@@ -123,7 +149,10 @@ impl Storage for Link {
     }
     async fn extents(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Extents> {
         rt::sleep(self.round_trip).await;
-        Storage::extents(&self.bytes, cx, at, len).await
+        match &self.bytes {
+            Content::Memory(bytes) => Storage::extents(bytes, cx, at, len).await,
+            Content::Sevens(_) => Ok(vec![Extent::new(at, len, ExtentKind::Data)]),
+        }
     }
 }
 
@@ -143,9 +172,27 @@ pub struct Overlay {
     pub space: AtomicU64,
     pub header_fails: AtomicBool,
     pub write_time: Duration,
+    /// The local disk: bytes per second, first in, first out; every write and populate passes it.
+    pub disk: Mutex<Disk>,
+}
+
+/// A disk's queue.
+pub struct Disk {
+    pub bytes_per_second: u64,
+    pub free_at: Duration,
 }
 
 impl Overlay {
+    async fn on_disk(&self, bytes: u64) {
+        let done = {
+            let mut disk = self.disk.lock().unwrap();
+            let takes = Duration::from_nanos(bytes * 1_000_000_000 / disk.bytes_per_second);
+            disk.free_at = disk.free_at.max(rt::now()) + takes;
+            disk.free_at
+        };
+        rt::sleep(done.saturating_sub(rt::now()) + self.write_time).await;
+    }
+
     pub fn new(len: u64, unit: u64, backing: &NodeHandle) -> Arc<Overlay> {
         Arc::new(Overlay {
             inner: MemoryOverlay::new(len, unit, Some(backing.clone())),
@@ -153,6 +200,7 @@ impl Overlay {
             space: AtomicU64::new(u64::MAX),
             header_fails: AtomicBool::new(false),
             write_time: Duration::from_micros(50),
+            disk: Mutex::new(Disk { bytes_per_second: 1 << 40, free_at: Duration::ZERO }),
         })
     }
 
@@ -178,7 +226,7 @@ impl Node for Shared {
         Node::read(&self.0.inner, cx, at, buf).await
     }
     async fn write(&self, cx: &Ctx, at: u64, data: Gather, flags: WriteFlags) -> IoResult<()> {
-        rt::sleep(self.0.write_time).await;
+        self.0.on_disk(data.len() as u64).await;
         Node::write(&self.0.inner, cx, at, data, flags).await
     }
     async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
@@ -188,7 +236,7 @@ impl Node for Shared {
         Node::discard(&self.0.inner, cx, at, len).await
     }
     async fn sync(&self, _: &Ctx) -> IoResult<()> {
-        rt::sleep(Duration::from_millis(1)).await;
+        self.0.on_disk(4096).await;
         self.0.log.lock().unwrap().push(Step::Sync);
         Ok(())
     }
@@ -202,7 +250,7 @@ impl Node for Shared {
         Node::populate_unit(&self.0.inner)
     }
     async fn populate(&self, cx: &Ctx, at: u64, data: Bytes, generation: u64) -> IoResult<Populated> {
-        rt::sleep(self.0.write_time).await;
+        self.0.on_disk(data.len() as u64).await;
         let space = self.0.space.load(Ordering::Relaxed);
         if space == 0 {
             return Err(IoError::new(ErrorKind::NoSpace, "the disk is full"));
