@@ -11,7 +11,7 @@
 //!
 //! Every 100 ms the p90 of guest misses is compared with the floor, the smallest sample of the last 10 s; where it is
 //! over max(2 × floor, floor + 1 ms), the window halves (down to one request), else it grows. The guest's FLUSH, read
-//! and write latencies do the same to the *pace* (bytes per second), since they share the local disk, not the link.
+//! and write latencies, which also bound what is in local writes at a time, do the same to the *pace* (bytes per second), since they share the local disk, not the link.
 //! Neither takes the fill below `min_rate`. The round trip is measured anew every 10 s with nothing else in flight: a
 //! minimum that was taken behind the fill's own queue would drift up without end.
 
@@ -28,6 +28,11 @@ pub(crate) const WINDOW_BYTES_MAX: u64 = 64 << 20;
 pub(crate) const TICK: Duration = Duration::from_millis(100);
 /// How long a guest miss counts as *now*.
 const MISS_RECENT: Duration = Duration::from_millis(50);
+/// Bytes in local writes at a time: no more than a guest's FLUSH may find dirty.
+const LINK_BYTES_MAX: u64 = 4 << 20;
+/// The same while guests write or flush, and the largest request then.
+const LINK_BYTES_BUSY: u64 = 256 << 10;
+const REQUEST_BYTES_BUSY: u64 = 128 << 10;
 /// How long a disk without misses counts as in use.
 const MISS_LATELY: Duration = Duration::from_secs(2);
 /// How long a floor and a round trip hold.
@@ -38,7 +43,7 @@ const WINDOW_BYTES_START: u64 = 256 << 10;
 const RATE_SPAN_MIN: Duration = Duration::from_millis(10);
 /// Rates of which the largest counts.
 const RATES_KEPT: usize = 10;
-/// How far control may take window and pace down, as a part of what the link gives.
+/// How far control may take the window down, as a part of what the link gives.
 const SCALE_MIN: f64 = 1.0 / 256.0;
 
 /// Smallest sample of the last ten seconds.
@@ -101,9 +106,13 @@ pub(crate) struct Control {
     start_window: Option<u64>,
     flat_spans: u32,
     last_miss: Option<Duration>,
-    /// Parts of the window and of the rate that control leaves to the fill.
+    last_write: Option<Duration>,
+    /// The part of the window that control leaves to the fill.
     window_scale: f64,
-    pace_scale: f64,
+    /// Bytes per second that control leaves to the fill; `None` is no limit.
+    pace: Option<f64>,
+    /// The pace at which guests suffered last: near it, the pace grows slowly.
+    too_fast: f64,
     misses: Watch,
     reads: Watch,
     writes: Watch,
@@ -124,8 +133,10 @@ impl Control {
             start_window: Some(WINDOW_BYTES_START),
             flat_spans: 0,
             last_miss: None,
+            last_write: None,
             window_scale: 1.0,
-            pace_scale: 1.0,
+            pace: None,
+            too_fast: f64::MAX,
             misses: Watch::default(),
             reads: Watch::default(),
             writes: Watch::default(),
@@ -139,9 +150,18 @@ impl Control {
         self.min_rate = bytes_per_second;
     }
 
-    /// When a guest last missed.
-    pub(crate) fn set_last_miss(&mut self, at: Option<Duration>) {
-        self.last_miss = at;
+    /// When a guest last missed, and when it last wrote or flushed.
+    pub(crate) fn set_last(&mut self, miss: Option<Duration>, write: Option<Duration>) {
+        (self.last_miss, self.last_write) = (miss, write);
+    }
+
+    fn writes_now(&self, now: Duration) -> bool {
+        self.last_write.is_some_and(|at| at + MISS_RECENT >= now)
+    }
+
+    /// How many bytes may be in local writes at a time. One block may always be.
+    pub(crate) fn link_bytes_max(&self, now: Duration) -> u64 {
+        if self.writes_now(now) { LINK_BYTES_BUSY } else { LINK_BYTES_MAX }
     }
 
     fn missed_within(&self, now: Duration, span: Duration) -> bool {
@@ -167,7 +187,8 @@ impl Control {
         } else {
             self.window(now) as f64 / 8.0
         };
-        let bytes = (bytes as u64).clamp(REQUEST_BYTES_MIN, REQUEST_BYTES_MAX);
+        let max = if self.writes_now(now) { REQUEST_BYTES_BUSY } else { REQUEST_BYTES_MAX };
+        let bytes = (bytes as u64).clamp(REQUEST_BYTES_MIN, max);
         1 << bytes.ilog2()
     }
 
@@ -187,10 +208,7 @@ impl Control {
 
     /// The rate that the local disk's guests leave to the fill, in bytes per second; 0 is no limit.
     pub(crate) fn pace(&self) -> u64 {
-        if self.pace_scale >= 1.0 {
-            return 0;
-        }
-        ((self.rate() * self.pace_scale) as u64).max(self.min_rate).max(REQUEST_BYTES_MIN)
+        self.pace.map_or(0, |pace| (pace as u64).max(self.min_rate).max(REQUEST_BYTES_MIN))
     }
 
     /// `bytes` came after `took`; `alone`: nothing else was in flight. `limited`: something else than the link limits.
@@ -258,11 +276,17 @@ impl Control {
         ];
         if local.contains(&Some(true)) {
             if polite {
-                self.pace_scale = (self.pace_scale / 2.0).max(SCALE_MIN);
+                let now = self.pace.unwrap_or(f64::MAX).min(self.last_rate);
+                (self.pace, self.too_fast) = (Some(now / 2.0), now);
             }
-        } else {
-            let grow = if local.contains(&Some(false)) { 1.25 } else { 2.0 };
-            self.pace_scale = (self.pace_scale * grow).min(1.0);
+        } else if let Some(pace) = self.pace {
+            let grow = match (local.contains(&Some(false)), pace < self.too_fast * 0.7) {
+                (false, _) => 2.0,
+                (true, true) => 1.25,
+                (true, false) => 1.02,
+            };
+            let pace = (pace * grow).max(self.min_rate as f64);
+            self.pace = (pace < self.rate()).then_some(pace);
         }
     }
 }
@@ -293,18 +317,18 @@ mod tests {
     fn the_queue_at_the_slowest_hop_is_small_while_guests_miss() {
         let (mut control, now) = settled();
         assert!(control.window(now) >= 100_000, "nobody there: {}", control.window(now));
-        control.set_last_miss(Some(now));
+        control.set_last(Some(now), None);
         // 25 MB/s × (1 ms + 0.35 ms).
         assert!((30_000..36_000).contains(&control.window(now)), "{}", control.window(now));
         assert_eq!(control.request_bytes(now), 8192);
-        control.set_last_miss(Some(now - 60 * MS));
+        control.set_last(Some(now - 60 * MS), None);
         assert!((70_000..80_000).contains(&control.window(now)), "{}", control.window(now));
     }
 
     #[test]
     fn slow_misses_halve_the_window_to_one_request_and_good_ones_give_it_back() {
         let (mut control, mut now) = settled();
-        control.set_last_miss(Some(now));
+        control.set_last(Some(now), None);
         let full = control.window(now);
         control.tick(now, misses(MS));
         assert_eq!(control.window(now), full);
@@ -316,7 +340,7 @@ mod tests {
         assert_eq!(control.window(now), REQUEST_BYTES_MIN);
         for _ in 0..40 {
             now += TICK;
-            control.set_last_miss(Some(now));
+            control.set_last(Some(now), None);
             control.tick(now, misses(MS));
         }
         assert_eq!(control.window(now), full);
@@ -326,14 +350,20 @@ mod tests {
     fn politeness_ends_at_the_floor() {
         let (mut control, now) = settled();
         control.set_min_rate(30_000_000);
-        control.set_last_miss(Some(now));
+        control.set_last(Some(now), None);
         let full = control.window(now);
         control.tick(now, misses(MS));
         control.tick(now, misses(50 * MS));
         assert_eq!(control.window(now), full, "the fill is below its floor already");
         control.set_min_rate(1_000_000);
+        let mut now = now;
         for _ in 0..50 {
             control.tick(now, Seen { syncs: vec![MS, 90 * MS, 90 * MS], ..Seen::default() });
+            // The fill does what it may.
+            for _ in 0..20 {
+                now += MS;
+                control.answered(now, control.pace() / 1000, MS, false, true);
+            }
         }
         assert_eq!(control.pace(), 1_000_000);
     }

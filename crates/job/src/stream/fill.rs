@@ -25,8 +25,6 @@ use crate::state::{ErrorAction, OnError, Operation};
 
 /// Bytes that the fill holds in memory: asked for, being gathered and being written.
 const HELD_BYTES_MAX: u64 = 64 << 20;
-/// Bytes in local writes at a time: more would only queue before the guest's own.
-const LINK_BYTES_MAX: u64 = 8 << 20;
 /// Bytes of a run of zeroes that are linked at once.
 const ZERO_BYTES_MAX: u64 = 16 << 20;
 /// How often the fill's metadata have a round of their own.
@@ -314,7 +312,10 @@ impl<'a> Pass<'a> {
             }
             self.retry_at = None;
         }
-        self.control.set_last_miss(self.source.latency().last(LatencyKind::Miss));
+        let board = self.fill.top.latency();
+        let wrote = board.last(LatencyKind::Write).max(board.last(LatencyKind::Sync));
+        self.control.set_last(self.source.latency().last(LatencyKind::Miss), wrote);
+        let link_bytes_max = self.control.link_bytes_max(now);
         while !self.job.should_stop() {
             self.start_mapping();
             let window = self.control.window(now);
@@ -322,7 +323,7 @@ impl<'a> Pass<'a> {
             if self.sent_bytes > 0 && (probe || self.sent_bytes >= window) {
                 break;
             }
-            if self.held_bytes >= HELD_BYTES_MAX || self.link_bytes >= LINK_BYTES_MAX {
+            if self.held_bytes >= HELD_BYTES_MAX || self.link_bytes >= link_bytes_max {
                 break;
             }
             let ready = self.speed.ready_at().max(self.pace.ready_at());
@@ -398,7 +399,7 @@ impl<'a> Pass<'a> {
                     return Some(self.new_block(start, size));
                 }
                 FillPiece::Zero { at, len } => {
-                    if self.link_bytes >= LINK_BYTES_MAX {
+                    if self.link_bytes >= ZERO_BYTES_MAX {
                         return None;
                     }
                     let size = align_up(ZERO_BYTES_MAX, unit).min(*len);
