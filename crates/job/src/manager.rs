@@ -3,6 +3,7 @@
 use std::future::Future;
 
 use infill_base::IoResult;
+use infill_node::NodeHandle;
 use infill_storage::rt;
 use infill_storage::sync::{Arc, Mutex, lock};
 
@@ -42,6 +43,35 @@ pub(crate) struct Shared {
     /// The newest last.
     jobs: Mutex<Vec<Job>>,
     pub(crate) events: Broadcast,
+    fills: Mutex<Vec<Filling>>,
+}
+
+/// What a job fills, and the layers that it takes out of the chain.
+#[derive(Debug)]
+struct Filling {
+    job: String,
+    top: NodeHandle,
+    below: Vec<NodeHandle>,
+}
+
+impl Filling {
+    fn meets(&self, other: &Filling) -> bool {
+        let among = |node: &NodeHandle, layers: &[NodeHandle]| layers.iter().any(|layer| layer.is_same(node));
+        self.top.is_same(&other.top) || among(&self.top, &other.below) || among(&other.top, &self.below)
+    }
+}
+
+/// Keeps other jobs off a part of a chain while it lives.
+#[derive(Debug)]
+pub(crate) struct Claim {
+    jobs: Arc<Shared>,
+    job: String,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        lock(&self.jobs.fills).retain(|other| other.job != self.job);
+    }
 }
 
 impl Shared {
@@ -91,6 +121,26 @@ impl Jobs {
         job.announce();
         rt::spawn(job.clone().live(work));
         Ok(job)
+    }
+
+    /// Keeps other fills off `top` and the layers `below` it that are to go.
+    pub(crate) fn claim(
+        &self,
+        job: &str,
+        top: &NodeHandle,
+        below: Vec<NodeHandle>,
+    ) -> Result<Claim, JobError> {
+        let filling = Filling { job: job.into(), top: top.clone(), below };
+        let mut fills = lock(&self.0.fills);
+        if let Some(other) = fills.iter().find(|other| other.job == job || other.meets(&filling)) {
+            return Err(JobError::generic(format!(
+                "{} is busy: job '{}' works on this chain; wait for it or cancel it",
+                top.info().filename,
+                other.job
+            )));
+        }
+        fills.push(filling);
+        Ok(Claim { jobs: self.0.clone(), job: job.into() })
     }
 
     /// Starts a job that is one future (`blockdev-create`).

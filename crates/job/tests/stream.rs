@@ -480,3 +480,50 @@ fn a_base_that_is_not_in_the_chain_is_refused() {
         assert!(scene.jobs.query().is_empty());
     });
 }
+
+#[test]
+fn a_pause_while_all_memory_is_in_unfinished_blocks_does_not_end_in_a_deadlock() {
+    for step in 1..12 {
+        block_on(async {
+            let link = Link::sevens(128 * MIB, 60 * MS, 1000 * MIB);
+            let overlay = Overlay::new(128 * MIB, 64 * MIB, &link.node());
+            let top = NodeHandle::new(Shared(overlay));
+            let jobs = Jobs::new();
+            let job = start(&jobs, JobOptions::new("a"), StreamOptions::new(top)).unwrap();
+            rt::sleep(20 * step * MS).await;
+            if job.pause().is_ok() {
+                rt::sleep(MS).await;
+                let _over = job.resume();
+            }
+            rt::timeout(Duration::from_secs(60), job.wait()).await.expect("it goes on").unwrap();
+        });
+    }
+}
+
+#[test]
+fn streams_that_would_meet_are_refused_and_others_are_not() {
+    block_on(async {
+        let link = Link::new(pattern(MIB), 50 * MS, 100 * MIB);
+        let base = link.node();
+        let over = |below: &NodeHandle| NodeHandle::new(Shared(Overlay::new(MIB, 64 * KIB, below)));
+        let middle = over(&base);
+        let (top, sister) = (over(&middle), over(&middle));
+        let jobs = Jobs::new();
+        let stream = |id: &str, top: &NodeHandle, base: StreamBase| {
+            let options = StreamOptions { base, ..StreamOptions::new(top.clone()) };
+            start(&jobs, JobOptions::new(id), options)
+        };
+        let first = stream("a", &top, StreamBase::None).unwrap();
+        assert!(stream("b", &top, StreamBase::None).is_err(), "the same overlay");
+        assert!(stream("b", &middle, StreamBase::None).is_err(), "below the first");
+        let second = stream("b", &sister, StreamBase::Node(middle.clone())).unwrap();
+        first.wait().await.unwrap();
+        second.wait().await.unwrap();
+        let third = stream("c", &middle, StreamBase::None).unwrap();
+        assert!(stream("d", &sister, StreamBase::None).is_err(), "above the third");
+        let fourth = stream("d", &sister, StreamBase::Node(middle.clone())).unwrap();
+        third.wait().await.unwrap();
+        fourth.wait().await.unwrap();
+        assert!(content(&sister).await == pattern(MIB));
+    });
+}

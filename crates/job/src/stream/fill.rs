@@ -323,7 +323,9 @@ impl<'a> Pass<'a> {
             if self.sent_bytes > 0 && (probe || self.sent_bytes >= window) {
                 break;
             }
-            if self.held_bytes >= HELD_BYTES_MAX || self.link_bytes >= link_bytes_max {
+            // A block that was begun is always finished, or its memory would never come back.
+            let fresh = self.again.is_empty() && self.rest.is_none();
+            if (fresh && self.held_bytes >= HELD_BYTES_MAX) || self.link_bytes >= link_bytes_max {
                 break;
             }
             let ready = self.speed.ready_at().max(self.pace.ready_at());
@@ -558,9 +560,22 @@ impl<'a> Pass<'a> {
             }
             Local::Synced { bytes, result } => {
                 self.syncing = false;
-                // After a failed sync nothing is known; no policy makes that good.
-                result?;
-                self.job.set_durable(bytes);
+                match result {
+                    Ok(()) => self.job.set_durable(bytes),
+                    // The metadata found no space; nothing was promised yet.
+                    Err(error) if error.kind() == ErrorKind::NoSpace => {
+                        self.unsynced = true;
+                        let policy = self.fill.policy.on_error;
+                        if !self.stopped_by_error
+                            && self.job.io_error(policy, Operation::Write, &error) != ErrorAction::Stop
+                        {
+                            return Err(error);
+                        }
+                        self.stopped_by_error = true;
+                    }
+                    // After any other failed sync nothing is known; no policy makes that good.
+                    Err(error) => return Err(error),
+                }
             }
         }
         Ok(())

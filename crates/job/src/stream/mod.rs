@@ -28,7 +28,7 @@ use infill_node::{BackingRef, BackingSlot, NodeHandle};
 
 use crate::error::JobError;
 use crate::job::{Job, Work};
-use crate::manager::{JobOptions, Jobs};
+use crate::manager::{Claim, JobOptions, Jobs};
 use crate::state::{JobType, OnError};
 
 use fill::{Fill, FillPolicy};
@@ -149,9 +149,15 @@ pub fn start(jobs: &Jobs, job: JobOptions, options: StreamOptions) -> Result<Job
         on_swap,
         ..
     } = options;
+    let above_base = |layer: &NodeHandle| match &bottom {
+        None => true,
+        Some(bottom) => !bottom.is_same(&top) && !below(bottom).is_some_and(|base| base.is_same(layer)),
+    };
+    let layers = chain(&top).skip(1).take_while(above_base).collect();
+    let claim = jobs.claim(&job.id, &top, layers)?;
     let policy = FillPolicy { on_error, min_rate, finish_by };
     let fill = Fill::new(top.clone(), bottom.clone(), policy);
-    let stream = Stream { top, bottom, backing_file, backing_mask_protocol, on_swap, fill };
+    let stream = Stream { top, bottom, backing_file, backing_mask_protocol, on_swap, fill, _claim: claim };
     jobs.start(JobType::Stream, job, stream)
 }
 
@@ -162,6 +168,7 @@ struct Stream {
     backing_mask_protocol: bool,
     on_swap: Option<OnSwap>,
     fill: Fill,
+    _claim: Claim,
 }
 
 impl Stream {
