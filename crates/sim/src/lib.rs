@@ -4,8 +4,14 @@
 //! decided by a seed, so that a failure is repeated by its seed. For tests only.
 #![forbid(unsafe_code)]
 
+mod crash;
+mod disk;
+mod media;
 mod rng;
 mod world;
 
+pub use crash::{Boundary, CrashPoint, Pending, PendingOp};
+pub use disk::{DiskOp, DiskOptions, Hold, SimDisk};
+pub use media::{Media, SECTOR_BYTES};
 pub use rng::Rng;
 pub use world::{World, block_on};
