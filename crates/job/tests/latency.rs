@@ -52,7 +52,7 @@ impl Latencies {
 async fn cold_reads(top: &NodeHandle, span: Duration, rest: Duration) -> Latencies {
     let (end, mut took, mut at) = (rt::now() + span, Vec::new(), DISK);
     while rt::now() < end {
-        at -= 20 * KIB;
+        at -= 16 * KIB;
         let start = rt::now();
         top.read_vec(&Ctx::GUEST, at, 4096).await.unwrap();
         took.push(rt::now() - start);
@@ -86,6 +86,57 @@ fn a_guest_in_a_closed_loop_keeps_its_latency_and_the_link_stays_busy() {
         assert!(busy.at(990) <= 4 * quiet.at(990));
         assert!(busy.0.len() * 10 >= quiet.0.len() * 3);
         assert!(bytes as f64 >= 0.8 * LINK as f64 * SPAN.as_secs_f64());
+    });
+}
+
+#[test]
+fn a_fill_that_begins_beside_a_busy_guest_finds_the_link_all_the_same() {
+    block_on(async {
+        let quiet = cold_reads(&scene(LINK, TRIP).top, SPAN, Duration::ZERO).await;
+        let scene = scene(LINK, TRIP);
+        let top = scene.top.clone();
+        let guest = rt::detached(async move { cold_reads(&top, 2 * SPAN, Duration::ZERO).await });
+        let fill = async {
+            rt::sleep(SPAN).await;
+            let job = scene.fill();
+            rt::sleep(SPAN / 2).await;
+            let before = scene.link.bytes_read.load(Ordering::Relaxed);
+            rt::sleep(SPAN / 2).await;
+            (job, scene.link.bytes_read.load(Ordering::Relaxed) - before)
+        };
+        let (busy, (_job, bytes)) = futures_util::future::join(guest, fill).await;
+        println!("begun beside: p99 {:?} {bytes}", busy.at(990));
+        assert!(busy.at(990) <= 4 * quiet.at(990));
+        assert!(bytes as f64 >= 0.8 * LINK as f64 * SPAN.as_secs_f64() / 2.0, "{bytes}");
+    });
+}
+
+#[test]
+fn a_distant_server_with_few_threads_is_shared() {
+    block_on(async {
+        let (trip, span) = (Duration::from_millis(20), Duration::from_millis(800));
+        let distant = || {
+            let scene = scene(1000 * MIB, trip);
+            *scene.link.threads.lock().unwrap() = vec![Duration::ZERO; 16];
+            scene
+        };
+        let quiet = cold_reads(&distant().top, span, Duration::ZERO).await;
+        let scene = distant();
+        let top = scene.top.clone();
+        let guest = rt::detached(async move { cold_reads(&top, span, Duration::ZERO).await });
+        let job = scene.fill();
+        let busy = guest.await;
+        let filled = job.info().current_progress;
+        println!(
+            "16 threads: quiet p50 {:?}; p50 {:?} p99 {:?}, {} MiB in {span:?}",
+            quiet.at(500),
+            busy.at(500),
+            busy.at(990),
+            filled / MIB
+        );
+        assert!(busy.at(500) <= 2 * quiet.at(500));
+        assert!(busy.at(990) <= 4 * quiet.at(990));
+        assert!(filled >= 30 * MIB, "{} MiB in {span:?}", filled / MIB);
     });
 }
 

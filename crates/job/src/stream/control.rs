@@ -38,7 +38,7 @@ const MISS_LATELY: Duration = Duration::from_secs(2);
 /// How long a floor and a round trip hold.
 const FLOOR_AGE: Duration = Duration::from_secs(10);
 /// Window at the start, in bytes.
-const WINDOW_BYTES_START: u64 = 256 << 10;
+const WINDOW_BYTES_START: u64 = 64 << 10;
 /// A rate is measured over at least this.
 const RATE_SPAN_MIN: Duration = Duration::from_millis(10);
 /// Rates of which the largest counts.
@@ -183,7 +183,8 @@ impl Control {
             return REQUEST_BYTES_MIN;
         }
         let bytes = if self.missed_within(now, MISS_RECENT) {
-            self.rate() * 0.000_35
+            // On a long way a few requests shall fill it: the server may have few threads.
+            (self.rate() * 0.000_35).max(self.window(now) as f64 / 8.0)
         } else {
             self.window(now) as f64 / 8.0
         };
@@ -202,8 +203,7 @@ impl Control {
         } else {
             rate * (2.0 * trip + 0.004) * self.window_scale
         };
-        let start = self.start_window.filter(|_| !self.missed_within(now, MISS_RECENT)).unwrap_or(0);
-        (window as u64).max(start).clamp(REQUEST_BYTES_MIN, WINDOW_BYTES_MAX)
+        (window as u64).max(self.start_window.unwrap_or(0)).clamp(REQUEST_BYTES_MIN, WINDOW_BYTES_MAX)
     }
 
     /// The rate that the local disk's guests leave to the fill, in bytes per second; 0 is no limit.
@@ -217,14 +217,22 @@ impl Control {
             self.round_trip.note(now, took);
             self.probed_at = Some(now);
         }
-        if let Some(window) = &mut self.start_window {
-            *window = window.saturating_add(bytes).min(WINDOW_BYTES_MAX);
-        }
+        self.grow_at_start(now, bytes, took);
         self.span_bytes += bytes;
         self.span_limited |= limited || self.missed_within(now, MISS_RECENT);
         let span = now.saturating_sub(self.span_start);
         if span >= RATE_SPAN_MIN.max(self.round_trip.get().unwrap_or_default()) {
             self.end_span(now, span);
+        }
+    }
+
+    /// Doubles the window each round trip, until answers take longer: then a queue has begun to build.
+    fn grow_at_start(&mut self, now: Duration, bytes: u64, took: Duration) {
+        let Some(window) = &mut self.start_window else { return };
+        *window = window.saturating_add(bytes).min(WINDOW_BYTES_MAX);
+        let Some(trip) = self.round_trip.get() else { return };
+        if took > trip + trip / 4 + Duration::from_millis(1) && self.missed_within(now, MISS_LATELY) {
+            self.start_window = None;
         }
     }
 

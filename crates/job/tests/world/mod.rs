@@ -34,6 +34,8 @@ pub struct Link {
     round_trip: Duration,
     bytes_per_second: u64,
     free_at: Mutex<Duration>,
+    /// When each thread of the server is free; each holds a request for the round trip. Empty: any number of threads.
+    pub threads: Mutex<Vec<Duration>>,
     /// Errors for the next reads.
     pub errors: Mutex<VecDeque<ErrorKind>>,
     pub lost: AtomicBool,
@@ -61,6 +63,7 @@ impl Link {
             round_trip,
             bytes_per_second,
             free_at: Mutex::default(),
+            threads: Mutex::default(),
             errors: Mutex::default(),
             lost: AtomicBool::new(false),
             hangs: AtomicBool::new(false),
@@ -105,8 +108,18 @@ impl Storage for Link {
         let arrives = {
             let mut free_at = self.free_at.lock().unwrap();
             let takes = Duration::from_nanos(buf.len() as u64 * 1_000_000_000 / self.bytes_per_second);
-            *free_at = (*free_at).max(rt::now()) + takes;
-            *free_at + self.round_trip
+            let mut threads = self.threads.lock().unwrap();
+            match threads.iter_mut().min() {
+                Some(thread) => {
+                    *thread = (*thread).max(rt::now()) + self.round_trip;
+                    *free_at = (*free_at).max(*thread) + takes;
+                    *free_at
+                }
+                None => {
+                    *free_at = (*free_at).max(rt::now()) + takes;
+                    *free_at + self.round_trip
+                }
+            }
         };
         self.reads.fetch_add(1, Ordering::Relaxed);
         self.bytes_read.fetch_add(buf.len() as u64, Ordering::Relaxed);
