@@ -527,3 +527,47 @@ fn streams_that_would_meet_are_refused_and_others_are_not() {
         assert!(content(&sister).await == pattern(MIB));
     });
 }
+
+#[test]
+fn a_failed_sync_ends_the_job_and_one_without_space_stops_it() {
+    block_on(async {
+        for kind in [ErrorKind::Io, ErrorKind::NoSpace] {
+            let scene = Scene::new(8 * MIB, 64 * KIB, MS, 2 * MIB);
+            *scene.overlay.sync_fails.lock().unwrap() = Some(kind);
+            let job = scene.start(|_, stream| stream.on_error = OnError::Stop);
+            rt::sleep(2000 * MS).await;
+            assert!(scene.top.backing().unwrap().is_some());
+            if kind == ErrorKind::Io {
+                assert!(job.wait().await.unwrap_err().contains("the sync failed"));
+                continue;
+            }
+            assert_eq!(job.status(), JobStatus::Paused);
+            *scene.overlay.sync_fails.lock().unwrap() = None;
+            job.resume().unwrap();
+            job.wait().await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn progress_is_told_once_a_second_and_what_is_durable_follows() {
+    block_on(async {
+        let scene = Scene::new(16 * MIB, 64 * KIB, MS, 2 * MIB);
+        let events = scene.jobs.subscribe();
+        scene.start(|_, _| {}).wait().await.unwrap();
+        let told: Vec<_> = drain(&events)
+            .into_iter()
+            .filter_map(|event| match event {
+                JobEvent::Progress { progress, durable } => Some((progress.offset, durable)),
+                _ => None,
+            })
+            .collect();
+        assert!((6..=9).contains(&told.len()), "{told:?}");
+        assert!(told.is_sorted());
+        assert!(
+            told.iter().all(|(offset, durable)| durable <= offset && offset - durable < 5 * MIB),
+            "{told:?}"
+        );
+        assert!(told.last().unwrap().1 > 0);
+    });
+}

@@ -184,6 +184,7 @@ pub struct Overlay {
     /// Populates that are let through before the space ends.
     pub space: AtomicU64,
     pub header_fails: AtomicBool,
+    pub sync_fails: Mutex<Option<ErrorKind>>,
     pub write_time: Duration,
     /// The local disk: bytes per second, first in, first out; every write and populate passes it.
     pub disk: Mutex<Disk>,
@@ -212,6 +213,7 @@ impl Overlay {
             log: Mutex::default(),
             space: AtomicU64::new(u64::MAX),
             header_fails: AtomicBool::new(false),
+            sync_fails: Mutex::default(),
             write_time: Duration::from_micros(50),
             disk: Mutex::new(Disk { bytes_per_second: 1 << 40, free_at: Duration::ZERO }),
         })
@@ -250,6 +252,9 @@ impl Node for Shared {
     }
     async fn sync(&self, _: &Ctx) -> IoResult<()> {
         self.0.on_disk(4096).await;
+        if let Some(kind) = *self.0.sync_fails.lock().unwrap() {
+            return Err(IoError::new(kind, "the sync failed"));
+        }
         self.0.log.lock().unwrap().push(Step::Sync);
         Ok(())
     }
