@@ -84,7 +84,7 @@ fn guests_and_fill(seed: u64, unit: u64) {
         let policy = CopyOnRead::new(&scene.top, MIB);
         scene.top.backing().unwrap().set_copy_on_read(Some(policy));
         let mut model = pattern(len);
-        let job = scene.start(|job, _| job.speed = 4 * MIB);
+        let job = scene.start(|job, _| job.speed = 2 * MIB);
         let mut steps = 0;
         while job.status() != JobStatus::Null {
             steps += 1;
@@ -123,7 +123,7 @@ fn guests_and_fill(seed: u64, unit: u64) {
         job.wait().await.unwrap();
         assert!(!scene.top.backing().unwrap().is_some());
         assert!(content(&scene.top).await == model, "seed {seed}");
-        assert!(steps > 50, "seed {seed}: the guest met the fill {steps} times");
+        assert!(steps > 20, "seed {seed}: the guest met the fill {steps} times");
     });
 }
 
