@@ -122,6 +122,18 @@ impl CheckReport {
     }
 }
 
+/// What `check` may change. Ordered: a later one includes the ones before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum Repair {
+    /// Look only.
+    #[default]
+    Nothing,
+    /// Give leaked clusters back (`-r leaks`).
+    Leaks,
+    /// Also mend what contradicts itself (`-r all`).
+    All,
+}
+
 /// One element of the block graph: guest-visible bytes.
 ///
 /// Ranges lie on the disk: `at + len <= len()`; a node answers others with `InvalidInput`. Any byte alignment is

@@ -90,7 +90,7 @@ pub enum Purpose {
 pub enum WriteGate {
     /// At once.
     Ready,
-    /// After its refcounts were rebuilt: it is marked dirty. `check` with [`crate::Repair::ALL`] does it and clears the
+    /// After its refcounts were rebuilt: it is marked dirty. `check` with [`infill_node::Repair::All`] does it and clears the
     /// mark; only then is anything allocated.
     RepairFirst,
 }
