@@ -11,7 +11,8 @@ mod features;
 mod format;
 mod geometry;
 mod header;
-mod metaio;
+
+pub(crate) use infill_storage::unaligned as metaio;
 
 pub use entry::{
     CompressedCluster, EntryError, EntryRule, L1Entry, L2Entry, L2TableRef, L2View, StandardCluster,

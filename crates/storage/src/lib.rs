@@ -2,6 +2,7 @@
 //!
 //! * [`Storage`] is for those who write drivers (plain `async fn`); [`StorageHandle`] is what everybody holds.
 //! * [`rt`] is the seam to the runtime: spawn, sleep, now. `infill-io` and `infill-sim` provide one each.
+//! * [`unaligned`] reads and writes metadata at any alignment.
 //! * [`RangeLock`], [`Permits`] and [`sync`] are the concurrency helpers; all are safe between threads.
 //!
 //! # Contract
@@ -19,6 +20,7 @@ mod range_lock;
 pub mod rt;
 pub mod stream;
 pub mod sync;
+pub mod unaligned;
 
 use std::future::Future;
 
