@@ -141,6 +141,17 @@ impl FileStorage {
         FileStorage::open(path, options).map(StorageHandle::new)
     }
 
+    /// Takes the image locks of a reader or a writer, where it was opened without them: for a file that is opened
+    /// before it is known who uses it. They last until [`FileStorage::unlock`].
+    pub fn lock(&self, read_only: bool) -> Result<(), OpenError> {
+        locks::take(self.fd.as_fd(), read_only, &self.name())
+    }
+
+    /// Gives all image locks back.
+    pub fn unlock(&self) -> Result<(), OpenError> {
+        locks::release(self.fd.as_fd(), &self.name())
+    }
+
     /// Where it lies.
     pub fn path(&self) -> &Path {
         &self.path

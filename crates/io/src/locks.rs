@@ -65,6 +65,19 @@ pub(crate) fn take(fd: BorrowedFd<'_>, read_only: bool, path: &str) -> Result<()
     Ok(())
 }
 
+/// Gives the locks of the file `fd` back.
+pub(crate) fn release(fd: BorrowedFd<'_>, path: &str) -> Result<(), OpenError> {
+    let bits = [CONSISTENT_READ, WRITE, RESIZE];
+    for byte in bits.iter().flat_map(|bit| [USED + bit, UNSHARED + bit]) {
+        match lock_call(fd, libc::F_OFD_SETLK, libc::F_UNLCK, byte) {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {} // no locks on this file system
+            Err(error) => return Err(OpenError::Io(infill_base::IoError::from(error).in_node(path))),
+        }
+    }
+    Ok(())
+}
+
 fn refused(path: &str, read_only: bool, permission: &str) -> OpenError {
     let mode = if read_only { "reading" } else { "writing" };
     OpenError::Refused {

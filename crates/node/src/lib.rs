@@ -14,6 +14,7 @@
 
 mod backing;
 mod fetch;
+mod filter;
 pub mod generic;
 mod graph;
 mod handle;
@@ -27,6 +28,7 @@ use bytes::{Bytes, BytesMut};
 use infill_base::{Ctx, ErrorKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags};
 
 pub use backing::{BackingSlot, Below, COPY_ON_READ_BYTES_MAX, CopyOnRead, Fetched, LinkGuard};
+pub use filter::CopyOnReadNode;
 pub use graph::{Graph, GraphError};
 pub use handle::{NodeHandle, NodeStorage, WeakNode};
 pub use latency::{LatencyBoard, LatencyKind};

@@ -1,4 +1,5 @@
 //! Raw: the guest's bytes are the storage's bytes, or a window of them. A hole is zero, so it is never an overlay.
+//! A storage itself (a file, an NBD export) that stands in the graph is the same, under its protocol's name.
 
 use bytes::BytesMut;
 use infill_base::{
@@ -12,6 +13,7 @@ use crate::{Node, NodeInfo};
 /// A raw disk on a storage.
 #[derive(Debug)]
 pub struct RawNode {
+    driver: &'static str,
     storage: StorageHandle,
     offset: u64,
     len: AtomicU64,
@@ -23,8 +25,14 @@ pub struct RawNode {
 impl RawNode {
     /// All bytes of `storage`.
     pub fn new(storage: StorageHandle, read_only: bool) -> RawNode {
+        RawNode::protocol("raw", storage, read_only)
+    }
+
+    /// All bytes of `storage`, under the driver name of what it is (`file`, `nbd`).
+    pub fn protocol(driver: &'static str, storage: StorageHandle, read_only: bool) -> RawNode {
         let len = AtomicU64::new(storage.len());
-        RawNode { offset: 0, len, window: false, read_only: read_only || !storage.limits().writable, storage }
+        let read_only = read_only || !storage.limits().writable;
+        RawNode { driver, offset: 0, len, window: false, read_only, storage }
     }
 
     /// `size` bytes of `storage` from byte `offset` (QEMU's raw driver with `offset` and `size`).
@@ -81,7 +89,7 @@ impl Node for RawNode {
 
     fn info(&self) -> NodeInfo {
         NodeInfo {
-            driver: "raw",
+            driver: self.driver,
             filename: self.storage.name(),
             backing: None,
             cluster_bytes: None,

@@ -15,6 +15,7 @@
 
 mod handle;
 mod memory;
+mod null;
 mod permits;
 mod range_lock;
 pub mod rt;
@@ -29,6 +30,7 @@ use infill_base::{Ctx, Extents, Gather, IoResult, Limits, WriteFlags, ZeroFlags}
 
 pub use handle::StorageHandle;
 pub use memory::MemoryStorage;
+pub use null::NullStorage;
 pub use permits::{Permit, Permits};
 pub use range_lock::{RangeGuard, RangeLock};
 

@@ -147,3 +147,21 @@ fn what_is_no_file_is_refused() {
     assert!(error.to_string().contains("file or block device"), "{error}");
     assert!(FileStorage::open("/nonexistent/disk", FileOptions::read_only()).is_err());
 }
+
+#[test]
+fn locks_that_are_taken_late_keep_others_off_until_they_are_given_back() {
+    run(|path| async move {
+        drop(FileStorage::open(&path, FileOptions::create_new(4096)).unwrap());
+        let unguarded = FileOptions { share: Share::Unguarded, ..FileOptions::default() };
+        let late = FileStorage::open(&path, unguarded).unwrap();
+        late.lock(true).unwrap();
+        drop(FileStorage::open(&path, FileOptions::read_only()).unwrap());
+        assert!(FileStorage::open(&path, FileOptions::default()).is_err());
+        late.lock(false).unwrap();
+        assert!(FileStorage::open(&path, FileOptions::read_only()).is_err());
+        late.unlock().unwrap();
+        let writer = FileStorage::open(&path, FileOptions::default()).unwrap();
+        assert!(late.lock(true).is_err());
+        drop(writer);
+    });
+}
