@@ -66,7 +66,6 @@ pub(crate) const MOVED: u32 = 62;
 const MOVED_NAME: &str = "moved to another host";
 
 /// The kinds of the feature name table, with the bits that every image of ours names.
-#[allow(dead_code, reason = "for images that are created")]
 const NAMES: [(u8, u32, &str); 7] = [
     (0, 0, "dirty bit"),
     (0, 1, "corrupt bit"),
@@ -77,7 +76,6 @@ const NAMES: [(u8, u32, &str); 7] = [
     (2, 62, "infill volatile journal"),
 ];
 
-#[allow(dead_code, reason = "for images that are created")]
 /// The feature name table of the images that we create. It fits the first sector together with the header and the
 /// name of a backing format.
 pub(crate) fn name_table() -> Vec<u8> {
@@ -156,7 +154,6 @@ impl Compression {
     }
 
     /// The value of the header's field.
-    #[allow(dead_code, reason = "for images that are created")]
     pub(crate) fn code(self) -> u8 {
         match self {
             Compression::Deflate => 0,

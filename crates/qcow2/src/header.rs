@@ -494,7 +494,7 @@ impl Header {
 }
 
 /// Takes entries from the end of the feature name table until the extensions fit `room` bytes, or none is left.
-fn trim_names(extensions: &mut [Extension], room: usize) -> Option<()> {
+pub(crate) fn trim_names(extensions: &mut [Extension], room: usize) -> Option<()> {
     let excess = serialize_extensions(extensions).len().checked_sub(room)?;
     let names = extensions.iter_mut().find(|found| found.kind == extension::FEATURE_NAMES)?;
     let entry = size_of::<RawFeatureName>();

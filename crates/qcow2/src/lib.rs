@@ -6,6 +6,7 @@
 //! to do. Every length that a file claims is bounded ([`limits`]) before anything is allocated for it.
 #![forbid(unsafe_code)]
 
+mod create;
 mod entry;
 mod features;
 mod format;
@@ -14,6 +15,7 @@ mod header;
 
 pub(crate) use infill_storage::unaligned as metaio;
 
+pub use create::{CreateOptions, create};
 pub use entry::{
     CompressedCluster, EntryError, EntryRule, L1Entry, L2Entry, L2TableRef, L2View, StandardCluster,
     SubclusterState, refcount_block, refcount_get, refcount_set,
