@@ -7,11 +7,13 @@
 mod crash;
 mod disk;
 mod media;
+mod pipe;
 mod rng;
 mod world;
 
 pub use crash::{Boundary, CrashPoint, Pending, PendingOp};
 pub use disk::{DiskOp, DiskOptions, Hold, SimDisk};
 pub use media::{Media, SECTOR_BYTES};
+pub use pipe::{pipe, torn_pipe};
 pub use rng::Rng;
 pub use world::{World, block_on};
