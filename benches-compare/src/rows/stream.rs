@@ -1,0 +1,225 @@
+//! Rows 4, 5 and 6b: streams, alone and beside a guest that flushes.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::{on_file, order, qcow2_data, raw_data, text};
+use crate::Setup;
+use crate::peers::{Daemon, NbdClient, Process, Who, run};
+use crate::table::{Row, Table, median, percentile};
+
+const LOCAL_MIB: u64 = 2048;
+const DISTANT_MIB: u64 = 512;
+/// How long the guest of row 6b is watched, quiet and beside the stream.
+const WATCH: Duration = Duration::from_secs(5);
+
+/// An empty qcow2 overlay; `backing` is a file name or URI.
+fn overlay(dir: &Path, backing: &str, format: &str, size: Option<u64>) -> Result<PathBuf> {
+    let path = dir.join("overlay.qcow2");
+    let size = size.map(|size| size.to_string());
+    let mut args = vec!["create", "-q", "-f", "qcow2", "-F", format, "-b", backing];
+    if size.is_some() {
+        args.push("-u");
+    }
+    args.push(text(&path)?);
+    args.extend(size.as_deref());
+    run("qemu-img", &args)?;
+    Ok(path)
+}
+
+/// Streams `d`, and gives the time until the target was on stable storage.
+fn stream(daemon: &mut Daemon, who: Who, target: &Path) -> Result<f64> {
+    let start = Instant::now();
+    daemon.qmp.stream()?;
+    daemon.qmp.stream_end()?;
+    if who == Who::Qemu {
+        // Its event promises nothing about stable storage; ours does.
+        run("sync", &["-f", text(target)?])?;
+    }
+    Ok(start.elapsed().as_secs_f64())
+}
+
+/// The overlay alone holds what the base holds.
+fn verify(raw: &Path, overlay: &Path) -> Result<()> {
+    let info: Value = serde_json::from_str(&run("qemu-img", &["info", "--output=json", text(overlay)?])?)?;
+    ensure!(info.get("backing-filename").is_none(), "the overlay still has a backing file");
+    run("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", text(raw)?, text(overlay)?]).map(drop)
+}
+
+/// Row 4.
+pub fn local(setup: &Setup, table: &mut Table) -> Result<()> {
+    let raw = raw_data(&setup.dir, "stream.raw", LOCAL_MIB)?;
+    let base = qcow2_data(&setup.dir, "stream.qcow2", &raw)?;
+    let copy = setup.dir.join("copy.raw");
+    let (mut ours, mut theirs, mut plain) = (Vec::new(), Vec::new(), Vec::new());
+    for pair in 0..setup.pairs {
+        for who in order(pair) {
+            let image = overlay(&setup.dir, text(&base)?, "qcow2", None)?;
+            run("sync", &[])?;
+            let mut daemon = Daemon::start(&setup.programs, who, &setup.dir, &on_file("qcow2", &image))?;
+            let took = stream(&mut daemon, who, &image)?;
+            daemon.quit()?;
+            verify(&raw, &image)?;
+            if who == Who::Infill { ours.push(took) } else { theirs.push(took) }
+        }
+        let _ = std::fs::remove_file(&copy);
+        run("sync", &[])?;
+        let start = Instant::now();
+        let (from, to) = (format!("if={}", raw.display()), format!("of={}", copy.display()));
+        run("dd", &[&from, &to, "bs=1M", "conv=fdatasync", "status=none"])?;
+        plain.push(start.elapsed().as_secs_f64());
+    }
+    let _ = std::fs::remove_file(&copy);
+    let ratio = median(theirs.iter().zip(&ours).map(|(b, a)| b / a).collect());
+    let plain_ratio = median(plain.iter().zip(&ours).map(|(b, a)| b / a).collect());
+    let rate = |seconds: Vec<f64>| format!("{:.0} MB/s", (LOCAL_MIB << 20) as f64 / 1e6 / median(seconds));
+    table.push(Row {
+        number: "4",
+        workload: "block-stream, qcow2 over local full qcow2, until it is on stable storage".into(),
+        ours: rate(ours),
+        theirs: format!("{}; raw copy: {}", rate(theirs), rate(plain)),
+        ratio: format!("{ratio:.2} ×; {plain_ratio:.2} × raw copy"),
+        target: "≥ 2 ×; ≥ 0.7 × raw copy",
+        met: ratio >= 2.0 && plain_ratio >= 0.7,
+    });
+    Ok(())
+}
+
+/// Row 5.
+pub fn distant(setup: &Setup, table: &mut Table) -> Result<()> {
+    let raw = raw_data(&setup.dir, "distant.raw", DISTANT_MIB)?;
+    let socket = setup.dir.join("distant.sock");
+    let mut command = Command::new("nbdkit");
+    command.args(["-f", "-U", text(&socket)?, "--filter=delay", "file", text(&raw)?, "rdelay=20ms"]);
+    let _source = Process::start(&mut command)?;
+    NbdClient::connect(&socket, "")?;
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let size = DISTANT_MIB << 20;
+    let node = |image: &Path| {
+        json!({
+            "driver": "qcow2", "node-name": "d", "file": {"driver": "file", "filename": image},
+            "backing": {"driver": "nbd", "server": {"type": "unix", "path": socket}, "export": ""}
+        })
+    };
+    let copy = setup.dir.join("copy.raw");
+    let (mut ours, mut theirs, mut plain) = (Vec::new(), Vec::new(), Vec::new());
+    for pair in 0..setup.pairs {
+        for who in order(pair) {
+            let image = overlay(&setup.dir, &uri, "raw", Some(size))?;
+            let mut daemon = Daemon::start(&setup.programs, who, &setup.dir, &node(&image))?;
+            let took = stream(&mut daemon, who, &image)?;
+            daemon.quit()?;
+            verify(&raw, &image)?;
+            if who == Who::Infill { ours.push(took) } else { theirs.push(took) }
+        }
+        let _ = std::fs::remove_file(&copy);
+        let start = Instant::now();
+        run("nbdcopy", &[&uri, text(&copy)?])?;
+        plain.push(start.elapsed().as_secs_f64());
+    }
+    let _ = std::fs::remove_file(&copy);
+    let ratio = median(theirs.iter().zip(&ours).map(|(b, a)| b / a).collect());
+    let plain_ratio = median(plain.iter().zip(&ours).map(|(b, a)| b / a).collect());
+    let rate = |seconds: Vec<f64>| format!("{:.0} MB/s", size as f64 / 1e6 / median(seconds));
+    table.push(Row {
+        number: "5",
+        workload: "block-stream, source with 20 ms per read (nbdkit delay)".into(),
+        ours: rate(ours),
+        theirs: format!("{}; nbdcopy: {}", rate(theirs), rate(plain)),
+        ratio: format!("{ratio:.1} ×; {plain_ratio:.2} × nbdcopy"),
+        target: "≥ 12 ×; ≥ 0.9 × nbdcopy",
+        met: ratio >= 12.0 && plain_ratio >= 0.9,
+    });
+    Ok(())
+}
+
+/// Latencies, in milliseconds, of 4 KiB writes each followed by a flush, until told to stop or for [`WATCH`].
+fn write_and_flush(socket: &Path, disk: u64, stop: Option<&AtomicBool>) -> Result<Vec<f64>> {
+    let mut client = NbdClient::connect(socket, "d")?;
+    let (mut samples, mut place, data) = (Vec::new(), 0x9e37_79b9_u64, vec![0x5a; 4096]);
+    let start = Instant::now();
+    while stop.map_or(start.elapsed() < WATCH, |stop| !stop.load(Ordering::Relaxed)) {
+        // A full-period generator: every place of the disk, in an order without a pattern.
+        place = place.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let at = (place >> 20) % (disk / 4096) * 4096;
+        let begin = Instant::now();
+        client.write(at, &data)?;
+        client.flush()?;
+        samples.push(begin.elapsed().as_secs_f64() * 1e3);
+    }
+    Ok(samples)
+}
+
+/// What the guest felt, and how fast the stream was.
+struct Beside {
+    quiet: Vec<f64>,
+    busy: Vec<f64>,
+    rate: f64,
+}
+
+fn beside(setup: &Setup, who: Who, base: &Path) -> Result<Beside> {
+    let size = LOCAL_MIB << 20;
+    let image = overlay(&setup.dir, text(base)?, "qcow2", None)?;
+    run("sync", &[])?;
+    let mut daemon = Daemon::start(&setup.programs, who, &setup.dir, &on_file("qcow2", &image))?;
+    let quiet = write_and_flush(&daemon.socket, size, None)?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let guest = std::thread::spawn({
+        let (stop, socket) = (stop.clone(), daemon.socket.clone());
+        move || write_and_flush(&socket, size, Some(&stop))
+    });
+    let start = Instant::now();
+    daemon.qmp.stream()?;
+    let ended = daemon.qmp.stream_end();
+    let rate = size as f64 / 1e6 / start.elapsed().as_secs_f64();
+    stop.store(true, Ordering::Relaxed);
+    let busy = guest.join().map_err(|_| anyhow::anyhow!("the guest's thread panicked"))??;
+    ended?;
+    daemon.quit()?;
+    Ok(Beside { quiet, busy, rate })
+}
+
+/// Row 6b.
+pub fn beside_flushes(setup: &Setup, table: &mut Table) -> Result<()> {
+    let raw = raw_data(&setup.dir, "stream.raw", LOCAL_MIB)?;
+    let base = qcow2_data(&setup.dir, "stream.qcow2", &raw)?;
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for pair in 0..setup.pairs {
+        for who in order(pair) {
+            let figure = beside(setup, who, &base).with_context(|| format!("{who:?}"))?;
+            if who == Who::Infill { ours.push(figure) } else { theirs.push(figure) }
+        }
+    }
+    let times = |runs: &[Beside], percent: f64| {
+        let ratio = |run: &Beside| percentile(&run.busy, percent) / percentile(&run.quiet, percent);
+        median(runs.iter().map(ratio).collect())
+    };
+    let figure = |runs: &[Beside]| {
+        let rate = median(runs.iter().map(|run| run.rate).collect());
+        let quiet = median(runs.iter().map(|run| percentile(&run.quiet, 50.0)).collect());
+        let (p50, p99) = (times(runs, 50.0), times(runs, 99.0));
+        (
+            p50,
+            p99,
+            format!("quiet p50 {quiet:.2} ms; beside: p50 × {p50:.1}, p99 × {p99:.1}; stream {rate:.0} MB/s"),
+        )
+    };
+    let ratio = median(ours.iter().zip(&theirs).map(|(a, b)| a.rate / b.rate).collect());
+    let ((p50, p99, our_text), (_, _, their_text)) = (figure(&ours), figure(&theirs));
+    table.push(Row {
+        number: "6b",
+        workload: "4 KiB random write + flush, depth 1, beside an unthrottled local stream".into(),
+        ours: our_text,
+        theirs: their_text,
+        ratio: format!("stream {ratio:.2} ×"),
+        target: "p50 ≤ 1.5 ×, p99 ≤ 3 × quiet; stream ≥ 1.5 ×",
+        met: p50 <= 1.5 && p99 <= 3.0 && ratio >= 1.5,
+    });
+    Ok(())
+}
