@@ -52,7 +52,12 @@ pub fn run(program: &str, args: &[&str]) -> Result<String> {
     let output =
         Command::new(program).args(args).output().with_context(|| format!("cannot run {program}"))?;
     if !output.status.success() {
-        bail!("{program} {} failed: {}", args.join(" "), String::from_utf8_lossy(&output.stderr));
+        let error = String::from_utf8_lossy(&output.stderr);
+        bail!(
+            "{program} {} failed: {}",
+            args.join(" "),
+            error.lines().next().unwrap_or("it does not say why")
+        );
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

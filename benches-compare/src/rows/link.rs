@@ -46,14 +46,11 @@ impl Link {
     }
 
     fn wire(&self, end: &str, router: &str, letter: &str, net: &str) -> Result<()> {
-        let far = format!("r{letter}");
-        run(
-            "ip",
-            &["-n", end, "link", "add", letter, "type", "veth", "peer", "name", &far, "netns", router],
-        )?;
-        run("ip", &["-n", end, "addr", "add", &format!("{net}.2/24"), "dev", letter])?;
+        let (near, far) = (format!("e{letter}"), format!("r{letter}"));
+        run("ip", &["-n", end, "link", "add", &near, "type", "veth", "peer", "name", &far, "netns", router])?;
+        run("ip", &["-n", end, "addr", "add", &format!("{net}.2/24"), "dev", &near])?;
         run("ip", &["-n", router, "addr", "add", &format!("{net}.1/24"), "dev", &far])?;
-        run("ip", &["-n", end, "link", "set", letter, "up"])?;
+        run("ip", &["-n", end, "link", "set", &near, "up"])?;
         run("ip", &["-n", router, "link", "set", &far, "up"])?;
         run("ip", &["-n", end, "route", "add", "default", "via", &format!("{net}.1")]).map(drop)
     }

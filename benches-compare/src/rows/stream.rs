@@ -19,17 +19,10 @@ const DISTANT_MIB: u64 = 512;
 /// How long the guest of row 6b is watched, quiet and beside the stream.
 const WATCH: Duration = Duration::from_secs(5);
 
-/// An empty qcow2 overlay; `backing` is a file name or URI.
-fn overlay(dir: &Path, backing: &str, format: &str, size: Option<u64>) -> Result<PathBuf> {
+/// An empty qcow2 overlay of a qcow2 file.
+fn overlay(dir: &Path, base: &Path) -> Result<PathBuf> {
     let path = dir.join("overlay.qcow2");
-    let size = size.map(|size| size.to_string());
-    let mut args = vec!["create", "-q", "-f", "qcow2", "-F", format, "-b", backing];
-    if size.is_some() {
-        args.push("-u");
-    }
-    args.push(text(&path)?);
-    args.extend(size.as_deref());
-    run("qemu-img", &args)?;
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", text(base)?, text(&path)?])?;
     Ok(path)
 }
 
@@ -60,7 +53,7 @@ pub fn local(setup: &Setup, table: &mut Table) -> Result<()> {
     let (mut ours, mut theirs, mut plain) = (Vec::new(), Vec::new(), Vec::new());
     for pair in 0..setup.pairs {
         for who in order(pair) {
-            let image = overlay(&setup.dir, text(&base)?, "qcow2", None)?;
+            let image = overlay(&setup.dir, &base)?;
             run("sync", &[])?;
             let mut daemon = Daemon::start(&setup.programs, who, &setup.dir, &on_file("qcow2", &image))?;
             let took = stream(&mut daemon, who, &image)?;
@@ -101,18 +94,18 @@ pub fn distant(setup: &Setup, table: &mut Table) -> Result<()> {
     NbdClient::connect(&socket, "")?;
     let uri = format!("nbd+unix:///?socket={}", socket.display());
     let size = DISTANT_MIB << 20;
-    let node = |image: &Path| {
-        json!({
-            "driver": "qcow2", "node-name": "d", "file": {"driver": "file", "filename": image},
-            "backing": {"driver": "nbd", "server": {"type": "unix", "path": socket}, "export": ""}
-        })
-    };
+    let image = setup.dir.join("overlay.qcow2");
+    let node = json!({
+        "driver": "qcow2", "node-name": "d", "file": {"driver": "file", "filename": image},
+        "backing": {"driver": "nbd", "server": {"type": "unix", "path": socket}, "export": ""}
+    });
     let copy = setup.dir.join("copy.raw");
     let (mut ours, mut theirs, mut plain) = (Vec::new(), Vec::new(), Vec::new());
     for pair in 0..setup.pairs {
         for who in order(pair) {
-            let image = overlay(&setup.dir, &uri, "raw", Some(size))?;
-            let mut daemon = Daemon::start(&setup.programs, who, &setup.dir, &node(&image))?;
+            // The backing is named by the daemon's command line alone.
+            run("qemu-img", &["create", "-q", "-f", "qcow2", text(&image)?, &size.to_string()])?;
+            let mut daemon = Daemon::start(&setup.programs, who, &setup.dir, &node)?;
             let took = stream(&mut daemon, who, &image)?;
             daemon.quit()?;
             verify(&raw, &image)?;
@@ -165,7 +158,7 @@ struct Beside {
 
 fn beside(setup: &Setup, who: Who, base: &Path) -> Result<Beside> {
     let size = LOCAL_MIB << 20;
-    let image = overlay(&setup.dir, text(base)?, "qcow2", None)?;
+    let image = overlay(&setup.dir, base)?;
     run("sync", &[])?;
     let mut daemon = Daemon::start(&setup.programs, who, &setup.dir, &on_file("qcow2", &image))?;
     let quiet = write_and_flush(&daemon.socket, size, None)?;
