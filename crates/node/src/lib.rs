@@ -19,6 +19,7 @@ pub mod generic;
 mod graph;
 mod handle;
 mod latency;
+pub mod mapping;
 mod memory;
 mod raw;
 

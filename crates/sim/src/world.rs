@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
 use infill_storage::rt::{self, Runtime};
-use infill_storage::sync::lock;
+use infill_storage::sync::{Mutex, lock};
 use rustc_hash::FxHashMap;
 
 use crate::Rng;

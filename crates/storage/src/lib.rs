@@ -3,7 +3,7 @@
 //! * [`Storage`] is for those who write drivers (plain `async fn`); [`StorageHandle`] is what everybody holds.
 //! * [`rt`] is the seam to the runtime: spawn, sleep, now. `infill-io` and `infill-sim` provide one each.
 //! * [`unaligned`] reads and writes metadata at any alignment.
-//! * [`RangeLock`], [`Permits`] and [`sync`] are the concurrency helpers; all are safe between threads.
+//! * [`RangeLock`], [`Permits`], [`rounds`] and [`sync`] are the concurrency helpers; all are safe between threads.
 //!
 //! # Contract
 //! * A buffer belongs to the operation: dropping a future detaches the operation and never frees its buffer.
@@ -18,6 +18,7 @@ mod memory;
 mod null;
 mod permits;
 mod range_lock;
+pub mod rounds;
 pub mod rt;
 pub mod stream;
 pub mod sync;
