@@ -1,1 +1,19 @@
-//! See docs/architecture.md.
+//! The proof of the write path, and one suite for every storage and every node.
+//!
+//! * [`Model`] is the reference: which values every sector of a disk may show, now and after a crash.
+//! * [`Guest`] drives a node with generated operations and tells the model.
+//! * [`crash`] cuts the power at every boundary of a write, and kills the process there.
+//!
+//! Only tests use this crate. It never decides what is right by asking the code under test: contents come from the
+//! model, structures from parsers of its own, and `qemu-img` is the referee of a sample.
+#![forbid(unsafe_code)]
+
+pub mod crash;
+mod format;
+mod guest;
+mod model;
+pub mod payload;
+
+pub use format::Format;
+pub use guest::{Generator, Guest, GuestOp, Mix, Violation, read_all};
+pub use model::{Change, ChangeTicket, Mismatch, Model, Outcome, ReadTicket, SECTOR_BYTES, SyncTicket};

@@ -1,0 +1,139 @@
+//! The crash proof: generated operations on the real format code, and a crash at every boundary of a write.
+//!
+//! A run is a few *lives* of one disk. In each, guests write, zero, discard, flush and read at once, copy-on-read and
+//! populates fill the overlay, a stream may come to its end, the image is closed and opened again; all of it under the
+//! deterministic scheduler on a simulated disk. At every boundary of a write or sync, and whenever a flush was
+//! answered, media states that the media model allows are built: targeted ones (the metadata without the payload, the
+//! newest write alone, …), all combinations of whole writes where these are few, others by chance, and the death of the
+//! process. Each is opened by the real driver for reading and writing, compared with the model (P1, P2, P4), checked
+//! (P3), and some are used on, checked again and kept for `qemu-img`. A later life begins with such a state.
+//!
+//! A state *counts* if its content was not seen before, and it was taken while at least one metadata write and one
+//! payload were not synced.
+//!
+//! Everything follows from [`Plan::seed`]: a run is repeated by it.
+
+mod judge;
+mod life;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use infill_sim::{Media, Rng};
+use infill_storage::StorageHandle;
+use rustc_hash::FxHashSet;
+
+use crate::{Format, Mix, Violation};
+
+pub use judge::{Sample, Tally};
+
+/// What a run does.
+#[derive(Clone)]
+pub struct Plan {
+    /// Format and geometry.
+    pub format: Format,
+    /// Everything by chance follows from it.
+    pub seed: u64,
+    /// Size of the disk in bytes.
+    pub size: u64,
+    /// Length of the backing in bytes (shorter or longer than the disk as it may be); `None` for no backing.
+    pub backing: Option<u64>,
+    /// How often the disk is opened after a crash and used on, the first time included.
+    pub lives: usize,
+    /// How often in a life the image is opened.
+    pub sessions: usize,
+    /// Guests at once, in a session.
+    pub guests: usize,
+    /// Operations of each guest in a session.
+    pub ops: usize,
+    /// What the guests do.
+    pub mix: Mix,
+    /// Whether the disk grows on the way.
+    pub grows: bool,
+    /// Media states that are looked at at each boundary (a few more where they are targeted).
+    pub states_per_point: usize,
+    /// Every how many states one is kept for the referee; 0 is never.
+    pub sample_every: u64,
+    /// What lies between the format and the disk: a way to plant faults below the format.
+    pub storage: fn(StorageHandle) -> StorageHandle,
+}
+
+impl Plan {
+    /// The usual run of a format.
+    pub fn new(format: Format, seed: u64) -> Plan {
+        let size = 1 << 20;
+        Plan {
+            format,
+            seed,
+            size,
+            backing: format.is_overlay().then_some(size),
+            lives: 3,
+            sessions: 2,
+            guests: 4,
+            ops: 12,
+            mix: Mix::GUEST,
+            grows: false,
+            states_per_point: 4,
+            sample_every: 0,
+            storage: |storage| storage,
+        }
+    }
+}
+
+/// What a run found.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// How much was looked at.
+    pub tally: Tally,
+    /// States for the referee.
+    pub samples: Vec<Sample>,
+    /// The first promise that was broken.
+    pub violation: Option<Violation>,
+}
+
+/// Runs `plan`. `seen` are the states that were counted by runs before; they are not counted again.
+pub fn run(plan: &Plan, seen: &mut FxHashSet<u64>) -> Found {
+    let mut found = Found::default();
+    let mut rng = Rng::new(plan.seed);
+    let mut heir: Option<(Media, Vec<u8>, bool)> = None;
+    for life in 0..plan.lives {
+        let judge = judge::Judge::new(plan, rng.fork(), std::mem::take(seen), heir.take());
+        let lived = catch_unwind(AssertUnwindSafe(|| life::live(plan, &judge, rng.next_u64())));
+        let ended = judge.close();
+        *seen = ended.seen;
+        found.tally += ended.tally;
+        found.samples.extend(ended.samples);
+        let lived = lived.unwrap_or_else(|panic| Err(Violation::Broken(words(&panic))));
+        found.violation = ended.violation.or(lived.err());
+        if let Some(violation) = &found.violation {
+            print_seed(plan, life, violation);
+            break;
+        }
+        heir = ended.heir;
+    }
+    found
+}
+
+/// Runs `plans` one after another until one finds a violation.
+pub fn run_all(plans: impl IntoIterator<Item = Plan>) -> Found {
+    let (mut seen, mut all) = (FxHashSet::default(), Found::default());
+    for plan in plans {
+        let found = run(&plan, &mut seen);
+        all.tally += found.tally;
+        all.samples.extend(found.samples);
+        all.violation = found.violation;
+        if all.violation.is_some() {
+            break;
+        }
+    }
+    all
+}
+
+fn print_seed(plan: &Plan, life: usize, violation: &Violation) {
+    eprintln!("{} seed {} life {life}: {violation}", plan.format.name(), plan.seed);
+}
+
+fn words(panic: &Box<dyn std::any::Any + Send>) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    format!("panic: {}", text.unwrap_or("without words"))
+}
