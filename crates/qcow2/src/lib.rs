@@ -12,6 +12,8 @@ mod features;
 mod format;
 mod geometry;
 mod header;
+#[expect(dead_code, reason = "for the driver")]
+mod refcount;
 
 pub(crate) use infill_storage::unaligned as metaio;
 
