@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-const SLICE_BYTES: usize = 4096;
+use infill_node::mapping::SLICE_BYTES;
 
 use crate::format::ENTRY_BYTES;
 use crate::format::limits::{

@@ -9,8 +9,9 @@ use infill_sim::{Rng, block_on};
 use infill_storage::{MemoryStorage, StorageHandle};
 
 /// Pairs of cluster size and table size: the least that QEMU opens, its default, long tables, large clusters.
-/// (Tables of one cluster, which the format allows, QEMU 10.0.2 refuses, its own included.)
-const SHAPES: [(u64, u32); 5] = [(4096, 2), (65536, 4), (4096, 16), (1 << 20, 2), (16 << 20, 2)];
+/// (Tables of one cluster, which the format allows, QEMU 10.0.2 refuses, its own included; so it does clusters so
+/// large that the largest disk's size does not fit 64 bits.)
+const SHAPES: [(u64, u32); 5] = [(4096, 2), (65536, 4), (4096, 16), (1 << 20, 2), (4 << 20, 2)];
 
 #[test]
 fn qemu_opens_and_finds_nothing_wrong_with_what_is_created() {
