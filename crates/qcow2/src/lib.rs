@@ -12,6 +12,15 @@ mod features;
 mod format;
 mod geometry;
 mod header;
+mod image;
+#[allow(dead_code, reason = "writes come next")]
+mod in_flight;
+#[allow(dead_code, reason = "writes come next")]
+mod l1;
+#[allow(dead_code, reason = "writes come next")]
+mod lookup;
+mod node;
+mod read;
 #[expect(dead_code, reason = "for the driver")]
 mod refcount;
 
@@ -30,3 +39,5 @@ pub use geometry::{
 pub use header::{
     BackingRewrite, BitmapDirectory, Extension, Header, HeaderChange, Purpose, TableRef, WriteGate, probe,
 };
+pub use image::{METADATA_CACHE_BYTES, OpenOptions};
+pub use node::Qcow2;

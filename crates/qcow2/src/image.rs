@@ -1,0 +1,120 @@
+//! An open image: its parts, and how it is opened.
+
+use bytes::Bytes;
+use infill_base::{Ctx, DiscardMode, ErrorKind, IoError, IoResult, OpenError, range_end};
+use infill_node::BackingSlot;
+use infill_node::mapping::{ByteOrder, SLICE_BYTES, SliceCache, SliceLayout};
+use infill_storage::StorageHandle;
+use infill_storage::sync::atomic::{AtomicU64, Ordering};
+use infill_storage::sync::{Mutex, lock};
+
+use crate::entry::CompressedCluster;
+use crate::geometry::{Geometry, TABLE_ENTRY_BYTES};
+use crate::header::{Header, Purpose};
+use crate::in_flight::InFlight;
+use crate::l1::L1;
+use crate::metaio;
+
+/// Bytes of L2 slices that are cached by default: the map of 256 GiB at clusters of 64 KiB (QEMU's limit, too).
+pub const METADATA_CACHE_BYTES: u64 = 32 << 20;
+
+/// How an image is opened.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// Nothing is written, the header's marks included.
+    pub read_only: bool,
+    /// What a guest's discard does.
+    pub discard: DiscardMode,
+    /// Bytes of L2 slices that are cached.
+    pub metadata_cache_bytes: u64,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        OpenOptions {
+            read_only: false,
+            discard: DiscardMode::default(),
+            metadata_cache_bytes: METADATA_CACHE_BYTES,
+        }
+    }
+}
+
+/// What all reactors share of an image.
+pub(crate) struct Image {
+    pub(crate) storage: StorageHandle,
+    pub(crate) geometry: Geometry,
+    pub(crate) options: OpenOptions,
+    /// As it stands in the file, or is just being written.
+    pub(crate) header: Mutex<Header>,
+    pub(crate) size: AtomicU64,
+    pub(crate) l1: L1,
+    pub(crate) slices: SliceCache,
+    pub(crate) backing: BackingSlot,
+    pub(crate) in_flight: InFlight,
+    /// The compressed cluster that was unpacked last: neighbours are mostly read one after another. We write none, so
+    /// what an entry names as compressed never changes.
+    pub(crate) unpacked: Mutex<Option<(CompressedCluster, Bytes)>>,
+}
+
+impl Image {
+    /// Opens the image in `storage`. Nothing is written before every check has passed.
+    pub(crate) async fn open(
+        cx: &Ctx,
+        storage: StorageHandle,
+        options: OpenOptions,
+    ) -> Result<Image, OpenError> {
+        let header = Header::read(cx, &storage, Purpose::Use).await?;
+        let geometry = header.geometry();
+        let align = storage.limits().request_align;
+        if u64::from(align) > geometry.subcluster_bytes() {
+            return Err(OpenError::Refused {
+                why: format!(
+                    "{} wants requests of at least {align} bytes, but a (sub)cluster of this image has {}: writes of \
+                     neighbours would overwrite each other; put it on a storage of smaller blocks",
+                    storage.name(),
+                    geometry.subcluster_bytes()
+                ),
+            });
+        }
+        let table = header.l1();
+        let len = u64::from(table.count) * TABLE_ENTRY_BYTES;
+        let bytes = metaio::read(cx, &storage, table.at.0, len as usize).await?;
+        let layout = SliceLayout {
+            slice_bytes: SLICE_BYTES.min(geometry.cluster_bytes() as usize),
+            entry_words: (geometry.l2_entry_bytes() / TABLE_ENTRY_BYTES) as usize,
+            order: ByteOrder::Big,
+        };
+        Ok(Image {
+            geometry,
+            size: AtomicU64::new(header.size()),
+            l1: L1::new(table, &bytes, align),
+            slices: SliceCache::new(layout, options.metadata_cache_bytes),
+            backing: BackingSlot::new(None),
+            in_flight: InFlight::default(),
+            unpacked: Mutex::new(None),
+            header: Mutex::new(header),
+            options,
+            storage,
+        })
+    }
+
+    /// Size of the disk in bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// A copy of the header.
+    pub(crate) fn header(&self) -> Header {
+        lock(&self.header).clone()
+    }
+
+    /// Refuses a range that does not lie on the disk.
+    pub(crate) fn check(&self, at: u64, len: u64) -> IoResult<()> {
+        let size = self.size();
+        if range_end(at, len, size).is_some() {
+            return Ok(());
+        }
+        let why = format!("the range ends behind the end of the disk ({size} bytes)");
+        Err(IoError::new(ErrorKind::InvalidInput, why).at(at, len).in_node(self.storage.name()))
+    }
+}

@@ -1,0 +1,114 @@
+//! [`Qcow2`]: an open image as a node of the graph.
+
+use bytes::BytesMut;
+use infill_base::{
+    Ctx, DiscardMode, ErrorKind, Extents, Gather, IoError, IoResult, Limits, OpenError, WriteFlags, ZeroFlags,
+};
+use infill_node::{BackingSlot, InfoValue, Node, NodeInfo};
+use infill_storage::StorageHandle;
+use infill_storage::sync::Arc;
+
+use crate::features::{Compatible, Incompatible};
+use crate::header::FORMAT;
+use crate::image::{Image, OpenOptions};
+
+/// An open qcow2 image.
+pub struct Qcow2(Arc<Image>);
+
+impl Qcow2 {
+    /// Opens the image in `storage`. Its backing file is not opened: `info().backing` says what the header names, and
+    /// whoever wants it puts a node into [`Node::backing`]'s slot before any I/O.
+    pub async fn open(cx: &Ctx, storage: StorageHandle, options: OpenOptions) -> Result<Qcow2, OpenError> {
+        if !options.read_only {
+            return Err(OpenError::Refused { why: "qcow2 images can only be opened read-only yet".into() });
+        }
+        Ok(Qcow2(Arc::new(Image::open(cx, storage, options).await?)))
+    }
+
+    fn read_only(&self) -> IoError {
+        IoError::new(ErrorKind::NotPermitted, "the image is open read-only").in_node(self.0.storage.name())
+    }
+}
+
+impl Node for Qcow2 {
+    fn limits(&self) -> Limits {
+        let limits = self.0.storage.limits();
+        Limits {
+            preferred_bytes: self.0.geometry.cluster_bytes() as u32,
+            writable: false,
+            fast_zero: self.0.geometry.has_zero_clusters(),
+            discard: self.0.options.discard == DiscardMode::Unmap,
+            ..limits
+        }
+    }
+
+    fn len(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn info(&self) -> NodeInfo {
+        let header = self.0.header();
+        NodeInfo {
+            driver: FORMAT,
+            filename: self.0.storage.name(),
+            backing: header.backing(),
+            cluster_bytes: Some(self.0.geometry.cluster_bytes()),
+            read_only: true,
+            dirty: header.incompatible().contains(Incompatible::DIRTY),
+            format_specific: format_specific(&header),
+        }
+    }
+
+    async fn read(&self, cx: &Ctx, at: u64, buf: BytesMut) -> IoResult<BytesMut> {
+        self.0.read(cx, at, buf).await
+    }
+
+    async fn write(&self, _cx: &Ctx, _at: u64, _data: Gather, _flags: WriteFlags) -> IoResult<()> {
+        Err(self.read_only())
+    }
+
+    async fn write_zeroes(&self, _cx: &Ctx, _at: u64, _len: u64, _flags: ZeroFlags) -> IoResult<()> {
+        Err(self.read_only())
+    }
+
+    async fn discard(&self, _cx: &Ctx, _at: u64, _len: u64) -> IoResult<()> {
+        Err(self.read_only())
+    }
+
+    async fn sync(&self, _cx: &Ctx) -> IoResult<()> {
+        Ok(())
+    }
+
+    async fn extents(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Extents> {
+        self.0.extents(cx, at, len).await
+    }
+
+    fn backing(&self) -> Option<&BackingSlot> {
+        Some(&self.0.backing)
+    }
+
+    fn populate_unit(&self) -> u64 {
+        self.0.geometry.subcluster_bytes()
+    }
+}
+
+/// The format's facts, with QEMU's names and in its order.
+fn format_specific(header: &crate::Header) -> Vec<(&'static str, InfoValue)> {
+    let refcount_bits = InfoValue::Int(u64::from(header.geometry().refcount_bits()));
+    let compression = InfoValue::Text(header.compression().name().into());
+    if header.version() < 3 {
+        return vec![
+            ("compat", InfoValue::Text("0.10".into())),
+            ("compression-type", compression),
+            ("refcount-bits", refcount_bits),
+        ];
+    }
+    vec![
+        ("compat", InfoValue::Text("1.1".into())),
+        ("compression-type", compression),
+        ("lazy-refcounts", InfoValue::Bool(header.compatible().contains(Compatible::LAZY_REFCOUNTS))),
+        ("refcount-bits", refcount_bits),
+        ("corrupt", InfoValue::Bool(header.incompatible().contains(Incompatible::CORRUPT))),
+        ("extended-l2", InfoValue::Bool(header.geometry().extended_l2())),
+    ]
+}
