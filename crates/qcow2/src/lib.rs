@@ -6,6 +6,8 @@
 //! to do. Every length that a file claims is bounded ([`limits`]) before anything is allocated for it.
 #![forbid(unsafe_code)]
 
+#[cfg_attr(not(test), expect(dead_code, reason = "for the driver"))]
+mod compress;
 mod create;
 mod entry;
 mod features;
