@@ -13,6 +13,7 @@ mod format;
 mod guest;
 mod model;
 pub mod payload;
+pub mod storage_suite;
 
 pub use format::Format;
 pub use guest::{Generator, Guest, GuestOp, Mix, Violation, read_all};
