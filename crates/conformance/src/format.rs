@@ -6,6 +6,7 @@ use infill_sim::Media;
 use infill_storage::StorageHandle;
 
 use crate::Violation;
+use crate::node_suite::Discards;
 
 /// A format in one of its geometries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +34,19 @@ impl Format {
         match self {
             Format::Raw => "raw",
         }
+    }
+
+    /// What a discard of whole clusters leaves, over a backing or over nothing.
+    pub fn discards(&self, over_backing: bool) -> Discards {
+        let _ = over_backing;
+        match self {
+            Format::Raw => Discards::Either,
+        }
+    }
+
+    /// Whether its disk can be made shorter.
+    pub fn shrinks(&self) -> bool {
+        matches!(self, Format::Raw)
     }
 
     /// Whether it can have a backing.

@@ -7,14 +7,15 @@ use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use infill_base::{Ctx, IoError, WriteFlags, ZeroFlags, align_down, align_up};
 use infill_node::NodeHandle;
 use infill_sim::Rng;
-use infill_storage::RangeLock;
 use infill_storage::sync::{Mutex, lock};
+use infill_storage::{RangeLock, rt};
 
-use crate::model::{Change, Mismatch, Model, Outcome, SECTOR_BYTES};
+use crate::model::{Change, ChangeTicket, Mismatch, Model, Outcome, SECTOR_BYTES};
 use crate::payload::payload;
 
 /// What the guest asks for.
@@ -263,6 +264,49 @@ impl Guest {
                 self.change(at, Change::Discard(len), false, format!("{op:?}"), discard).await
             }
         }
+    }
+
+    /// Begins a change and drops its future when `patience` is over: it may happen until [`Guest::settled`].
+    /// Reads and flushes are done to their end. The range must consist of whole sectors.
+    pub async fn apply_or_drop(
+        &self,
+        op: GuestOp,
+        patience: Duration,
+    ) -> Result<Option<ChangeTicket>, Violation> {
+        let (at, change) = match op {
+            GuestOp::Write { at, len, .. } => {
+                let number = self.next_op.fetch_add(1, Ordering::Relaxed);
+                (at, Change::Write(payload(number, at, len as usize)))
+            }
+            GuestOp::Zero { at, len, .. } => (at, Change::Zero(len)),
+            GuestOp::Discard { at, len } => (at, Change::Discard(len)),
+            GuestOp::Read { .. } | GuestOp::Sync => return self.apply(op).await.map(|()| None),
+        };
+        let ticket = lock(&self.model).begin(at, &change);
+        let node = &self.node;
+        let run = async {
+            match change {
+                Change::Write(data) => node.write(&Ctx::GUEST, at, data, WriteFlags::empty()).await,
+                Change::Zero(len) => node.write_zeroes(&Ctx::GUEST, at, len, ZeroFlags::empty()).await,
+                Change::Discard(len) => node.discard(&Ctx::GUEST, at, len).await,
+            }
+        };
+        match rt::timeout(patience, run).await {
+            None => Ok(Some(ticket)),
+            Some(Ok(())) => {
+                lock(&self.model).end(ticket, Outcome::Done);
+                Ok(None)
+            }
+            Some(Err(error)) => {
+                lock(&self.model).end(ticket, Outcome::Unknown);
+                Err(Violation::Failed { when: format!("{op:?}"), error: error.to_string() })
+            }
+        }
+    }
+
+    /// Nothing that was dropped is under way any more.
+    pub fn settled(&self, ticket: ChangeTicket) {
+        lock(&self.model).end(ticket, Outcome::Unknown);
     }
 
     async fn change<F: Future<Output = Result<(), IoError>>>(

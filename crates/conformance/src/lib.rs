@@ -12,7 +12,9 @@ pub mod crash;
 mod format;
 mod guest;
 mod model;
+pub mod node_suite;
 pub mod payload;
+pub mod stack;
 pub mod storage_suite;
 
 pub use format::Format;
