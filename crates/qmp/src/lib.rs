@@ -1,1 +1,28 @@
-//! See docs/architecture.md.
+//! QMP without I/O: what managers say, read strictly and typed, and what they are answered.
+//!
+//! * [`keyval`], [`Members`]: dotted keys and JSON objects, taken member by member.
+//! * [`BlockdevOptions`], [`BlockExportOptions`], [`NbdServerOptions`]: typed options of the command line and the protocol.
+//! * [`json`]: the protocol's JSON, read as a stream.
+//!
+//! Names, defaults, error classes and wording are those of qemu-storage-daemon 10. What never happens: an unknown
+//! member ignored, a value of a wrong type guessed, memory that a client can make grow without a named limit.
+#![forbid(unsafe_code)]
+
+mod address;
+mod blockdev;
+mod error;
+mod export;
+pub mod json;
+pub mod keyval;
+mod members;
+pub mod names;
+
+pub use address::SocketAddress;
+pub use blockdev::{
+    BackingOption, BlockdevOptions, BlockdevRef, ChildRole, DetectZeroes, Driver, Locking, Qcow2Options,
+};
+pub use error::{ErrorClass, QmpError};
+pub use export::{
+    BlockExportOptions, NBD_CONNECTIONS_DEFAULT, NBD_STRING_BYTES_MAX, NbdServerOptions, RemoveMode,
+};
+pub use members::{Alternate, Members, Words};
