@@ -1,0 +1,109 @@
+//! What the tests of the program share: processes that end with their guard, and waits with a limit.
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long a server may take until its socket is there, and until it has ended. A limit against hangs, not a promise.
+pub const SERVER_LIMIT: Duration = Duration::from_secs(60);
+/// How often a wait looks.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// The program under test.
+pub const INFILL: &str = env!("CARGO_BIN_EXE_infill");
+
+/// A process that is killed when this goes.
+pub struct Process(pub Child);
+
+impl Process {
+    /// Starts it without standard input.
+    pub fn start(command: &mut Command) -> Process {
+        let child = command.stdin(Stdio::null()).spawn();
+        Process(child.unwrap_or_else(|error| panic!("{}: {error}", hint(&format!("{command:?}")))))
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Sends a signal (`TERM`, `STOP`, …).
+    pub fn signal(&self, name: &str) {
+        run("kill", &[&format!("-{name}"), &self.id().to_string()]);
+    }
+
+    /// `kill -9`, and gone.
+    pub fn kill(mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+
+    /// Waits for its end, which must be a success.
+    pub fn wait_for_success(&mut self) {
+        let mut ended = None;
+        wait_until("the process ends", || {
+            ended = self.0.try_wait().unwrap();
+            ended.is_some()
+        });
+        let status = ended.unwrap();
+        assert!(status.success(), "it ended with {status}");
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn hint(program: &str) -> String {
+    format!("cannot run {program}: `cargo xtask test --install` installs what the tests need")
+}
+
+/// Runs a command to its end.
+pub fn output(program: &str, args: &[&str]) -> Output {
+    let output = Command::new(program).args(args).stdin(Stdio::null()).output();
+    output.unwrap_or_else(|error| panic!("{}: {error}", hint(program)))
+}
+
+/// Runs a command, which must succeed, and gives what it printed.
+pub fn run(program: &str, args: &[&str]) -> String {
+    let output = output(program, args);
+    let (text, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{program} {args:?}: {}\n{text}\n{error}", output.status);
+    text.into_owned()
+}
+
+/// Runs a command, which must fail, and gives what it said.
+pub fn fails(program: &str, args: &[&str]) -> String {
+    let output = output(program, args);
+    assert!(!output.status.success(), "{program} {args:?} succeeds");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Waits for a condition of another process, with a limit.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + SERVER_LIMIT;
+    while !condition() {
+        assert!(Instant::now() < end, "not in time: {what}");
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Waits until somebody listens at a socket file.
+pub fn wait_for_socket(path: &Path) {
+    wait_until(&format!("a server at {}", path.display()), || UnixStream::connect(path).is_ok());
+}
+
+/// A path as an argument.
+pub fn text(path: &Path) -> &str {
+    path.to_str().expect("a test's path is UTF-8")
+}
+
+/// The checksum of a file.
+pub fn sha256(path: &Path) -> String {
+    run("sha256sum", &[text(path)]).split(' ').next().unwrap_or_default().to_owned()
+}
