@@ -2,6 +2,8 @@
 //!
 //! * [`keyval`], [`Members`]: dotted keys and JSON objects, taken member by member.
 //! * [`BlockdevOptions`], [`BlockExportOptions`], [`NbdServerOptions`]: typed options of the command line and the protocol.
+//! * [`command`]: commands and their arguments.
+//! * [`Session`]: one monitor's conversation; [`Event`], [`answer`] and [`encode`] make what it is sent.
 //! * [`json`]: the protocol's JSON, read as a stream.
 //!
 //! Names, defaults, error classes and wording are those of qemu-storage-daemon 10. What never happens: an unknown
@@ -10,12 +12,16 @@
 
 mod address;
 mod blockdev;
+pub mod command;
 mod error;
 mod export;
 pub mod json;
 pub mod keyval;
 mod members;
 pub mod names;
+mod object;
+mod output;
+mod session;
 
 pub use address::SocketAddress;
 pub use blockdev::{
@@ -26,3 +32,6 @@ pub use export::{
     BlockExportOptions, NBD_CONNECTIONS_DEFAULT, NBD_STRING_BYTES_MAX, NbdServerOptions, RemoveMode,
 };
 pub use members::{Alternate, Members, Words};
+pub use object::ObjectOptions;
+pub use output::{Event, answer, encode};
+pub use session::{Incoming, Request, Session};
