@@ -1,4 +1,4 @@
-//! Why a command about a job is refused.
+//! Why a command about a job is refused, in the words of QEMU's job interface.
 
 use std::fmt;
 
@@ -41,7 +41,7 @@ impl JobError {
 
     /// No block job of that name.
     pub fn not_active(id: &str) -> JobError {
-        JobError { class: ErrorClass::DeviceNotActive, message: format!("there is no block job '{id}'") }
+        JobError { class: ErrorClass::DeviceNotActive, message: format!("Block job '{id}' not found") }
     }
 }
 

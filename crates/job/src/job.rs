@@ -177,7 +177,7 @@ impl Job {
             return Ok(());
         }
         Err(JobError::generic(format!(
-            "job '{}' is {}, in which it does not take '{}'",
+            "Job '{}' in state '{}' cannot accept command verb '{}'",
             self.id(),
             state.status.as_str(),
             verb.as_str()
@@ -189,7 +189,7 @@ impl Job {
         let mut state = self.state();
         self.take_verb(&state, JobVerb::Pause)?;
         if state.user_paused {
-            return Err(JobError::generic(format!("job '{}' is already paused", self.id())));
+            return Err(JobError::generic("Job is already paused"));
         }
         state.user_paused = true;
         self.0.changed.notify(usize::MAX);
@@ -201,7 +201,7 @@ impl Job {
         let mut state = self.state();
         self.take_verb(&state, JobVerb::Resume)?;
         if !state.user_paused {
-            return Err(JobError::generic(format!("job '{}' is not paused: nothing to resume", self.id())));
+            return Err(JobError::generic("Can't resume a job that was not paused"));
         }
         self.unpause(&mut state);
         Ok(())
@@ -230,7 +230,7 @@ impl Job {
     pub fn block_cancel(&self, force: bool) -> Result<(), JobError> {
         let state = self.state();
         if !force && state.user_paused && state.status.takes(JobVerb::Cancel) {
-            let why = format!("job '{}' is paused: resume it, or cancel with 'force'", self.id());
+            let why = format!("The block job for device '{}' is currently paused", self.id());
             return Err(JobError::generic(why));
         }
         if !force && state.status == JobStatus::Ready {

@@ -98,16 +98,13 @@ impl Jobs {
     /// Starts a job on this thread's reactor. Events are told from before this returns.
     pub fn start(&self, kind: JobType, options: JobOptions, work: impl Work) -> Result<Job, JobError> {
         if !well_formed(&options.id) {
-            return Err(JobError::generic(format!(
-                "'{}' is no job id: a letter, then up to {} letters, digits, '-', '.' or '_'",
-                options.id.escape_debug().take(JOB_ID_BYTES_MAX).collect::<String>(),
-                JOB_ID_BYTES_MAX - 1
-            )));
+            let shown: String = options.id.escape_debug().take(JOB_ID_BYTES_MAX).collect();
+            return Err(JobError::generic(format!("Invalid job ID '{shown}'")));
         }
         let job = {
             let mut jobs = lock(&self.0.jobs);
             if jobs.iter().any(|job| job.id() == options.id) {
-                return Err(JobError::generic(format!("a job '{}' exists already", options.id)));
+                return Err(JobError::generic(format!("Job ID '{}' already in use", options.id)));
             }
             if jobs.len() >= JOBS_MAX {
                 let why =
@@ -164,7 +161,7 @@ impl Jobs {
 
     /// The job of that id, for the `job-*` commands.
     pub fn get(&self, id: &str) -> Result<Job, JobError> {
-        self.find(id).ok_or_else(|| JobError::generic(format!("there is no job '{id}'")))
+        self.find(id).ok_or_else(|| JobError::generic("Job not found"))
     }
 
     /// The block job of that id, for the `block-job-*` commands.
