@@ -53,7 +53,7 @@ fn options_outside_the_format_are_refused_by_name() {
     let storage = StorageHandle::new(MemoryStorage::new(0));
     let cases = [
         (CreateOptions { size: 100, ..Default::default() }, "size"),
-        (CreateOptions { size: u64::MAX & !511, ..Default::default() }, "size"),
+        (CreateOptions { size: !511, ..Default::default() }, "size"),
         (CreateOptions { cluster_bytes: 2048, ..Default::default() }, "cluster_size"),
         (CreateOptions { table_clusters: 32, ..Default::default() }, "table_size"),
         (

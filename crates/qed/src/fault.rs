@@ -1,0 +1,47 @@
+//! Mistakes that can be planted, to prove that the tests of durability find them. Never made without the feature
+//! `planted-faults`.
+
+/// A mistake in the order of writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The live slice is written instead of its copy: it may name payloads that sync 1 does not cover.
+    LiveSlice,
+    /// Copies may be evicted before they are written: reloaded, the disk's old entries come back.
+    EvictedCopy,
+    /// L1 entries are written by the round after the one that answers.
+    LateL1,
+    /// L2 slices are copied before L1 slices: an L1 copy may name a table that was not copied.
+    L2CopiedFirst,
+    /// No sync between payloads and the entries that name them.
+    NoFirstSync,
+    /// No mark *need check* where entries are not ordered behind payloads.
+    NoNeedCheck,
+    /// The mark *need check* is set, but not stable before the first allocating write.
+    UnsyncedNeedCheck,
+    /// The mark *need check* is cleared before what it covers was synced.
+    EarlyClean,
+    /// A partial last cluster is kept and handed out with what is in it.
+    PartialClusterKept,
+    /// A cluster is used again before what unmapped it is stable.
+    EarlyReuse,
+    /// The backing file's name is dropped without a sync before.
+    UnsyncedDropBacking,
+}
+
+#[cfg(feature = "planted-faults")]
+impl Fault {
+    /// All of them.
+    pub const ALL: [Fault; 11] = [
+        Fault::LiveSlice,
+        Fault::EvictedCopy,
+        Fault::LateL1,
+        Fault::L2CopiedFirst,
+        Fault::NoFirstSync,
+        Fault::NoNeedCheck,
+        Fault::UnsyncedNeedCheck,
+        Fault::EarlyClean,
+        Fault::PartialClusterKept,
+        Fault::EarlyReuse,
+        Fault::UnsyncedDropBacking,
+    ];
+}

@@ -1,0 +1,136 @@
+//! Host clusters: taken by moving the end of the file on.
+//!
+//! * [`Space::reserve`] is one atomic addition, so any number of allocations are in flight at once. [`Space::grown`]
+//!   then waits until the file reaches that far; one caller at a time makes it longer, by more than it needs, for all.
+//! * The file never gets shorter while it is used, and always has a length of whole clusters.
+//! * A cluster that was taken and not linked (a populate that came too late, a write that failed) is *spare*: never
+//!   named by anything, but no longer zero.
+
+use infill_base::{Ctx, ErrorKind, IoError, IoResult, align_up};
+use infill_storage::sync::atomic::{AtomicU64, Ordering};
+use infill_storage::sync::{Mutex, lock};
+use infill_storage::{RangeLock, StorageHandle};
+
+use crate::format::limits::FILE_BYTES_MAX;
+use crate::geometry::{Geometry, HostOffset};
+
+/// How much longer than needed the file is made at most, in bytes. What is not used is cut off on close.
+const GROW_BYTES_MAX: u64 = 4 << 20;
+
+/// The part of the file's length by which it is made longer than needed.
+const GROW_PART: u64 = 64;
+
+/// Spare clusters that are remembered; more are leaked until a check.
+const SPARE_MAX: usize = 1024;
+
+/// Clusters that were taken for one purpose, contiguous.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Taken {
+    /// First byte.
+    pub at: HostOffset,
+    /// How many clusters.
+    pub clusters: u64,
+    /// Nothing was ever written there: it reads as zeroes.
+    pub fresh: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct Space {
+    geometry: Geometry,
+    /// First byte that is not taken.
+    next: AtomicU64,
+    /// How long the file is known to be.
+    len: AtomicU64,
+    growing: RangeLock,
+    spare: Mutex<Vec<HostOffset>>,
+}
+
+impl Space {
+    /// Of a file of `file_len` bytes, all of whose whole clusters are taken.
+    pub(crate) fn new(geometry: Geometry, file_len: u64) -> Space {
+        let end = geometry.align_down(file_len);
+        Space {
+            geometry,
+            next: AtomicU64::new(end),
+            len: AtomicU64::new(end),
+            growing: RangeLock::new(),
+            spare: Mutex::default(),
+        }
+    }
+
+    /// First byte that is not taken: nothing that an entry names lies behind it.
+    pub(crate) fn end(&self) -> u64 {
+        self.next.load(Ordering::Acquire)
+    }
+
+    /// Takes clusters that were never used. The file may have to [grow](Space::grown) before they are written.
+    pub(crate) fn reserve(&self, clusters: u64) -> IoResult<Taken> {
+        let bytes = clusters.saturating_mul(self.geometry.cluster_bytes());
+        let longer = |end: u64| end.checked_add(bytes).filter(|end| *end <= FILE_BYTES_MAX);
+        match self.next.fetch_update(Ordering::AcqRel, Ordering::Acquire, longer) {
+            Ok(at) => Ok(Taken { at: HostOffset(at), clusters, fresh: true }),
+            Err(end) => Err(IoError::new(
+                ErrorKind::NoSpace,
+                format!("the image file has {end} bytes and cannot have more than {FILE_BYTES_MAX}"),
+            )),
+        }
+    }
+
+    /// A spare cluster, if there is one. It is not zero: whoever takes it writes all of it, and makes that stable
+    /// before anything names it.
+    pub(crate) fn reuse(&self) -> Option<Taken> {
+        lock(&self.spare).pop().map(|at| Taken { at, clusters: 1, fresh: false })
+    }
+
+    /// Takes clusters back that nothing names and no operation touches any more.
+    pub(crate) fn give_back(&self, taken: Taken) {
+        let mut spare = lock(&self.spare);
+        let room = SPARE_MAX.saturating_sub(spare.len()) as u64;
+        let bytes = self.geometry.cluster_bytes();
+        spare.extend((0..taken.clusters.min(room)).map(|nth| HostOffset(taken.at.0 + nth * bytes)));
+    }
+
+    /// Waits until the file holds what was taken. On failure it is taken back.
+    pub(crate) async fn grown(&self, cx: &Ctx, storage: &StorageHandle, taken: Taken) -> IoResult<()> {
+        let end = taken.at.0 + taken.clusters * self.geometry.cluster_bytes();
+        if end <= self.len.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _growing = self.growing.exclusive(0, 1).await;
+        if end <= self.len.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let extra = align_up((end / GROW_PART).min(GROW_BYTES_MAX), self.geometry.cluster_bytes());
+        // Others have taken more in the meantime: one growth serves them, too.
+        let wanted = end.max(self.end()).saturating_add(extra).min(FILE_BYTES_MAX);
+        let mut result = storage.set_len(cx, self.geometry.align_down(wanted)).await.map(|()| wanted);
+        if result.is_err() {
+            // Perhaps there is room for what is needed now.
+            result = storage.set_len(cx, end).await.map(|()| end);
+        }
+        match result {
+            Ok(len) => {
+                self.len.store(self.geometry.align_down(len), Ordering::Release);
+                Ok(())
+            }
+            Err(error) => {
+                let last = self.next.compare_exchange(end, taken.at.0, Ordering::AcqRel, Ordering::Acquire);
+                if last.is_err() {
+                    self.give_back(taken);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Cuts off what nobody took.
+    pub(crate) async fn trim(&self, cx: &Ctx, storage: &StorageHandle) -> IoResult<()> {
+        let _growing = self.growing.exclusive(0, 1).await;
+        let end = self.end();
+        if end < self.len.load(Ordering::Acquire) {
+            storage.set_len(cx, end).await?;
+            self.len.store(end, Ordering::Release);
+        }
+        Ok(())
+    }
+}
