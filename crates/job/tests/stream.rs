@@ -49,6 +49,7 @@ fn completion_is_told_after_sync_header_and_swap_and_in_the_order_of_the_interfa
                 assert!(base.is_none());
                 assert!(!top.backing().unwrap().is_some(), "the edge is swapped before it is told");
                 assert_eq!(overlay.log().last(), Some(&Step::Header(None)));
+                Box::pin(async {})
             }));
         });
         job.wait().await.unwrap();

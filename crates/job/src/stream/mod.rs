@@ -23,6 +23,7 @@ mod rate;
 
 use std::time::Duration;
 
+use futures_util::future::LocalBoxFuture;
 use infill_base::{Ctx, ErrorKind, IoError, IoResult};
 use infill_node::{BackingRef, BackingSlot, NodeHandle};
 
@@ -53,8 +54,9 @@ pub enum StreamBase {
     Bottom(NodeHandle),
 }
 
-/// Told once the edge was swapped, with the new backing, before the job completes: for whoever keeps a graph.
-pub type OnSwap = Box<dyn FnOnce(Option<&NodeHandle>)>;
+/// Told once the edge was swapped, with the new backing, for whoever keeps a graph. The job completes when what it gives
+/// is done, so that *completed* finds the graph as it is; it is dropped, untold, before a job that failed concludes.
+pub type OnSwap = Box<dyn FnOnce(Option<NodeHandle>) -> LocalBoxFuture<'static, ()>>;
 
 /// What a stream takes.
 pub struct StreamOptions {
@@ -208,7 +210,7 @@ impl Work for Stream {
         self.top.set_backing_ref(&Ctx::FILL, header).await?;
         slot.replace(base.clone()).await;
         if let Some(on_swap) = self.on_swap.take() {
-            on_swap(base.as_ref());
+            on_swap(base).await;
         }
         Ok(())
     }
