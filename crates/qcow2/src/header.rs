@@ -401,8 +401,11 @@ impl Header {
                 }
             }
         }
-        // The same rules as at open, so that no change makes an image that does not open again.
-        match next.gate_tables(u64::MAX, Purpose::Use).and_then(|()| next.gate_bitmaps()) {
+        // The same rules as at open, so that no change makes an image that does not open again; where this one does not
+        // open for use, the rules that it was opened under.
+        let usable = self.gate_tables(u64::MAX, Purpose::Use).is_ok();
+        let purpose = if usable { Purpose::Use } else { Purpose::Check };
+        match next.gate_tables(u64::MAX, purpose).and_then(|()| next.gate_bitmaps()) {
             Ok(()) => Ok(next),
             Err(error) => refused(&format!("the change was refused, it would make a {error}")),
         }

@@ -6,6 +6,7 @@
 //! to do. Every length that a file claims is bounded ([`limits`]) before anything is allocated for it.
 #![forbid(unsafe_code)]
 
+mod check;
 #[cfg_attr(not(test), expect(dead_code, reason = "for the driver"))]
 mod compress;
 mod create;
@@ -28,6 +29,7 @@ mod refcount;
 
 pub(crate) use infill_storage::unaligned as metaio;
 
+pub use check::check;
 pub use create::{CreateOptions, create};
 pub use entry::{
     CompressedCluster, EntryError, EntryRule, L1Entry, L2Entry, L2TableRef, L2View, StandardCluster,
