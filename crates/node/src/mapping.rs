@@ -82,6 +82,7 @@ pub struct Slice {
     dirty: AtomicBool,
     /// Looked up since the eviction hand last passed.
     touched: AtomicBool,
+    checked: AtomicBool,
 }
 
 impl Slice {
@@ -99,12 +100,25 @@ impl Slice {
             sequence: AtomicU64::new(0),
             dirty: AtomicBool::new(false),
             touched: AtomicBool::new(true),
+            // There is nothing to find in zeroes.
+            checked: AtomicBool::new(bytes.is_none()),
         }
     }
 
     /// Its name.
     pub fn key(&self) -> SliceKey {
         self.key
+    }
+
+    /// Whether the format has found that nothing is wrong with what its entries name. A slice that was loaded has yet
+    /// to be looked at.
+    pub fn is_checked(&self) -> bool {
+        self.checked.load(Ordering::Acquire)
+    }
+
+    /// Notes that nothing is wrong with what its entries name.
+    pub fn set_checked(&self) {
+        self.checked.store(true, Ordering::Release);
     }
 
     /// Entry `index` of the slice, as it was at one moment.

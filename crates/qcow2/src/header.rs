@@ -490,6 +490,23 @@ impl Header {
         Some(area)
     }
 
+    /// Header, extensions without the backing format, and nothing else: what a program would write that does not mind
+    /// that more than one sector can tear.
+    #[cfg(feature = "planted-faults")]
+    pub(crate) fn rewritten_whole(&self) -> Bytes {
+        let mut area = self.area.clone();
+        let extensions = match self.backing {
+            Some(_) => self.extensions.clone(),
+            None => self.extensions_with_format(None),
+        };
+        let bytes = serialize_extensions(&extensions);
+        let name = self.backing.as_ref().map_or(area.len(), |backing| backing.at);
+        let end = (self.header_length + bytes.len()).min(name);
+        area[self.header_length..end].copy_from_slice(&bytes[..end - self.header_length]);
+        area[end..name].fill(0);
+        area.into()
+    }
+
     /// Writes the first sector, in one write. The caller has synced what it points to, and syncs afterwards.
     pub async fn store(&self, cx: &Ctx, storage: &StorageHandle) -> IoResult<()> {
         metaio::write(cx, storage, 0, Bytes::copy_from_slice(&self.sector)).await

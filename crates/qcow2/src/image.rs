@@ -2,18 +2,20 @@
 
 use bytes::Bytes;
 use infill_base::{Ctx, DiscardMode, ErrorKind, IoError, IoResult, OpenError, range_end};
-use infill_node::BackingSlot;
 use infill_node::mapping::{ByteOrder, SLICE_BYTES, SliceCache, SliceLayout};
+use infill_node::{BackingSlot, Repair};
 use infill_storage::StorageHandle;
 use infill_storage::sync::atomic::{AtomicU64, Ordering};
 use infill_storage::sync::{Mutex, lock};
 
+use crate::check::check;
 use crate::entry::CompressedCluster;
 use crate::geometry::{Geometry, TABLE_ENTRY_BYTES};
-use crate::header::{Header, Purpose};
+use crate::header::{Header, Purpose, WriteGate};
 use crate::in_flight::InFlight;
 use crate::l1::L1;
 use crate::metaio;
+use crate::writer::Writer;
 
 /// Bytes of L2 slices that are cached by default: the map of 256 GiB at clusters of 64 KiB (QEMU's limit, too).
 pub const METADATA_CACHE_BYTES: u64 = 32 << 20;
@@ -27,6 +29,9 @@ pub struct OpenOptions {
     pub discard: DiscardMode,
     /// Bytes of L2 slices that are cached.
     pub metadata_cache_bytes: u64,
+    /// A mistake to make, for a test that has to find it.
+    #[cfg(feature = "planted-faults")]
+    pub fault: Option<crate::faults::Fault>,
 }
 
 impl Default for OpenOptions {
@@ -35,6 +40,8 @@ impl Default for OpenOptions {
             read_only: false,
             discard: DiscardMode::default(),
             metadata_cache_bytes: METADATA_CACHE_BYTES,
+            #[cfg(feature = "planted-faults")]
+            fault: None,
         }
     }
 }
@@ -51,6 +58,8 @@ pub(crate) struct Image {
     pub(crate) slices: SliceCache,
     pub(crate) backing: BackingSlot,
     pub(crate) in_flight: InFlight,
+    /// `None`: open read-only.
+    pub(crate) writer: Option<Writer>,
     /// The compressed cluster that was unpacked last: neighbours are mostly read one after another. We write none, so
     /// what an entry names as compressed never changes.
     pub(crate) unpacked: Mutex<Option<(CompressedCluster, Bytes)>>,
@@ -63,7 +72,7 @@ impl Image {
         storage: StorageHandle,
         options: OpenOptions,
     ) -> Result<Image, OpenError> {
-        let header = Header::read(cx, &storage, Purpose::Use).await?;
+        let mut header = Header::read(cx, &storage, Purpose::Use).await?;
         let geometry = header.geometry();
         let align = storage.limits().request_align;
         if u64::from(align) > geometry.subcluster_bytes() {
@@ -76,11 +85,15 @@ impl Image {
                 ),
             });
         }
+        let read_only = options.read_only || !storage.limits().writable;
+        if !read_only && header.writable()? == WriteGate::RepairFirst {
+            header = repaired(cx, &storage).await?;
+        }
         let table = header.l1();
         let len = u64::from(table.count) * TABLE_ENTRY_BYTES;
         let bytes = metaio::read(cx, &storage, table.at.0, len as usize).await?;
         let layout = SliceLayout {
-            slice_bytes: SLICE_BYTES.min(geometry.cluster_bytes() as usize),
+            slice_bytes: SLICE_BYTES.max(align as usize).min(geometry.cluster_bytes() as usize),
             entry_words: (geometry.l2_entry_bytes() / TABLE_ENTRY_BYTES) as usize,
             order: ByteOrder::Big,
         };
@@ -91,6 +104,7 @@ impl Image {
             slices: SliceCache::new(layout, options.metadata_cache_bytes),
             backing: BackingSlot::new(None),
             in_flight: InFlight::default(),
+            writer: (!read_only).then(|| Writer::new(storage.clone(), &header)),
             unpacked: Mutex::new(None),
             header: Mutex::new(header),
             options,
@@ -117,4 +131,22 @@ impl Image {
         let why = format!("the range ends behind the end of the disk ({size} bytes)");
         Err(IoError::new(ErrorKind::InvalidInput, why).at(at, len).in_node(self.storage.name()))
     }
+}
+
+/// The header of an image that is marked dirty, after it was repaired.
+async fn repaired(cx: &Ctx, storage: &StorageHandle) -> Result<Header, OpenError> {
+    let report = check(cx, storage, Repair::All).await?;
+    let header = Header::read(cx, storage, Purpose::Use).await?;
+    if header.writable()? == WriteGate::Ready {
+        return Ok(header);
+    }
+    Err(OpenError::Refused {
+        why: format!(
+            "{} is marked dirty, and its repair left {} corruptions and {} errors; look at it with `infill check`, or open \
+             it read-only",
+            storage.name(),
+            report.corruptions,
+            report.check_errors
+        ),
+    })
 }

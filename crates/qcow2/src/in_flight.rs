@@ -16,7 +16,7 @@ use event_listener::Event;
 use infill_storage::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 /// Counters that threads share: more than machines have busy reactors, mostly.
-const SHARDS: usize = 16;
+pub(crate) const SHARDS: usize = 16;
 
 #[derive(Debug, Default)]
 #[repr(align(64))]

@@ -4,28 +4,45 @@
 //! [`Header`], [`Geometry`] and the entry views ([`L1Entry`], [`L2Entry`]) turn bytes into validated values: an image
 //! that breaks the format's rules, or needs what is not supported, is refused with the field, the value found and what
 //! to do. Every length that a file claims is bounded ([`limits`]) before anything is allocated for it.
+//!
+//! # The driver
+//! [`Qcow2`] is an open image. Reads, and writes to what is mapped and not shared, take no lock but for a hash look-up.
+//! Everything else that a guest, a copy-on-read or a job puts into the image holds the guest clusters that it changes,
+//! and nothing larger: other clusters, new L2 tables and rounds of metadata go on at the same time.
+//!
+//! # Never
+//! * A cluster whose *copied* flag is clear is written in place (a snapshot may share it): it is copied.
+//! * An entry names a payload that is not stable, or a cluster whose refcount is not: see `write_back.rs` for the order
+//!   of writes, which is that of `docs/media.md`.
+//! * Space is reused while any operation may still touch it: see `in_flight.rs`.
+//! * A range becomes absent over a backing.
+//! * Anything is written while an image is open read-only, or after one of its syncs has failed.
 #![forbid(unsafe_code)]
 
 mod check;
-#[cfg_attr(not(test), expect(dead_code, reason = "for the driver"))]
 mod compress;
 mod create;
 mod entry;
+#[cfg(feature = "planted-faults")]
+mod faults;
 mod features;
 mod format;
 mod geometry;
 mod header;
 mod image;
-#[allow(dead_code, reason = "writes come next")]
 mod in_flight;
-#[allow(dead_code, reason = "writes come next")]
 mod l1;
-#[allow(dead_code, reason = "writes come next")]
 mod lookup;
+mod maintain;
 mod node;
+mod populate;
 mod read;
-#[expect(dead_code, reason = "for the driver")]
 mod refcount;
+mod runs;
+mod write;
+mod write_back;
+mod writer;
+mod zero;
 
 pub(crate) use infill_storage::unaligned as metaio;
 
@@ -35,6 +52,8 @@ pub use entry::{
     CompressedCluster, EntryError, EntryRule, L1Entry, L2Entry, L2TableRef, L2View, StandardCluster,
     SubclusterState, refcount_block, refcount_get, refcount_set,
 };
+#[cfg(feature = "planted-faults")]
+pub use faults::Fault;
 pub use features::{Autoclear, Compatible, Compression, Incompatible};
 pub use format::limits;
 pub use geometry::{

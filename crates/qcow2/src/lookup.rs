@@ -11,6 +11,7 @@ use crate::entry::{CompressedCluster, L2Entry, L2TableRef, L2View, StandardClust
 use crate::geometry::{GuestCluster, GuestOffset, HostOffset, L2Index};
 use crate::image::Image;
 use crate::metaio;
+use crate::refcount::HostRun;
 
 /// What a run of guest bytes is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +31,8 @@ pub(crate) enum Place {
 pub(crate) struct Run {
     pub(crate) len: u64,
     pub(crate) place: Place,
+    /// Every slice that told it has been checked: no entry names metadata.
+    pub(crate) checked: bool,
 }
 
 impl Run {
@@ -68,6 +71,9 @@ impl Image {
                     );
                     return Err(self.corrupt(why));
                 }
+                if self.writer.is_some() {
+                    self.check_host(cx, key.table, 1).await?;
+                }
                 metaio::read(cx, &self.storage, at, bytes).await
             })
             .await
@@ -102,15 +108,6 @@ impl Image {
         Ok(view)
     }
 
-    /// What is known of a guest cluster.
-    pub(crate) async fn cluster(&self, cx: &Ctx, cluster: GuestCluster) -> IoResult<L2View> {
-        let Some(table) = self.table(cluster)? else { return Ok(L2View::Standard(StandardCluster::ABSENT)) };
-        let (_, l2_index) = self.geometry.indices(cluster);
-        let (key, index) = self.slice_key(table.at, l2_index);
-        let slice = self.slice(cx, key).await?;
-        self.view(&table, &slice, index, cluster)
-    }
-
     fn at(&self, cluster: GuestCluster, error: impl Into<IoError>) -> IoError {
         let at = self.geometry.guest_offset(cluster).0;
         error.into().at(at, self.geometry.cluster_bytes()).in_node(self.storage.name())
@@ -120,7 +117,7 @@ impl Image {
     /// is not cached; it has at least one byte where `len` is not 0.
     pub(crate) async fn run_at(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Run> {
         let (end, mut next) = (at + len, at);
-        let mut run = Run { len: 0, place: Place::Absent };
+        let mut run = Run { len: 0, place: Place::Absent, checked: true };
         let mut held: Option<Arc<Slice>> = None;
         while next < end {
             let cluster = self.geometry.guest_cluster(GuestOffset(next));
@@ -129,7 +126,7 @@ impl Image {
                 None => {
                     let table_end =
                         (u64::from(l1_index.0) + 1).saturating_mul(self.geometry.l2_table_guest_bytes());
-                    Run { len: table_end.min(end) - next, place: Place::Absent }
+                    Run { len: table_end.min(end) - next, place: Place::Absent, checked: true }
                 }
                 Some(table) => {
                     let (key, index) = self.slice_key(table.at, l2_index);
@@ -141,13 +138,15 @@ impl Image {
                         };
                     }
                     let Some(slice) = &held else { break };
-                    self.piece(&self.view(&table, slice, index, cluster)?, next, end)
+                    let view = self.view(&table, slice, index, cluster)?;
+                    Run { checked: slice.is_checked(), ..self.piece(&view, next, end) }
                 }
             };
             if run.len == 0 {
                 run = piece;
             } else if run.joins(&piece) {
                 run.len += piece.len;
+                run.checked &= piece.checked;
             } else {
                 break;
             }
@@ -162,16 +161,53 @@ impl Image {
         let inside = geometry.in_cluster(next);
         let cluster_end = next - inside + geometry.cluster_bytes();
         match view {
-            L2View::Compressed(compressed) => {
-                Run { len: cluster_end.min(end) - next, place: Place::Compressed(*compressed) }
-            }
+            L2View::Compressed(compressed) => Run {
+                len: cluster_end.min(end) - next,
+                place: Place::Compressed(*compressed),
+                checked: false,
+            },
             L2View::Standard(cluster) => {
                 let first = geometry.subcluster(GuestOffset(next));
                 let run =
                     u64::from(first + cluster.run(first, geometry)) * geometry.subcluster_bytes() - inside;
-                Run { len: run.min(end - next), place: place(cluster, first, inside) }
+                Run { len: run.min(end - next), place: place(cluster, first, inside), checked: false }
             }
         }
+    }
+
+    /// Refuses to write to host bytes where metadata lies, which only a damaged entry names.
+    pub(crate) async fn check_host(&self, cx: &Ctx, host: u64, len: u64) -> IoResult<()> {
+        match self.metadata_at(cx, host, len).await? {
+            None => Ok(()),
+            Some(what) => Err(self.corrupt(format!("an entry names byte {host}, where the {what} lies"))),
+        }
+    }
+
+    async fn metadata_at(&self, cx: &Ctx, host: u64, len: u64) -> IoResult<Option<&'static str>> {
+        let first = self.geometry.host_cluster(HostOffset(host));
+        let last = host.saturating_add(len.saturating_sub(1)) >> self.geometry.cluster_bits();
+        let run = HostRun { first, count: last - first.0 + 1, zeroed: false };
+        self.writer()?.refcounts.metadata_at(cx, run).await
+    }
+
+    /// As [`Image::check_host`] for a run that starts at guest byte `at`. Where nothing else is wrong with its slice,
+    /// the next write through that need not ask.
+    pub(crate) async fn check_run(&self, cx: &Ctx, at: u64, len: u64, host: u64) -> IoResult<()> {
+        self.check_host(cx, host, len).await?;
+        let cluster = self.geometry.guest_cluster(GuestOffset(at));
+        let Some(table) = self.table(cluster)? else { return Ok(()) };
+        let (key, _) = self.slice_key(table.at, self.geometry.indices(cluster).1);
+        let slice = self.slice(cx, key).await?;
+        for index in 0..self.slices.layout().entries() {
+            let view = self.entry(&slice, index).view(&self.geometry);
+            if let Ok(L2View::Standard(StandardCluster { host: Some(host), .. })) = view
+                && self.metadata_at(cx, host.0, 1).await?.is_some()
+            {
+                return Ok(());
+            }
+        }
+        slice.set_checked();
+        Ok(())
     }
 
     /// A table or the file contradicts itself.

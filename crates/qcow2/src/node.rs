@@ -1,10 +1,8 @@
 //! [`Qcow2`]: an open image as a node of the graph.
 
-use bytes::BytesMut;
-use infill_base::{
-    Ctx, DiscardMode, ErrorKind, Extents, Gather, IoError, IoResult, Limits, OpenError, WriteFlags, ZeroFlags,
-};
-use infill_node::{BackingSlot, InfoValue, Node, NodeInfo};
+use bytes::{Bytes, BytesMut};
+use infill_base::{Ctx, DiscardMode, Extents, Gather, IoResult, Limits, OpenError, WriteFlags, ZeroFlags};
+use infill_node::{BackingRef, BackingSlot, InfoValue, Node, NodeInfo, Populated};
 use infill_storage::StorageHandle;
 use infill_storage::sync::Arc;
 
@@ -19,14 +17,11 @@ impl Qcow2 {
     /// Opens the image in `storage`. Its backing file is not opened: `info().backing` says what the header names, and
     /// whoever wants it puts a node into [`Node::backing`]'s slot before any I/O.
     pub async fn open(cx: &Ctx, storage: StorageHandle, options: OpenOptions) -> Result<Qcow2, OpenError> {
-        if !options.read_only {
-            return Err(OpenError::Refused { why: "qcow2 images can only be opened read-only yet".into() });
-        }
         Ok(Qcow2(Arc::new(Image::open(cx, storage, options).await?)))
     }
 
-    fn read_only(&self) -> IoError {
-        IoError::new(ErrorKind::NotPermitted, "the image is open read-only").in_node(self.0.storage.name())
+    fn is_read_only(&self) -> bool {
+        self.0.writer.is_none()
     }
 }
 
@@ -35,7 +30,7 @@ impl Node for Qcow2 {
         let limits = self.0.storage.limits();
         Limits {
             preferred_bytes: self.0.geometry.cluster_bytes() as u32,
-            writable: false,
+            writable: !self.is_read_only(),
             fast_zero: self.0.geometry.has_zero_clusters(),
             discard: self.0.options.discard == DiscardMode::Unmap,
             ..limits
@@ -53,7 +48,7 @@ impl Node for Qcow2 {
             filename: self.0.storage.name(),
             backing: header.backing(),
             cluster_bytes: Some(self.0.geometry.cluster_bytes()),
-            read_only: true,
+            read_only: self.is_read_only(),
             dirty: header.incompatible().contains(Incompatible::DIRTY),
             format_specific: format_specific(&header),
         }
@@ -63,20 +58,23 @@ impl Node for Qcow2 {
         self.0.read(cx, at, buf).await
     }
 
-    async fn write(&self, _cx: &Ctx, _at: u64, _data: Gather, _flags: WriteFlags) -> IoResult<()> {
-        Err(self.read_only())
+    async fn write(&self, cx: &Ctx, at: u64, data: Gather, flags: WriteFlags) -> IoResult<()> {
+        self.0.write(cx, at, data, flags).await
     }
 
-    async fn write_zeroes(&self, _cx: &Ctx, _at: u64, _len: u64, _flags: ZeroFlags) -> IoResult<()> {
-        Err(self.read_only())
+    async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
+        self.0.write_zeroes(cx, at, len, flags).await
     }
 
-    async fn discard(&self, _cx: &Ctx, _at: u64, _len: u64) -> IoResult<()> {
-        Err(self.read_only())
+    async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.0.discard(cx, at, len).await
     }
 
     async fn sync(&self, _cx: &Ctx) -> IoResult<()> {
-        Ok(())
+        if self.0.writer.is_none() {
+            return Ok(());
+        }
+        self.0.sync().await
     }
 
     async fn extents(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Extents> {
@@ -89,6 +87,26 @@ impl Node for Qcow2 {
 
     fn populate_unit(&self) -> u64 {
         self.0.geometry.subcluster_bytes()
+    }
+
+    async fn populate(&self, cx: &Ctx, at: u64, data: Bytes, generation: u64) -> IoResult<Populated> {
+        self.0.populate(cx, at, data, generation).await
+    }
+
+    async fn populate_zero(&self, cx: &Ctx, at: u64, len: u64, generation: u64) -> IoResult<Populated> {
+        self.0.populate_zero(cx, at, len, generation).await
+    }
+
+    async fn set_backing_ref(&self, _cx: &Ctx, backing: Option<BackingRef>) -> IoResult<()> {
+        self.0.set_backing_ref(backing).await
+    }
+
+    async fn resize(&self, cx: &Ctx, len: u64) -> IoResult<()> {
+        self.0.resize(cx, len).await
+    }
+
+    async fn close(&self, cx: &Ctx) -> IoResult<()> {
+        self.0.close(cx).await
     }
 }
 

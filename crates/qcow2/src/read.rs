@@ -9,6 +9,7 @@ use infill_base::{Ctx, Extent, ExtentKind, Extents, IoResult, push_extent};
 use infill_node::Below;
 use infill_storage::sync::lock;
 
+use crate::compress;
 use crate::entry::CompressedCluster;
 use crate::image::Image;
 use crate::lookup::{Place, Run};
@@ -98,8 +99,11 @@ impl Image {
         {
             return Ok(bytes.clone());
         }
-        let _ = cx;
-        Err(self.corrupt("compressed clusters cannot be read yet").at(at, self.geometry.cluster_bytes()))
+        let compression = lock(&self.header).compression();
+        let bytes = compress::read_cluster(cx, &self.storage, &self.geometry, compression, cluster).await;
+        let bytes = bytes.map_err(|error| error.at(at, self.geometry.cluster_bytes()))?;
+        *lock(&self.unpacked) = Some((cluster, bytes.clone()));
+        Ok(bytes)
     }
 
     /// Fills `buf`, a batch of runs after the other.
@@ -111,7 +115,7 @@ impl Image {
             let (mut local, mut below) = (Vec::new(), Vec::new());
             let mut order = Vec::new();
             while !buf.is_empty() && order.len() < RUNS_MAX {
-                let Run { len, place } = self.run_at(cx, at, buf.len() as u64).await?;
+                let Run { len, place, .. } = self.run_at(cx, at, buf.len() as u64).await?;
                 let piece = Piece { at, place, buf: buf.split_to(len as usize) };
                 let side = if place == Place::Absent { &mut below } else { &mut local };
                 order.push((place == Place::Absent, side.len()));

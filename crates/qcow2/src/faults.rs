@@ -1,0 +1,44 @@
+//! Mistakes in the order of writes, one for each that a crash test must be able to find (feature `planted-faults`).
+//!
+//! Without the feature no image has one, and the branches are not there.
+
+/// A mistake that an image makes on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fault {
+    /// A round writes slices as they are by then, not as they were copied.
+    LiveSliceWritten,
+    /// A round answers before its L1 sectors are written.
+    TableAfterAck,
+    /// Refcounts of unmapped clusters fall in the round that unmaps them.
+    RefcountFallsInRound,
+    /// A round writes entries without syncing the payload that they name.
+    PayloadUnsynced,
+    /// A cluster may be reused as soon as it is unmapped.
+    ReusedBeforeSync2,
+    /// A second write of a slice is in flight beside the round's.
+    TwoWritesOfOneSlice,
+    /// A header change rewrites the header and its extensions as a whole.
+    HeaderRewrittenWhole,
+    /// A slice leaves the cache between its copy and the write of it.
+    SliceEvictedBeforeWrite,
+    /// A cluster that is unmapped after its slice was copied is freed by that round.
+    FreedByRoundThatCopied,
+    /// A larger L1 table is written from the cache, not from what is on the disk.
+    LargerL1FromCache,
+}
+
+impl Fault {
+    /// All of them.
+    pub const ALL: [Fault; 10] = [
+        Fault::LiveSliceWritten,
+        Fault::TableAfterAck,
+        Fault::RefcountFallsInRound,
+        Fault::PayloadUnsynced,
+        Fault::ReusedBeforeSync2,
+        Fault::TwoWritesOfOneSlice,
+        Fault::HeaderRewrittenWhole,
+        Fault::SliceEvictedBeforeWrite,
+        Fault::FreedByRoundThatCopied,
+        Fault::LargerL1FromCache,
+    ];
+}

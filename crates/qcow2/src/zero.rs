@@ -1,0 +1,251 @@
+//! Zeroes and discards: (sub)clusters that change what they are, without payload.
+//!
+//! Over a backing nothing becomes absent (I3a): a discard sets *zero*, and is ignored where version 2 has no such thing.
+//! Without a backing a discard makes absent. What does not cover a (sub)cluster is written as zeroes, or ignored.
+
+use infill_base::{
+    Ctx, DiscardMode, ErrorKind, Gather, IoError, IoResult, ZeroFlags, align_down, align_up, zero_bytes,
+};
+use infill_storage::sync::Arc;
+
+use crate::entry::{L2View, StandardCluster};
+use crate::geometry::{GuestCluster, GuestOffset};
+use crate::image::Image;
+use crate::lookup::Place;
+
+/// Bytes of one piece where zeroes have to be written.
+const ZERO_WRITE_BYTES: u64 = 1 << 20;
+/// Bytes of zeroes that lie in memory for everybody.
+const ZERO_RUN_BYTES: u64 = 64 << 10;
+
+/// What (sub)clusters become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Become {
+    Zero,
+    Absent,
+}
+
+/// How a range is cleared.
+#[derive(Clone, Copy, Debug)]
+struct Clear {
+    to: Become,
+    /// Host clusters without data are given back.
+    unmap: bool,
+    /// Something lies below, so what is absent is not zero.
+    backed: bool,
+    /// Under which `backed` was seen.
+    generation: u64,
+}
+
+impl Image {
+    /// Makes `[at, at + len)` read as zeroes.
+    pub(crate) async fn write_zeroes(
+        self: &Arc<Image>,
+        cx: &Ctx,
+        at: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> IoResult<()> {
+        self.check(at, len)?;
+        self.prepare().await?;
+        self.zero(cx, at, len, self.size(), flags).await?;
+        if flags.contains(ZeroFlags::FUA) { self.sync().await } else { Ok(()) }
+    }
+
+    /// As [`Image::write_zeroes`], on a disk of `size` bytes.
+    pub(crate) async fn zero(
+        self: &Arc<Image>,
+        cx: &Ctx,
+        at: u64,
+        len: u64,
+        size: u64,
+        flags: ZeroFlags,
+    ) -> IoResult<()> {
+        let end = at + len;
+        let (first, last) = self.whole_units(at, end, size);
+        let unmap = flags.contains(ZeroFlags::MAY_UNMAP);
+        let fast = first < last && (self.geometry.has_zero_clusters() || !self.backing.is_some());
+        if !fast {
+            if flags.contains(ZeroFlags::NO_FALLBACK) {
+                let why = "zeroes cannot be set here without writing them";
+                return Err(IoError::new(ErrorKind::Unsupported, why).at(at, len));
+            }
+            return self.write_zero_bytes(cx, at, end).await;
+        }
+        self.write_zero_bytes(cx, at, first).await?;
+        self.clear(cx, first, last, |backed| {
+            let absent = !self.geometry.has_zero_clusters();
+            (!(absent && backed))
+                .then_some((if absent { Become::Absent } else { Become::Zero }, unmap || absent))
+        })
+        .await?;
+        self.write_zero_bytes(cx, last, end).await
+    }
+
+    /// The guest does not need `[at, at + len)` any more.
+    pub(crate) async fn discard(self: &Arc<Image>, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.check(at, len)?;
+        self.writer()?;
+        if self.options.discard == DiscardMode::Ignore {
+            return Ok(());
+        }
+        let (first, last) = self.whole_units(at, at + len, self.size());
+        if first >= last {
+            return Ok(());
+        }
+        self.prepare().await?;
+        let zero = self.geometry.has_zero_clusters();
+        // What remains is compressed in part: it stays.
+        let discard = |backed| match backed {
+            false => Some((Become::Absent, true)),
+            true => zero.then_some((Become::Zero, true)),
+        };
+        self.clear_runs(cx, first, last, discard).await.map(drop)
+    }
+
+    /// The whole (sub)clusters of a range; the last one of the disk need not be whole.
+    fn whole_units(&self, at: u64, end: u64, size: u64) -> (u64, u64) {
+        // Version 2, and standard entries, know clusters alone.
+        let unit = self.geometry.subcluster_bytes();
+        let first = align_up(at, unit).min(end);
+        let last = if end == size { end } else { align_down(end, unit) };
+        (first, last.max(first))
+    }
+
+    /// Clears, and writes zeroes where that cannot be done by an entry.
+    async fn clear(
+        self: &Arc<Image>,
+        cx: &Ctx,
+        first: u64,
+        last: u64,
+        how: impl Fn(bool) -> Option<(Become, bool)>,
+    ) -> IoResult<()> {
+        for (at, end) in self.clear_runs(cx, first, last, how).await? {
+            self.write_zero_bytes(cx, at, end).await?;
+        }
+        Ok(())
+    }
+
+    /// Clears whole units, as `how` says for whether something lies below. Gives what an entry cannot say.
+    async fn clear_runs(
+        self: &Arc<Image>,
+        cx: &Ctx,
+        first: u64,
+        last: u64,
+        how: impl Fn(bool) -> Option<(Become, bool)>,
+    ) -> IoResult<Vec<(u64, u64)>> {
+        let (mut left, mut next) = (Vec::new(), first);
+        while next < last {
+            self.relieve().await?;
+            let generation = self.backing.generation();
+            let backed = self.backing.is_some();
+            let Some((to, unmap)) = how(backed) else {
+                left.push((next, last));
+                break;
+            };
+            let clear = Clear { to, unmap, backed, generation };
+            let end = self.slice_end(next).min(last);
+            let cluster = self.geometry.guest_cluster(GuestOffset(next));
+            if !backed && self.table(cluster)?.is_none() {
+                // All of it is absent, and reads as zeroes.
+                next = self.table_end(next).min(last);
+                continue;
+            }
+            if self.clear_slice(cx, next, end, clear, &mut left).await? {
+                next = end;
+            }
+        }
+        Ok(left)
+    }
+
+    /// End of the guest bytes that the table, or the slice, of byte `at` describes.
+    fn table_end(&self, at: u64) -> u64 {
+        let bytes = self.geometry.l2_table_guest_bytes();
+        (at / bytes + 1).saturating_mul(bytes)
+    }
+
+    pub(crate) fn slice_end(&self, at: u64) -> u64 {
+        let bytes = (self.slices.layout().entries() as u64) << self.geometry.cluster_bits();
+        (at / bytes + 1).saturating_mul(bytes)
+    }
+
+    /// Clears `[at, end)`, which one slice describes. False: the edge below has changed, nothing was done.
+    async fn clear_slice(
+        self: &Arc<Image>,
+        cx: &Ctx,
+        at: u64,
+        end: u64,
+        clear: Clear,
+        left: &mut Vec<(u64, u64)>,
+    ) -> IoResult<bool> {
+        let geometry = &self.geometry;
+        let first = geometry.guest_cluster(GuestOffset(at));
+        let last = geometry.guest_cluster(GuestOffset(end - 1));
+        // The table and its slice before the range: what is held then is memory.
+        let (slice, index, _) = self.for_change(cx, first).await?;
+        let _range = self.writer()?.ranges.exclusive(first.0, last.0 + 1).await;
+        let Some(_link) = self.backing.begin_link(clear.generation) else { return Ok(false) };
+        let Some(table) = self.table(first)? else { return Ok(false) };
+        for cluster in first.0..=last.0 {
+            let index = index + (cluster - first.0) as usize;
+            let old = self.view(&table, &slice, index, GuestCluster(cluster))?;
+            let start = geometry.guest_offset(GuestCluster(cluster)).0;
+            let (lo, hi) = (at.max(start) - start, end.min(start + geometry.cluster_bytes()) - start);
+            let mask = self.subclusters(lo, hi);
+            match cleared(&old, mask, geometry.subcluster_mask(), clear) {
+                Some(new) => self.link(&slice, index, old, new),
+                None => left.push((start + lo, start + hi)),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Writes zeroes as data, but where they are already.
+    async fn write_zero_bytes(self: &Arc<Image>, cx: &Ctx, at: u64, end: u64) -> IoResult<()> {
+        let mut next = at;
+        while next < end {
+            let (len, there) = {
+                let _flight = self.in_flight.enter();
+                let run = self.run_at(cx, next, end - next).await?;
+                let there = match run.place {
+                    Place::Zero => true,
+                    Place::Absent => !self.backing.is_some(),
+                    Place::Data { .. } | Place::Compressed(_) => false,
+                };
+                (if there { run.len } else { run.len.min(ZERO_WRITE_BYTES) }, there)
+            };
+            if !there {
+                let mut zeroes = Gather::new();
+                let mut missing = len;
+                while missing > 0 {
+                    let piece = missing.min(ZERO_RUN_BYTES);
+                    zeroes.push(zero_bytes(piece as usize));
+                    missing -= piece;
+                }
+                self.write_data(cx, next, zeroes).await?;
+            }
+            next += len;
+        }
+        Ok(())
+    }
+}
+
+/// The entry after the subclusters in `mask` of `all` are cleared; `None`: no entry says that.
+fn cleared(old: &L2View, mask: u32, all: u32, clear: Clear) -> Option<StandardCluster> {
+    let old = match old {
+        L2View::Standard(old) => *old,
+        // Gone as a whole.
+        L2View::Compressed(_) if mask == all => StandardCluster::ABSENT,
+        L2View::Compressed(_) => return None,
+    };
+    let allocated = old.allocated & !mask;
+    let zero = match clear.to {
+        Become::Absent => old.zero & !mask,
+        Become::Zero if clear.backed => old.zero | mask,
+        // Where nothing lies below, what is absent is zero already.
+        Become::Zero => old.zero | mask & old.allocated,
+    };
+    let keeps_host = allocated != 0 || (zero != 0 && !clear.unmap && old.copied);
+    let host = old.host.filter(|_| keeps_host);
+    Some(StandardCluster { host, copied: old.copied && host.is_some(), allocated, zero })
+}
