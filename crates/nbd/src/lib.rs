@@ -1,7 +1,14 @@
-//! Network block devices: the protocol's messages ([`proto`]), a [`Server`] of nodes, and a client that is a storage.
+//! Network block devices: the protocol's messages ([`proto`]), a [`Server`] of nodes, and a client that is a storage
+//! ([`NbdStorage`]), with the URIs of exports ([`NbdUri`]).
 #![forbid(unsafe_code)]
 
+mod client;
 pub mod proto;
 mod server;
+mod uri;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub use client::fuzz::fuzz_client;
+pub use client::{ClientOptions, NbdStorage, OnLost, SourceState, SourceWatch};
 pub use server::{Export, ExportError, ExportStatus, Exports, Removal, RemoveMode, Server, ServerLimits};
+pub use uri::{DEFAULT_PORT, NbdUri, ServerAddress, UriError};

@@ -1,0 +1,407 @@
+//! The handshake: what a server and we agree on.
+//!
+//! Fixed newstyle; extended headers, else structured replies, else simple ones; `base:allocation` where there are
+//! replies for it; GO with block sizes, else EXPORT_NAME for servers that do not know GO. An option at a time, as the
+//! protocol demands: four round trips with a server of today. Every list of replies is bounded; the whole has a time
+//! limit, which is the caller's.
+
+use bytes::BytesMut;
+use infill_base::{ErrorKind, IoError, MAX_TRANSFER_BYTES};
+use infill_storage::stream::{Connection, StreamRead, StreamWrite};
+
+use crate::proto::{
+    CONTEXT_ALLOCATION, ClientFlags, ExportInfo, Greeting, HandshakeFlags, INFO_BLOCK_SIZE, INFO_DESCRIPTION,
+    INFO_NAME, Info, Mode, OptionError, OptionReply, OptionReplyHeader, OptionRequest, ProtocolError,
+    STRING_BYTES_MAX, TransmissionFlags,
+};
+
+/// Most replies to one option. (The protocol knows four informations; others may come.)
+const REPLIES_MAX: usize = 64;
+/// Spare bytes of the receive buffer.
+const RECEIVE_BYTES: usize = 4096;
+/// Largest smallest request size that the protocol allows, in bytes.
+const MIN_BLOCK_MAX: u32 = 64 << 10;
+
+/// What was agreed on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Agreed {
+    pub(super) mode: Mode,
+    /// Size in bytes.
+    pub(super) size: u64,
+    pub(super) flags: TransmissionFlags,
+    /// Offsets and lengths are multiples of it, in bytes.
+    pub(super) min_block: u32,
+    pub(super) preferred_block: u32,
+    /// Largest payload, in bytes.
+    pub(super) max_block: u32,
+    /// The context `base:allocation`, if the server has it.
+    pub(super) allocation: Option<u32>,
+    /// The export's own name, if the server tells it.
+    pub(super) name: Option<String>,
+    pub(super) description: Option<String>,
+}
+
+/// Flags whose loss is felt by whoever writes.
+const NEEDED_TO_WRITE: TransmissionFlags = TransmissionFlags::SEND_FLUSH
+    .union(TransmissionFlags::SEND_FUA)
+    .union(TransmissionFlags::SEND_TRIM)
+    .union(TransmissionFlags::SEND_WRITE_ZEROES)
+    .union(TransmissionFlags::SEND_FAST_ZERO);
+
+impl Agreed {
+    /// Whether the server can write zeroes that are not sent.
+    pub(super) fn write_zeroes(&self) -> bool {
+        self.flags.contains(TransmissionFlags::SEND_WRITE_ZEROES)
+    }
+
+    /// Whether `now` is still what `self` was opened as: size, sizes of requests, flags that matter, and the names
+    /// where both tell them. Else what is different.
+    pub(super) fn same_source(&self, now: &Agreed, read_only: bool) -> Result<(), String> {
+        if now.size != self.size {
+            return Err(format!("it had {} bytes, it has {} now", self.size, now.size));
+        }
+        if now.min_block > self.min_block || now.max_block < self.max_block {
+            return Err(format!(
+                "it took requests of {} to {} bytes, now of {} to {}",
+                self.min_block, self.max_block, now.min_block, now.max_block
+            ));
+        }
+        if self.allocation.is_some() && now.allocation.is_none() {
+            return Err(format!("it told what is zero ({CONTEXT_ALLOCATION}), it does not now"));
+        }
+        if !read_only {
+            let missing = (self.flags & NEEDED_TO_WRITE).difference(now.flags);
+            if now.flags.contains(TransmissionFlags::READ_ONLY) || !missing.is_empty() {
+                return Err(format!("its flags were {:?}, they are {:?} now", self.flags, now.flags));
+            }
+        }
+        for (before, now) in [(&self.name, &now.name), (&self.description, &now.description)] {
+            if let (Some(before), Some(now)) = (before, now)
+                && before != now
+            {
+                return Err(format!("it called itself {before:?}, it calls itself {now:?} now"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A connection in the transmission phase.
+pub(super) struct Open {
+    pub(super) connection: Connection,
+    /// What was received behind the handshake.
+    pub(super) received: BytesMut,
+    pub(super) agreed: Agreed,
+}
+
+/// Why there is no connection in the transmission phase.
+#[derive(Clone, Debug)]
+pub(super) enum Failed {
+    /// It went away, or nobody is there.
+    Lost(IoError),
+    /// The server broke the protocol.
+    Broke(ProtocolError),
+    /// The server does not want to.
+    Refused(IoError),
+}
+
+impl From<ProtocolError> for Failed {
+    fn from(error: ProtocolError) -> Failed {
+        Failed::Broke(error)
+    }
+}
+
+impl From<IoError> for Failed {
+    fn from(error: IoError) -> Failed {
+        Failed::Lost(error)
+    }
+}
+
+impl From<Failed> for IoError {
+    fn from(failed: Failed) -> IoError {
+        match failed {
+            Failed::Lost(error) | Failed::Refused(error) => error,
+            Failed::Broke(error) => {
+                IoError::new(ErrorKind::SourceLost, "the server broke the NBD protocol").caused_by(error)
+            }
+        }
+    }
+}
+
+fn hung_up() -> IoError {
+    IoError::new(ErrorKind::SourceLost, "the server hung up during the handshake")
+}
+
+fn broke(what: &'static str) -> Failed {
+    Failed::Broke(ProtocolError::Malformed { what })
+}
+
+/// Agrees with the server on how `export` is used.
+pub(super) async fn negotiate(mut connection: Connection, export: &str) -> Result<Open, Failed> {
+    if export.len() > STRING_BYTES_MAX || export.contains('\0') {
+        let why = format!("the name of an export has at most {STRING_BYTES_MAX} bytes and no NUL");
+        return Err(Failed::Refused(IoError::new(ErrorKind::InvalidInput, why)));
+    }
+    let mut talk = Talk {
+        reader: connection.reader.as_mut(),
+        writer: connection.writer.as_mut(),
+        received: BytesMut::new(),
+    };
+    let agreed = talk.agree(export).await?;
+    let received = std::mem::take(&mut talk.received);
+    Ok(Open { connection, received, agreed })
+}
+
+struct Talk<'a> {
+    reader: &'a mut dyn StreamRead,
+    writer: &'a mut dyn StreamWrite,
+    received: BytesMut,
+}
+
+impl Talk<'_> {
+    async fn agree(&mut self, export: &str) -> Result<Agreed, Failed> {
+        let greeting = self.message(Greeting::decode).await?;
+        let fixed = greeting.flags.contains(HandshakeFlags::FIXED_NEWSTYLE);
+        let no_zeroes = greeting.flags.contains(HandshakeFlags::NO_ZEROES);
+        let mut flags = ClientFlags::empty();
+        flags.set(ClientFlags::FIXED_NEWSTYLE, fixed);
+        flags.set(ClientFlags::NO_ZEROES, no_zeroes);
+        let mut out = BytesMut::new();
+        flags.encode(&mut out);
+        self.send(out).await?;
+        if !fixed {
+            let info = self.export_name(export, no_zeroes).await?;
+            return self.check(Facts { info: Some(info), ..Facts::default() }, Mode::Simple, None);
+        }
+        let mode = self.choose_mode().await?;
+        let allocation = if mode == Mode::Simple { None } else { self.choose_context(export).await? };
+        match self.go(export).await? {
+            Some(facts) => self.check(facts, mode, allocation),
+            None => {
+                let info = self.export_name(export, no_zeroes).await?;
+                self.check(Facts { info: Some(info), ..Facts::default() }, mode, allocation)
+            }
+        }
+    }
+
+    async fn choose_mode(&mut self) -> Result<Mode, Failed> {
+        for (request, mode) in [
+            (OptionRequest::ExtendedHeaders, Mode::Extended),
+            (OptionRequest::StructuredReply, Mode::Structured),
+        ] {
+            match self.option(&request).await?.1 {
+                Ok(()) => return Ok(mode),
+                Err(refusal) => refusal.only_here()?,
+            }
+        }
+        Ok(Mode::Simple)
+    }
+
+    async fn choose_context(&mut self, export: &str) -> Result<Option<u32>, Failed> {
+        let queries = vec![CONTEXT_ALLOCATION.to_owned()];
+        let request = OptionRequest::MetaContext { set: true, export: export.to_owned(), queries };
+        let (replies, end) = self.option(&request).await?;
+        if let Err(refusal) = end {
+            // What is wrong with the export, GO will tell.
+            refusal.only_here()?;
+            return Ok(None);
+        }
+        let mut context = None;
+        for reply in replies {
+            match reply {
+                OptionReply::MetaContext { id, name } if name == CONTEXT_ALLOCATION && context.is_none() => {
+                    context = Some(id);
+                }
+                OptionReply::MetaContext { .. } => {
+                    return Err(broke("the server chose a context that nobody asked for"));
+                }
+                _ => {}
+            }
+        }
+        Ok(context)
+    }
+
+    /// GO; `None` if the server does not know it.
+    async fn go(&mut self, export: &str) -> Result<Option<Facts>, Failed> {
+        let wanted = vec![INFO_BLOCK_SIZE, INFO_NAME, INFO_DESCRIPTION];
+        let request = OptionRequest::Info { go: true, name: export.to_owned(), wanted };
+        let (replies, end) = self.option(&request).await?;
+        match end {
+            Ok(()) => {}
+            Err(Refusal { error: Some(OptionError::Unsupported), .. }) => return Ok(None),
+            Err(refusal) => return Err(refusal.of_export(export)),
+        }
+        let mut facts = Facts::default();
+        for reply in replies {
+            match reply {
+                OptionReply::Info(Info::Export(info)) => facts.info = Some(info),
+                OptionReply::Info(Info::Name(name)) => facts.name = Some(name),
+                OptionReply::Info(Info::Description(text)) => facts.description = Some(text),
+                OptionReply::Info(Info::BlockSize { min, preferred, max }) => {
+                    facts.blocks = Some((min, preferred, max));
+                }
+                _ => {}
+            }
+        }
+        Ok(Some(facts))
+    }
+
+    /// EXPORT_NAME: a refusal is a disconnect.
+    async fn export_name(&mut self, export: &str, no_zeroes: bool) -> Result<ExportInfo, Failed> {
+        let mut out = BytesMut::new();
+        OptionRequest::ExportName(export.to_owned()).encode(&mut out);
+        self.send(out).await?;
+        let answer = self.message(|buf| Ok(ExportInfo::decode_bare(no_zeroes, buf))).await;
+        answer.map_err(|failed| match failed {
+            Failed::Lost(error) => Failed::Refused(
+                IoError::new(
+                    ErrorKind::NotFound,
+                    format!("the server hung up when it was asked for the export {export:?}; is it there?"),
+                )
+                .caused_by(error),
+            ),
+            other => other,
+        })
+    }
+
+    /// Sends an option and collects its replies, up to the last one.
+    async fn option(
+        &mut self,
+        request: &OptionRequest,
+    ) -> Result<(Vec<OptionReply>, Result<(), Refusal>), Failed> {
+        let mut out = BytesMut::new();
+        request.encode(&mut out);
+        self.send(out).await?;
+        let mut replies = Vec::new();
+        while replies.len() < REPLIES_MAX {
+            let header = self.message(OptionReplyHeader::decode).await?;
+            if header.option != request.option() {
+                return Err(broke("the server answers an option that was not asked"));
+            }
+            while self.received.len() < header.len as usize {
+                self.receive().await?;
+            }
+            let data = self.received.split_to(header.len as usize);
+            match OptionReply::decode(header.kind, &data)? {
+                OptionReply::Ack => return Ok((replies, Ok(()))),
+                OptionReply::Error { error, message } => {
+                    return Ok((replies, Err(Refusal { error: Some(error), message })));
+                }
+                OptionReply::UnknownError { message, .. } => {
+                    return Ok((replies, Err(Refusal { error: None, message })));
+                }
+                reply => replies.push(reply),
+            }
+        }
+        Err(broke("the server answers an option without end"))
+    }
+
+    fn check(&self, facts: Facts, mode: Mode, allocation: Option<u32>) -> Result<Agreed, Failed> {
+        let info = facts.info.ok_or(broke("the server did not tell the export's size"))?;
+        if i64::try_from(info.size).is_err() {
+            return Err(broke("the export's size is above 2^63 bytes"));
+        }
+        let (min, preferred, max) = facts.blocks.unwrap_or((1, 4096, MAX_TRANSFER_BYTES as u32));
+        if !min.is_power_of_two() || min > MIN_BLOCK_MAX {
+            return Err(broke("the smallest request size is not a power of two up to 64 KiB"));
+        }
+        if max < min {
+            return Err(broke("the largest request size is below the smallest"));
+        }
+        if !info.size.is_multiple_of(u64::from(min)) {
+            // Its last bytes could never be read.
+            let why =
+                format!("the export's size {} is not a multiple of its smallest request, {min}", info.size);
+            return Err(Failed::Refused(IoError::new(ErrorKind::InvalidInput, why)));
+        }
+        // Only a hint: what makes no sense is not followed.
+        let preferred = if preferred.is_power_of_two() { preferred.max(min) } else { min.max(4096) };
+        let max = max.min(MAX_TRANSFER_BYTES as u32) / min * min;
+        Ok(Agreed {
+            mode,
+            size: info.size,
+            flags: info.flags,
+            min_block: min,
+            preferred_block: preferred,
+            max_block: max,
+            allocation,
+            name: facts.name,
+            description: facts.description,
+        })
+    }
+
+    async fn send(&mut self, out: BytesMut) -> Result<(), Failed> {
+        let sent = self.writer.write_all(out.freeze().into()).await;
+        Ok(sent.map_err(|error| hung_up().caused_by(error))?)
+    }
+
+    /// The next message, as `decode` takes it.
+    async fn message<T>(
+        &mut self,
+        decode: impl Fn(&mut BytesMut) -> Result<Option<T>, ProtocolError>,
+    ) -> Result<T, Failed> {
+        loop {
+            if let Some(message) = decode(&mut self.received)? {
+                return Ok(message);
+            }
+            self.receive().await?;
+        }
+    }
+
+    async fn receive(&mut self) -> Result<(), Failed> {
+        let mut buf = std::mem::take(&mut self.received);
+        buf.reserve(RECEIVE_BYTES);
+        let before = buf.len();
+        self.received = self.reader.read(buf).await?;
+        if self.received.len() == before {
+            return Err(Failed::Lost(hung_up()));
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default)]
+struct Facts {
+    info: Option<ExportInfo>,
+    blocks: Option<(u32, u32, u32)>,
+    name: Option<String>,
+    description: Option<String>,
+}
+
+/// An option was refused.
+struct Refusal {
+    error: Option<OptionError>,
+    message: String,
+}
+
+impl Refusal {
+    /// Goes on without this option, unless the refusal concerns the whole session.
+    fn only_here(self) -> Result<(), Failed> {
+        match self.error {
+            Some(OptionError::TlsRequired | OptionError::Shutdown) => Err(self.of_export("")),
+            _ => Ok(()),
+        }
+    }
+
+    fn of_export(self, export: &str) -> Failed {
+        let (kind, why) = match self.error {
+            Some(OptionError::TlsRequired) => (
+                ErrorKind::Unsupported,
+                "the server wants TLS, which is not supported; let it serve without, on a network you trust"
+                    .to_owned(),
+            ),
+            Some(OptionError::Unknown) => {
+                (ErrorKind::NotFound, format!("the server has no export named {export:?}"))
+            }
+            Some(OptionError::Policy) => {
+                (ErrorKind::NotPermitted, format!("the server does not give us the export {export:?}"))
+            }
+            Some(OptionError::Shutdown) => {
+                (ErrorKind::ShuttingDown, "the server is shutting down".to_owned())
+            }
+            error => (ErrorKind::Io, format!("the server refuses the export {export:?} ({error:?})")),
+        };
+        let why = if self.message.is_empty() { why } else { format!("{why}: {}", self.message) };
+        Failed::Refused(IoError::new(kind, why))
+    }
+}
