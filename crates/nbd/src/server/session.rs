@@ -115,8 +115,9 @@ impl Session<'_> {
                 if deadline.is_none() && (end.is_some() || self.closing.get()) {
                     deadline = Some(Box::pin(rt::sleep(self.limits.close_time)));
                 }
-                let late = deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready());
-                if late || !sending || matches!(end, Some(End::Broken(_))) {
+                let late = |deadline: &mut LocalBoxFuture<'_, ()>| deadline.as_mut().poll(cx).is_ready();
+                sending &= !matches!(end, Some(End::Broken(_)));
+                if !sending || deadline.as_mut().is_some_and(late) {
                     // Nobody receives what is read now, or has waited long enough.
                     reads.borrow_mut().clear();
                     sending = false;
