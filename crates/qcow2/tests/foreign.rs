@@ -72,7 +72,8 @@ fn a_snapshot_keeps_its_content_whatever_is_written_zeroed_or_discarded() {
 fn compressed_clusters_read_and_are_unpacked_by_what_is_written_to_them() {
     for options in ["cluster_size=4096", "compression_type=zstd", "extended_l2=on,cluster_size=32768"] {
         let bench = Bench::new();
-        let plain = bench.image("plain.qcow2", "compat=1.1", "2M", &["write -P 7 0 1M", "write -P 8 1500k 100k"]);
+        let plain =
+            bench.image("plain.qcow2", "compat=1.1", "2M", &["write -P 7 0 1M", "write -P 8 1500k 100k"]);
         let path = bench.path("a.qcow2");
         run("qemu-img", &["convert", "-c", "-O", "qcow2", "-o", options, text(&plain), text(&path)]);
         let mut model = bench.content(&path);
