@@ -17,6 +17,9 @@ use infill_storage::sync::{Mutex, lock};
 
 /// Most reactors that one process starts.
 const MAX_REACTORS: usize = 64;
+/// Stack of a reactor's thread, in bytes. A request takes some for each layer of a backing chain; what is not touched
+/// costs no memory.
+const STACK_BYTES: usize = 8 << 20;
 
 /// A task on its way to a reactor: made there, because futures do not travel between threads.
 type Job = Box<dyn FnOnce() -> LocalBoxFuture<'static, ()> + Send>;
@@ -88,6 +91,7 @@ impl Reactors {
             let (started, report) = mpsc::channel();
             let thread = std::thread::Builder::new()
                 .name(format!("reactor-{index}"))
+                .stack_size(STACK_BYTES)
                 .spawn(move || run(&inbox, &started))?;
             reactors.threads.push(thread);
             report.recv().map_err(|_| io::Error::other("a reactor ended before it had begun"))??;
