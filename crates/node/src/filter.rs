@@ -93,11 +93,8 @@ impl Node for CopyOnReadNode {
         self.below.resize(cx, len).await
     }
 
-    /// The overlay is somebody else's to close; what was being kept is over first.
+    /// The overlay is somebody else's to close. What is being kept goes on; see [`CopyOnRead::settle`].
     async fn close(&self, _cx: &Ctx) -> IoResult<()> {
-        if let Some(policy) = self.below.backing().and_then(BackingSlot::copy_on_read) {
-            policy.settle().await;
-        }
         Ok(())
     }
 }
@@ -118,6 +115,7 @@ mod tests {
             let overlay = NodeHandle::new(MemoryOverlay::new(64 << 10, 4096, Some(base)));
             let filter = NodeHandle::new(CopyOnReadNode::new(overlay.clone()));
             assert_eq!(filter.read_vec(&Ctx::GUEST, 4096, 512).await.unwrap()[..], [7; 512]);
+            filter.backing().and_then(BackingSlot::copy_on_read).unwrap().settle().await;
             filter.close(&Ctx::GUEST).await.unwrap();
             let kinds = overlay.extents(&Ctx::GUEST, 0, 64 << 10).await.unwrap();
             assert_eq!((kinds[1].kind, kinds[1].len), (ExtentKind::Data, 4096));

@@ -105,6 +105,23 @@ impl Graph {
         lock(&self.0).get(name).map(|entry| entry.users.clone()).unwrap_or_default()
     }
 
+    /// There is an edge from `parent` to `child` from now on (a stream has put another backing there).
+    pub fn attach(&self, parent: &str, child: &str) -> Result<(), GraphError> {
+        let mut entries = lock(&self.0);
+        for name in [parent, child] {
+            if !entries.contains_key(name) {
+                return Err(GraphError::Unknown(name.into()));
+            }
+        }
+        if let Some(entry) = entries.get_mut(parent) {
+            entry.children.push(child.into());
+        }
+        if let Some(entry) = entries.get_mut(child) {
+            entry.users.push(format!("node '{parent}'"));
+        }
+        Ok(())
+    }
+
     /// The edge from `parent` to `child` is gone (a stream has dropped the backing).
     pub fn detach(&self, parent: &str, child: &str) {
         let mut entries = lock(&self.0);

@@ -3,7 +3,8 @@
 
 use bytes::BytesMut;
 use infill_base::{
-    Ctx, ErrorKind, Extents, Gather, IoError, IoResult, Limits, OpenError, WriteFlags, ZeroFlags, range_end,
+    Ctx, DiscardMode, ErrorKind, Extents, Gather, IoError, IoResult, Limits, OpenError, WriteFlags,
+    ZeroFlags, range_end,
 };
 use infill_storage::StorageHandle;
 use infill_storage::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +21,7 @@ pub struct RawNode {
     /// A window has a fixed size.
     window: bool,
     read_only: bool,
+    discard: DiscardMode,
 }
 
 impl RawNode {
@@ -32,7 +34,8 @@ impl RawNode {
     pub fn protocol(driver: &'static str, storage: StorageHandle, read_only: bool) -> RawNode {
         let len = AtomicU64::new(storage.len());
         let read_only = read_only || !storage.limits().writable;
-        RawNode { driver, offset: 0, len, window: false, read_only, storage }
+        let discard = DiscardMode::Unmap;
+        RawNode { driver, offset: 0, len, window: false, read_only, discard, storage }
     }
 
     /// `size` bytes of `storage` from byte `offset` (QEMU's raw driver with `offset` and `size`).
@@ -52,6 +55,11 @@ impl RawNode {
             });
         }
         Ok(RawNode { offset, window: true, len: AtomicU64::new(size), ..RawNode::new(storage, read_only) })
+    }
+
+    /// What becomes of discards (by default the space is given back).
+    pub fn discarding(self, discard: DiscardMode) -> RawNode {
+        RawNode { discard, ..self }
     }
 
     fn check(&self, at: u64, len: u64) -> IoResult<u64> {
@@ -111,12 +119,19 @@ impl Node for RawNode {
 
     async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
         let at = self.check_write(at, len)?;
+        let flags = match self.discard {
+            DiscardMode::Unmap => flags,
+            DiscardMode::Ignore => flags - ZeroFlags::MAY_UNMAP,
+        };
         self.storage.write_zeroes(cx, at, len, flags).await
     }
 
     async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
         let at = self.check_write(at, len)?;
-        self.storage.discard(cx, at, len).await
+        match self.discard {
+            DiscardMode::Unmap => self.storage.discard(cx, at, len).await,
+            DiscardMode::Ignore => Ok(()),
+        }
     }
 
     async fn sync(&self, cx: &Ctx) -> IoResult<()> {
