@@ -90,6 +90,8 @@ pub enum OnLost {
 pub struct ClientOptions {
     /// Its name; the empty one is the server's default.
     pub export: String,
+    /// What the storage calls itself, for instance its URI; `None` makes a name of the server and the export.
+    pub name: Option<String>,
     /// Nothing is written. (Default: true.)
     pub read_only: bool,
     /// Most connections; two are used at most.
@@ -110,6 +112,7 @@ impl Default for ClientOptions {
     fn default() -> Self {
         ClientOptions {
             export: String::new(),
+            name: None,
             read_only: true,
             connections_max: 2,
             handshake_timeout: Duration::from_secs(10),
@@ -188,7 +191,9 @@ impl NbdStorage {
         connector: Arc<dyn Connector>,
         options: ClientOptions,
     ) -> Result<NbdStorage, OpenError> {
-        let name = format!("nbd export {:?} at {}", options.export, connector.target());
+        let name = options.name.clone();
+        let name =
+            name.unwrap_or_else(|| format!("nbd export {:?} at {}", options.export, connector.target()));
         let open = supervise::connect(connector.as_ref(), &options.export, options.handshake_timeout).await;
         let open = open.map_err(|failed| match failed {
             Failed::Broke(error) => OpenError::Malformed { format: "NBD", what: format!("{name}: {error}") },
