@@ -1,2 +1,81 @@
-//! The `infill` program.
-fn main() {}
+//! The `infill` program: the command line, and one module for each subcommand. Wiring only; what it wires are the
+//! crates.
+//!
+//! Every subcommand gives its exit code. A failure is one line on standard error that says what was expected, what was
+//! found, where, and what to do; its exit code is 1, and so is that of a command line that is not understood (2 means
+//! something else to those who call `check`).
+#![forbid(unsafe_code)]
+
+mod args;
+#[allow(dead_code, reason = "the daemon uses all of it")]
+mod blockdev;
+mod commands;
+#[allow(dead_code, reason = "the daemon uses all of it")]
+mod listen;
+mod monitor;
+mod out;
+mod progress;
+mod size;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{CommandFactory, Parser};
+
+use args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let failed = error.use_stderr();
+            // Nobody is left to tell where even this cannot be printed.
+            let _ = error.print();
+            return if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
+    };
+    match dispatch(cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("infill: {}", one_line(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A failure with its causes in one line. A cause that the text before it has told already is left out.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string().replace('\n', " ");
+        if line.is_empty() {
+            line = cause;
+        } else if !line.ends_with(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line
+}
+
+fn dispatch(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Create(args) => commands::create::main(args),
+        Command::Info(args) => commands::info::main(args),
+        Command::Check(args) => commands::check::main(args),
+        Command::Map(args) => commands::map::main(args),
+        Command::Serve(args) => commands::serve::main(args),
+        Command::Stream(args) => commands::stream::main(args),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "infill", &mut script);
+            out::print(&String::from_utf8_lossy(&script))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Man => {
+            let mut page = Vec::new();
+            clap_mangen::Man::new(Cli::command()).render(&mut page).context("writing the manual page")?;
+            out::print(&String::from_utf8_lossy(&page))?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! The command line: what is taken, and what its help says. Option letters are those of qemu-img and qemu-nbd.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::size::parse_size;
+
+/// Virtual disks that are usable before their data has arrived.
+#[derive(Debug, Parser)]
+#[command(name = "infill", version, about, max_term_width = 100, propagate_version = true)]
+#[command(
+    after_help = "Exit codes: 0 done, 1 failed or wrong usage. `check` and `map` say their own in their help."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create an image, or an overlay over a base that may be remote.
+    Create(CreateArgs),
+    /// Tell what an image is.
+    Info(InfoArgs),
+    /// Look for inconsistencies in an image, and repair them.
+    Check(CheckArgs),
+    /// Tell where the data of a disk lies, layer by layer.
+    Map(MapArgs),
+    /// Serve one disk over NBD, in the foreground.
+    Serve(ServeArgs),
+    /// Fill an overlay until it needs no backing file: an image at rest, or a disk of a running daemon.
+    Stream(StreamArgs),
+    /// Print a script that completes this command line in a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page.
+    Man,
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    #[default]
+    Human,
+    /// For programs: JSON with qemu-img's keys.
+    Json,
+}
+
+/// Formats of image files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// The disk's bytes, as they are.
+    Raw,
+    /// QEMU's copy-on-write format, version 2 and 3.
+    Qcow2,
+    /// QEMU's enhanced disk format.
+    Qed,
+}
+
+impl Format {
+    /// Its name, as QEMU spells it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+            Format::Qed => "qed",
+        }
+    }
+}
+
+/// How an image is opened.
+#[derive(Clone, Debug, Default, Args)]
+pub struct ImageArgs {
+    /// Format of the image (default: found out from its first bytes).
+    #[arg(short = 'f', long = "format", value_name = "FMT")]
+    pub format: Option<Format>,
+    /// Format of a backing file, where the header above does not say it.
+    #[arg(long, value_name = "FMT")]
+    pub backing_format: Option<Format>,
+    /// Find no format out from bytes that a guest may have written: formats must be named, by -f and by headers.
+    #[arg(long)]
+    pub untrusted: bool,
+}
+
+/// `infill create`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Overlays and images in qcow2 have 64 KiB clusters and subclusters of 2 KiB; QEMU reads them from \
+    version 5.2 on. For older readers: -o extended_l2=off.\n\nExit codes: 0 created, 1 failed."
+)]
+pub struct CreateArgs {
+    /// The file to create (an existing file is overwritten, unless somebody has it open).
+    pub filename: Option<String>,
+    /// Size of the disk, as 10G. Default: that of the backing file.
+    #[arg(value_parser = parse_size)]
+    pub size: Option<u64>,
+    /// Format of the new image (default: qcow2 with a backing file, else raw).
+    #[arg(short = 'f', long = "format", value_name = "FMT")]
+    pub format: Option<Format>,
+    /// Options of the format, as key=value[,key=value…]; `-o help` lists them.
+    #[arg(short = 'o', long = "options", value_name = "OPTIONS")]
+    pub options: Vec<String>,
+    /// The image that the new one lies over: a file name or a URI. Relative names are relative to FILENAME's directory.
+    #[arg(short = 'b', long = "backing", value_name = "FILE")]
+    pub backing: Option<String>,
+    /// Format of the backing file.
+    #[arg(short = 'F', long = "backing-format", value_name = "FMT")]
+    pub backing_format: Option<Format>,
+    /// Do not open the backing file to see whether it is there (a size must be given then).
+    #[arg(short = 'u', long)]
+    pub unchecked: bool,
+    /// Print nothing but errors.
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// `infill info`.
+#[derive(Debug, Args)]
+#[command(after_help = "Exit codes: 0 told, 1 failed.")]
+pub struct InfoArgs {
+    /// The image: a file name or a URI.
+    pub filename: String,
+    /// How it is opened.
+    #[command(flatten)]
+    pub image: ImageArgs,
+    /// How the result is printed.
+    #[arg(long, value_name = "OFMT", default_value = "human")]
+    pub output: Output,
+    /// Tell of the whole chain, from the top to the base.
+    #[arg(long)]
+    pub backing_chain: bool,
+    /// Open it although another process writes to it. What is told may be out of date or contradict itself.
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+}
+
+/// What `check` may repair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RepairArg {
+    /// Give leaked clusters back.
+    Leaks,
+    /// Everything. May choose the wrong cure for what is already damaged: keep a copy.
+    All,
+}
+
+/// `infill check`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exit codes, after repairs if any were asked for:\n   0  the image is consistent\n   1  the check \
+    could not be done\n   2  the image is corrupt\n   3  the image has leaked clusters, and is not corrupt\n  63  the \
+    format has nothing to check"
+)]
+pub struct CheckArgs {
+    /// The image: a file name or a URI.
+    pub filename: String,
+    /// Format of the image (default: found out from its first bytes).
+    #[arg(short = 'f', long = "format", value_name = "FMT")]
+    pub format: Option<Format>,
+    /// Repair.
+    #[arg(short = 'r', long = "repair", value_name = "WHAT")]
+    pub repair: Option<RepairArg>,
+    /// How the result is printed.
+    #[arg(long, value_name = "OFMT", default_value = "human")]
+    pub output: Output,
+    /// Print nothing but errors.
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Open it although another process writes to it (not with -r).
+    #[arg(short = 'U', long, conflicts_with = "repair")]
+    pub force_share: bool,
+}
+
+/// `infill map`.
+#[derive(Debug, Args)]
+#[command(after_help = "Exit codes: 0 told, 1 failed.")]
+pub struct MapArgs {
+    /// The image: a file name or a URI.
+    pub filename: String,
+    /// How it is opened.
+    #[command(flatten)]
+    pub image: ImageArgs,
+    /// First byte to tell of.
+    #[arg(short = 's', long, value_name = "OFFSET", default_value = "0", value_parser = parse_size)]
+    pub start_offset: u64,
+    /// How many bytes to tell of (default: all).
+    #[arg(short = 'l', long, value_name = "LEN", value_parser = parse_size)]
+    pub max_length: Option<u64>,
+    /// How the result is printed.
+    #[arg(long, value_name = "OFMT", default_value = "human")]
+    pub output: Output,
+    /// Open it although another process writes to it.
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+}
+
+/// What happens to requests that need an NBD source which is not there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum OnLostArg {
+    /// They wait until it is back.
+    #[default]
+    Hold,
+    /// They fail.
+    Fail,
+}
+
+/// `infill serve`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "It ends when its last client has gone, unless --persistent or --stream keeps it (with --stream it \
+    ends when both the stream is done and the last client has gone), and when SIGTERM, SIGINT or SIGHUP asks it to: \
+    requests in flight are answered, everything is synced, images are closed.\n\nExit codes: 0 ended as asked, 1 failed."
+)]
+pub struct ServeArgs {
+    /// The disk: an image's file name or a URI.
+    pub image: String,
+    /// How it is opened.
+    #[command(flatten)]
+    pub open: ImageArgs,
+    /// Listen at this Unix socket instead of a TCP port.
+    #[arg(short = 'k', long, value_name = "PATH", conflicts_with_all = ["bind", "port"])]
+    pub socket: Option<PathBuf>,
+    /// Address to listen at.
+    #[arg(short = 'b', long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    pub bind: String,
+    /// TCP port to listen at; 0 lets the system choose one, which is printed.
+    #[arg(short = 'p', long, default_value_t = 10809)]
+    pub port: u16,
+    /// Name of the export.
+    #[arg(short = 'x', long, value_name = "NAME", default_value = "")]
+    pub export_name: String,
+    /// Description of the export.
+    #[arg(short = 'D', long, value_name = "TEXT", default_value = "")]
+    pub description: String,
+    /// Refuse writes.
+    #[arg(short = 'r', long)]
+    pub read_only: bool,
+    /// Keep what is read from a backing file in the image.
+    #[arg(short = 'C', long, conflicts_with = "read_only")]
+    pub copy_on_read: bool,
+    /// Fill the image from its backing file in the background, until it needs none.
+    #[arg(long, conflicts_with = "read_only")]
+    pub stream: bool,
+    /// Most bytes per second of the stream, as 50M (default: what guests leave over).
+    #[arg(long, value_name = "RATE", value_parser = parse_size, requires = "stream")]
+    pub speed: Option<u64>,
+    /// Bytes per second that the stream gets even while guests are busy, as 1M.
+    #[arg(long, value_name = "RATE", value_parser = parse_size, requires = "stream")]
+    pub min_rate: Option<u64>,
+    /// Clients at a time; 0 for no limit of one's own.
+    #[arg(short = 'e', long, value_name = "NUM", default_value_t = 0)]
+    pub shared: u32,
+    /// Go on when the last client has gone.
+    #[arg(short = 't', long)]
+    pub persistent: bool,
+    /// Give space back where the guest discards it: `unmap` or `ignore`.
+    #[arg(long, value_name = "DISCARD", default_value = "unmap")]
+    pub discard: DiscardArg,
+    /// What happens to requests that need an NBD source which has gone away.
+    #[arg(long, value_name = "WHAT", default_value = "hold")]
+    pub on_lost: OnLostArg,
+    /// Write the process id to this file once connections are taken.
+    #[arg(long, value_name = "PATH")]
+    pub pid_file: Option<PathBuf>,
+    /// Threads that serve (default: one for each processor, at most 8).
+    #[arg(long, value_name = "NUM", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub threads: Option<u16>,
+}
+
+/// What a guest's discard does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum DiscardArg {
+    /// Nothing.
+    Ignore,
+    /// Gives the space back.
+    #[default]
+    Unmap,
+}
+
+/// `infill stream`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "An interrupted stream has done no harm: started again, it goes on where it was.\n\nExit codes: 0 \
+    the overlay is filled and everything is on stable storage, 1 failed or interrupted."
+)]
+pub struct StreamArgs {
+    /// The overlay, an image that nobody has open.
+    #[arg(required_unless_present = "monitor", conflicts_with = "monitor")]
+    pub image: Option<String>,
+    /// How it is opened.
+    #[command(flatten)]
+    pub open: ImageArgs,
+    /// Keep this layer of the chain, and what lies under it, as backing (its name as the headers give it).
+    #[arg(short = 'b', long, value_name = "FILE")]
+    pub base: Option<String>,
+    /// Most bytes per second, as 50M.
+    #[arg(long, value_name = "RATE", value_parser = parse_size)]
+    pub speed: Option<u64>,
+    /// Bytes per second below which it does not fall for politeness.
+    #[arg(long, value_name = "RATE", value_parser = parse_size, conflicts_with = "monitor")]
+    pub min_rate: Option<u64>,
+    /// What happens while an NBD source is away.
+    #[arg(long, value_name = "WHAT", default_value = "hold", conflicts_with = "monitor")]
+    pub on_lost: OnLostArg,
+    /// Ask the daemon whose QMP monitor listens at this Unix socket.
+    #[arg(long, value_name = "SOCKET")]
+    pub monitor: Option<PathBuf>,
+    /// The daemon's node that is to be filled.
+    #[arg(long, value_name = "NAME", requires = "monitor", required_unless_present = "image")]
+    pub node: Option<String>,
+    /// Id of the job in the daemon (default: the node's name with `stream-` before it).
+    #[arg(long, value_name = "ID", requires = "monitor")]
+    pub job_id: Option<String>,
+    /// No progress bar.
+    #[arg(short, long)]
+    pub quiet: bool,
+}

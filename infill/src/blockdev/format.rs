@@ -1,0 +1,98 @@
+//! Formats of image files: which there are, how they are told apart, opened, created and checked.
+
+use anyhow::{Context, Result, bail};
+use bytes::BytesMut;
+use infill_base::{Ctx, DiscardMode};
+use infill_node::{CheckReport, NodeHandle, RawNode, Repair};
+use infill_storage::StorageHandle;
+
+/// First bytes of an image that are looked at to find its format out.
+const PROBE_BYTES: u64 = 512;
+
+/// A format of image files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FormatKind {
+    /// The disk's bytes.
+    Raw,
+    /// qcow2, version 2 or 3.
+    Qcow2,
+    /// QED.
+    Qed,
+}
+
+/// How an image is opened.
+#[derive(Clone, Copy, Debug)]
+pub struct FormatOptions {
+    /// No writes.
+    pub read_only: bool,
+    /// What a guest's discard does.
+    pub discard: DiscardMode,
+    /// Bytes of metadata that are kept in memory; `None` is the format's own choice.
+    pub metadata_cache_bytes: Option<u64>,
+}
+
+impl FormatKind {
+    /// Its name, as QEMU spells it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            FormatKind::Raw => "raw",
+            FormatKind::Qcow2 => "qcow2",
+            FormatKind::Qed => "qed",
+        }
+    }
+
+    /// The format that a header or a person names. A protocol's name, which QEMU writes into some headers, is raw.
+    pub fn parse(name: &str) -> Result<FormatKind> {
+        Ok(match name {
+            "raw" | "file" | "host_device" | "nbd" => FormatKind::Raw,
+            "qcow2" => FormatKind::Qcow2,
+            "qed" => FormatKind::Qed,
+            _ => bail!("the format '{}' is not known: raw, qcow2 and qed are", name.escape_debug()),
+        })
+    }
+
+    /// Opens what lies in `storage`, without its backing.
+    pub async fn open(self, storage: StorageHandle, options: FormatOptions) -> Result<NodeHandle> {
+        let cx = Ctx::GUEST;
+        let FormatOptions { read_only, discard, metadata_cache_bytes } = options;
+        Ok(match self {
+            FormatKind::Raw => NodeHandle::new(RawNode::new(storage, read_only).discarding(discard)),
+            FormatKind::Qcow2 => {
+                let mut options = infill_qcow2::OpenOptions { read_only, discard, ..Default::default() };
+                options.metadata_cache_bytes = metadata_cache_bytes.unwrap_or(options.metadata_cache_bytes);
+                NodeHandle::new(infill_qcow2::Qcow2::open(&cx, storage, options).await?)
+            }
+            FormatKind::Qed => {
+                let mut options = infill_qed::OpenOptions { read_only, discard, ..Default::default() };
+                options.metadata_cache_bytes = metadata_cache_bytes.unwrap_or(options.metadata_cache_bytes);
+                NodeHandle::new(infill_qed::Qed::open(&cx, storage, options).await?)
+            }
+        })
+    }
+
+    /// Checks an image that nobody has open; `None` where the format has nothing to check.
+    pub async fn check(self, storage: &StorageHandle, repair: Repair) -> Result<Option<CheckReport>> {
+        let cx = Ctx::GUEST;
+        Ok(match self {
+            FormatKind::Raw => None,
+            FormatKind::Qcow2 => Some(infill_qcow2::check(&cx, storage, repair).await?),
+            FormatKind::Qed => Some(infill_qed::check(&cx, storage, repair).await?),
+        })
+    }
+}
+
+/// The format whose magic stands at the beginning of `storage`; `None` where there is none that we know.
+pub async fn probe_storage(storage: &StorageHandle) -> Result<Option<FormatKind>> {
+    let len = storage.len().min(PROBE_BYTES) as usize;
+    let first: BytesMut = storage
+        .read_vec(&Ctx::GUEST, 0, len)
+        .await
+        .with_context(|| format!("reading the first bytes of {}", storage.name()))?;
+    Ok(if infill_qcow2::probe(&first) {
+        Some(FormatKind::Qcow2)
+    } else if infill_qed::probe(&first) {
+        Some(FormatKind::Qed)
+    } else {
+        None
+    })
+}

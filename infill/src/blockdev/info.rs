@@ -1,0 +1,158 @@
+//! What `info` and `query-named-block-nodes` tell of a node, with QEMU's keys.
+
+use std::fmt::Write as _;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use anyhow::Result;
+use infill_node::{InfoValue, NodeInfo};
+use serde_json::{Map, Value, json};
+
+use super::name::resolve_backing;
+use super::{Blockdevs, CHAIN_LAYERS_MAX};
+use crate::size::human_size;
+
+/// Unit of lengths, in bytes, and of `st_blocks`.
+const SECTOR_BYTES: u64 = 512;
+
+/// Space that a file takes in its file system, in bytes.
+pub fn actual_bytes(path: &Path) -> Option<u64> {
+    std::fs::metadata(path).ok().map(|meta| meta.blocks() * SECTOR_BYTES)
+}
+
+/// The path to the node of that name that lies at the bottom, file child by file child (the node itself first).
+pub fn files(blockdevs: &Blockdevs, name: &str) -> Vec<String> {
+    let file = |name: &String| blockdevs.facts(name).ok().and_then(|facts| facts.file);
+    std::iter::successors(Some(name.to_owned()), file).take(CHAIN_LAYERS_MAX).collect()
+}
+
+/// What is told of one node, without its children.
+struct Told {
+    info: NodeInfo,
+    len: u64,
+    actual: Option<u64>,
+    /// Whether something at the bottom says what `dirty-flag` says (a network has nothing to say).
+    local: bool,
+}
+
+fn told(blockdevs: &Blockdevs, name: &str) -> Result<Told> {
+    let node = blockdevs.get(name)?;
+    let path = blockdevs.bottom_path(name);
+    let info = node.info();
+    // QEMU counts files in whole sectors.
+    let len = if info.driver == "file" { node.len().next_multiple_of(SECTOR_BYTES) } else { node.len() };
+    Ok(Told { local: path.is_some(), len, actual: path.as_deref().and_then(actual_bytes), info })
+}
+
+/// QEMU's `ImageInfo` of a node. With `children`, its file children too, as `qemu-img info` tells them.
+pub fn image_info(blockdevs: &Blockdevs, name: &str, children: bool) -> Result<Value> {
+    // From the bottom up, so that no depth of the graph is a depth of the stack.
+    let mut below: Option<Value> = None;
+    for name in files(blockdevs, name).iter().rev() {
+        let child = below.take().map(|info| json!({"name": "file", "info": info}));
+        let children = children.then(|| Value::from(child.into_iter().collect::<Vec<_>>()));
+        below = Some(one_info(&told(blockdevs, name)?, children));
+    }
+    Ok(below.unwrap_or(Value::Null))
+}
+
+fn one_info(told: &Told, children: Option<Value>) -> Value {
+    let info = &told.info;
+    let mut out = Map::new();
+    if let Some(children) = children {
+        out.insert("children".into(), children);
+    }
+    if let Some(format) = info.backing.as_ref().and_then(|backing| backing.format.as_ref()) {
+        out.insert("backing-filename-format".into(), json!(format));
+    }
+    out.insert("virtual-size".into(), json!(told.len));
+    out.insert("filename".into(), json!(info.filename));
+    if let Some(cluster) = info.cluster_bytes {
+        out.insert("cluster-size".into(), json!(cluster));
+    }
+    out.insert("format".into(), json!(info.driver));
+    if let Some(actual) = told.actual {
+        out.insert("actual-size".into(), json!(actual));
+    }
+    if !info.format_specific.is_empty() {
+        let data: Map<String, Value> =
+            info.format_specific.iter().map(|(key, value)| ((*key).to_owned(), to_json(value))).collect();
+        out.insert("format-specific".into(), json!({"type": info.driver, "data": data}));
+    } else if matches!(info.driver, "file" | "host_device") {
+        out.insert("format-specific".into(), json!({"type": info.driver, "data": {}}));
+    }
+    if let Some(backing) = &info.backing {
+        if let Ok(whole) = resolve_backing(&info.filename, &backing.filename) {
+            out.insert("full-backing-filename".into(), json!(whole));
+        }
+        out.insert("backing-filename".into(), json!(backing.filename));
+    }
+    if told.local {
+        out.insert("dirty-flag".into(), json!(info.dirty));
+    }
+    Value::Object(out)
+}
+
+fn to_json(value: &InfoValue) -> Value {
+    match value {
+        InfoValue::Bool(value) => json!(value),
+        InfoValue::Int(value) => json!(value),
+        InfoValue::Text(value) => json!(value),
+    }
+}
+
+fn bytes_both(bytes: u64) -> String {
+    format!("{} ({bytes} bytes)", human_size(bytes))
+}
+
+fn actual_text(actual: Option<u64>) -> String {
+    actual.map_or_else(|| "unavailable".into(), human_size)
+}
+
+/// The same for people, as `qemu-img info` prints it.
+pub fn info_text(blockdevs: &Blockdevs, name: &str) -> Result<String> {
+    let Told { info, len, actual, .. } = told(blockdevs, name)?;
+    let mut out = String::new();
+    writeln!(out, "image: {}", info.filename)?;
+    writeln!(out, "file format: {}", info.driver)?;
+    writeln!(out, "virtual size: {}", bytes_both(len))?;
+    writeln!(out, "disk size: {}", actual_text(actual))?;
+    if let Some(cluster) = info.cluster_bytes {
+        writeln!(out, "cluster_size: {cluster}")?;
+    }
+    if info.dirty {
+        writeln!(out, "cleanly shut down: no")?;
+    }
+    if let Some(backing) = &info.backing {
+        write!(out, "backing file: {}", backing.filename)?;
+        match resolve_backing(&info.filename, &backing.filename) {
+            Ok(whole) if whole != backing.filename => writeln!(out, " (actual path: {whole})")?,
+            _ => writeln!(out)?,
+        }
+        if let Some(format) = &backing.format {
+            writeln!(out, "backing file format: {format}")?;
+        }
+    }
+    if !info.format_specific.is_empty() {
+        writeln!(out, "Format specific information:")?;
+        for (key, value) in &info.format_specific {
+            let value = match value {
+                InfoValue::Bool(value) => value.to_string(),
+                InfoValue::Int(value) => value.to_string(),
+                InfoValue::Text(value) => value.clone(),
+            };
+            writeln!(out, "    {}: {value}", key.replace('-', " "))?;
+        }
+    }
+    let mut path = String::new();
+    for child in files(blockdevs, name).iter().skip(1) {
+        let Told { info, len, actual, .. } = told(blockdevs, child)?;
+        path.push_str("/file");
+        writeln!(out, "Child node '{path}':")?;
+        writeln!(out, "    filename: {}", info.filename)?;
+        writeln!(out, "    protocol type: {}", info.driver)?;
+        writeln!(out, "    file length: {}", bytes_both(len))?;
+        writeln!(out, "    disk size: {}", actual_text(actual))?;
+    }
+    Ok(out)
+}

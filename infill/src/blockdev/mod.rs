@@ -1,0 +1,393 @@
+//! Nodes by name: opening, using, closing. One opener for image names and for typed `blockdev` options.
+//!
+//! Owns the [`Graph`] and, for each node in it, what the graph does not know: its file child, its image lock, who uses
+//! it how. What never happens: a node that is half open in the graph (a failed opening closes what it had opened), a
+//! file that two writers have (locks are taken before anything is read), recursion as deep as a backing chain.
+//!
+//! * An image *name* becomes the same options as QMP's `blockdev-add` takes, with a `file` child of its own.
+//! * A backing file that only a header names is opened through the gate of [`OpenPolicy`].
+//! * Nodes that a description contains, or a header names, belong to their parent and go with it; nodes that have been
+//!   added by name stay until they are deleted.
+
+mod format;
+mod hold;
+mod info;
+mod locate;
+mod name;
+mod open;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use infill_base::Ctx;
+use infill_io::FileStorage;
+use infill_nbd::OnLost;
+use infill_node::{Graph, NodeHandle};
+use infill_qmp::BlockdevOptions;
+use infill_storage::sync::{Mutex, lock};
+use infill_storage::{RangeLock, StorageHandle, rt};
+
+pub use format::{FormatKind, probe_storage};
+pub use hold::Access;
+use hold::Holds;
+pub use info::{image_info, info_text};
+pub use locate::{Located, locate};
+pub use name::resolve_backing;
+pub use open::uri_of;
+
+/// Layers of one backing chain. A request that goes all the way down takes stack for each of them.
+pub const CHAIN_LAYERS_MAX: usize = 256;
+
+/// How long closing waits for copy-on-read to keep what was read. No data is lost otherwise; it stays below.
+const KEEP_TIME: Duration = Duration::from_secs(5);
+
+/// Longest name of a node, in bytes.
+pub const NODE_NAME_BYTES_MAX: usize = 31;
+
+/// What an image name or a header may make the opener do.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenPolicy {
+    /// No format is found out from bytes that a guest may have written.
+    pub untrusted: bool,
+    /// The format of backing files whose name comes without one.
+    pub backing_format: Option<FormatKind>,
+    /// What happens to requests while an NBD source is away, where the options do not say it.
+    pub on_lost: OnLost,
+}
+
+impl Default for OpenPolicy {
+    fn default() -> Self {
+        OpenPolicy { untrusted: false, backing_format: None, on_lost: OnLost::Hold { limit: None } }
+    }
+}
+
+/// What a node is, for those who list nodes.
+#[derive(Clone, Debug)]
+pub struct NodeFacts {
+    /// Its driver, as QEMU spells it.
+    pub driver: &'static str,
+    /// Name of the node that it lies on.
+    pub file: Option<String>,
+    /// Name of the node that backs it.
+    pub backing: Option<String>,
+    /// Whether it refuses writes.
+    pub read_only: bool,
+    /// Whether its file is used around the page cache.
+    pub cache_direct: bool,
+    /// Whether its user has said that flushes may be dropped (they are not).
+    pub cache_no_flush: bool,
+    /// Whether it belongs to its parent, and goes with it.
+    pub implicit: bool,
+}
+
+/// What is known of a node beside the graph.
+struct Entry {
+    facts: NodeFacts,
+    /// Of a protocol node: what formats lie on directly.
+    storage: Option<StorageHandle>,
+    /// Of a file: where its image lock is taken.
+    file: Option<Arc<FileStorage>>,
+    /// Of a file: where it lies.
+    path: Option<PathBuf>,
+    holds: Holds,
+}
+
+struct Shared {
+    graph: Graph,
+    entries: Mutex<BTreeMap<String, Entry>>,
+    policy: OpenPolicy,
+    next: AtomicU64,
+    /// One change of the graph at a time.
+    turn: RangeLock,
+}
+
+/// All nodes of a process. Cloning shares them.
+#[derive(Clone)]
+pub struct Blockdevs(Arc<Shared>);
+
+impl Blockdevs {
+    /// No nodes.
+    pub fn new(policy: OpenPolicy) -> Blockdevs {
+        Blockdevs(Arc::new(Shared {
+            graph: Graph::new(),
+            entries: Mutex::default(),
+            policy,
+            next: AtomicU64::new(0),
+            turn: RangeLock::new(),
+        }))
+    }
+
+    /// The nodes and their edges.
+    pub fn graph(&self) -> &Graph {
+        &self.0.graph
+    }
+
+    /// What an image name may make the opener do.
+    pub fn policy(&self) -> &OpenPolicy {
+        &self.0.policy
+    }
+
+    /// Opens what `options` describe, and gives the name of its top node (`blockdev-add`).
+    pub async fn add(&self, options: BlockdevOptions) -> Result<String> {
+        let _turn = self.0.turn.exclusive(0, 1).await;
+        let mut opening = open::Opening::new(self);
+        let result = opening.open(options, false).await;
+        self.settle(opening, result).await
+    }
+
+    /// Opens an image by its name, with its whole chain unless `alone`.
+    pub async fn add_image(&self, image: &Image) -> Result<String> {
+        let _turn = self.0.turn.exclusive(0, 1).await;
+        let mut opening = open::Opening::new(self);
+        let result = opening.open_image(image).await;
+        self.settle(opening, result).await
+    }
+
+    /// Opens the bytes that a name stands for, without a format on them.
+    pub async fn add_protocol(&self, name: &str, read_only: bool, force_share: bool) -> Result<String> {
+        let Located::Protocol(options) = locate(name)? else {
+            bail!("{name}: a file or a URI is needed here, not a description of nodes");
+        };
+        let _turn = self.0.turn.exclusive(0, 1).await;
+        let options =
+            BlockdevOptions { read_only: Some(read_only), force_share: Some(force_share), ..options };
+        let mut opening = open::Opening::new(self);
+        let result = opening.open(options, false).await;
+        self.settle(opening, result.with_context(|| format!("Could not open '{name}'"))).await
+    }
+
+    async fn settle(&self, opening: open::Opening<'_>, result: Result<String>) -> Result<String> {
+        match result {
+            Ok(name) => {
+                opening.commit()?;
+                Ok(name)
+            }
+            Err(error) => {
+                opening.abandon().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// The node of that name.
+    pub fn get(&self, name: &str) -> Result<NodeHandle> {
+        Ok(self.0.graph.get(name)?)
+    }
+
+    /// What is known of the node.
+    pub fn facts(&self, name: &str) -> Result<NodeFacts> {
+        let entries = lock(&self.0.entries);
+        entries.get(name).map(|entry| entry.facts.clone()).ok_or_else(|| unknown(name))
+    }
+
+    /// Where the file of a protocol node lies.
+    pub fn path(&self, name: &str) -> Option<PathBuf> {
+        lock(&self.0.entries).get(name).and_then(|entry| entry.path.clone())
+    }
+
+    /// Where the file that the node lies on, file child by file child, lies.
+    pub fn bottom_path(&self, name: &str) -> Option<PathBuf> {
+        info::files(self, name).last().and_then(|bottom| self.path(bottom))
+    }
+
+    /// The storage of a protocol node.
+    pub fn storage(&self, name: &str) -> Option<StorageHandle> {
+        lock(&self.0.entries).get(name).and_then(|entry| entry.storage.clone())
+    }
+
+    /// Names of the layers from `name` down.
+    pub fn chain(&self, name: &str) -> Vec<String> {
+        let entries = lock(&self.0.entries);
+        let below = |name: &String| entries.get(name).and_then(|entry| entry.facts.backing.clone());
+        std::iter::successors(Some(name.to_owned()), below).take(CHAIN_LAYERS_MAX + 1).collect()
+    }
+
+    /// Notes a user of the node (for messages: `export 'e0'`), who reads it, or also writes. Refused where that would
+    /// disturb another user.
+    pub fn claim(&self, name: &str, user: &str, access: Access) -> Result<NodeHandle> {
+        let node = self.0.graph.get(name)?;
+        let mut entries = lock(&self.0.entries);
+        let entry = entries.get_mut(name).ok_or_else(|| unknown(name))?;
+        if access.writes() && entry.facts.read_only {
+            bail!("Block node '{name}' is read-only");
+        }
+        entry.holds.take(name, user, access, entry.file.as_deref())?;
+        drop(entries);
+        self.0.graph.claim(name, user)?;
+        Ok(node)
+    }
+
+    /// Takes one claim of `user` back.
+    pub fn release(&self, name: &str, user: &str) {
+        self.0.graph.release(name, user);
+        if let Some(entry) = lock(&self.0.entries).get_mut(name) {
+            entry.holds.give_back(user, entry.file.as_deref());
+        }
+    }
+
+    /// Closes a node that was added by name and that nobody uses (`blockdev-del`), and what belongs to it.
+    pub async fn del(&self, name: &str) -> Result<()> {
+        let _turn = self.0.turn.exclusive(0, 1).await;
+        self.0.graph.get(name)?;
+        if self.facts(name)?.implicit {
+            bail!("Node '{name}' belongs to the node above it: delete that one");
+        }
+        let users = self.0.graph.users(name);
+        if !users.is_empty() {
+            bail!("Node '{name}' is busy: it is in use by {}", users.join(", "));
+        }
+        self.remove(vec![name.to_owned()]).await
+    }
+
+    /// Closes and removes `names`, none of which has users, and then the children that belonged to them alone.
+    async fn remove(&self, mut names: Vec<String>) -> Result<()> {
+        let mut failed: Option<anyhow::Error> = None;
+        while let Some(name) = names.pop() {
+            let node = self.0.graph.get(&name)?;
+            self.end_copy_on_read(&name, &node).await?;
+            // Closed even where that fails: nothing could be done with it any more.
+            if let Err(error) = node.close(&Ctx::GUEST).await {
+                failed.get_or_insert(anyhow!(error).context(format!("closing '{name}'")));
+            }
+            let children = self.0.graph.children(&name);
+            self.0.graph.remove(&name)?;
+            lock(&self.0.entries).remove(&name);
+            let user = format!("node '{name}'");
+            for child in children {
+                let Some(implicit) = self.let_go(&child, &user) else { continue };
+                if implicit && self.0.graph.users(&child).is_empty() {
+                    names.push(child);
+                }
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Lets what copy-on-read has begun to keep come to its end, and puts the edge away: what still waits for a source
+    /// then is not linked any more.
+    async fn end_copy_on_read(&self, name: &str, node: &NodeHandle) -> Result<()> {
+        let Some(slot) = node.backing() else { return Ok(()) };
+        if let Some(policy) = slot.copy_on_read()
+            && rt::timeout(KEEP_TIME, policy.settle()).await.is_none()
+        {
+            tracing::info!(name, "closed before everything that was read could be kept");
+        }
+        // A filter shows the edge of the node below it, which may go on.
+        if self.facts(name)?.backing.is_some() {
+            slot.set_copy_on_read(None);
+            slot.replace(None).await;
+        }
+        Ok(())
+    }
+
+    /// `user` is gone: gives its hold on `child` back. Whether the child belongs to its parents.
+    fn let_go(&self, child: &str, user: &str) -> Option<bool> {
+        let mut entries = lock(&self.0.entries);
+        let entry = entries.get_mut(child)?;
+        entry.holds.give_back(user, entry.file.as_deref());
+        Some(entry.facts.implicit)
+    }
+
+    /// After a job has put another node (or none) below `top`: the graph follows, and layers that belonged to the old
+    /// edge alone are closed.
+    pub async fn backing_changed(&self, top: &str) -> Result<()> {
+        let _turn = self.0.turn.exclusive(0, 1).await;
+        let mut top = top.to_owned();
+        while let NodeFacts { driver: "copy-on-read", file: Some(file), .. } = self.facts(&top)? {
+            top = file;
+        }
+        let top = top.as_str();
+        let node = self.0.graph.get(top)?;
+        let below = node.backing().and_then(|slot| slot.node());
+        let new = below.and_then(|below| {
+            self.0.graph.list().into_iter().find(|(_, other)| other.is_same(&below)).map(|(name, _)| name)
+        });
+        let old = {
+            let mut entries = lock(&self.0.entries);
+            let entry = entries.get_mut(top).ok_or_else(|| unknown(top))?;
+            std::mem::replace(&mut entry.facts.backing, new.clone())
+        };
+        if old == new {
+            return Ok(());
+        }
+        let user = format!("node '{top}'");
+        if let Some(new) = &new {
+            self.0.graph.attach(top, new)?;
+            if let Some(entry) = lock(&self.0.entries).get_mut(new) {
+                entry.holds.take(new, &user, Access::Stable, entry.file.as_deref())?;
+            }
+        }
+        let Some(old) = old else { return Ok(()) };
+        self.0.graph.detach(top, &old);
+        match self.let_go(&old, &user) {
+            Some(true) if self.0.graph.users(&old).is_empty() => {
+                self.remove(vec![old]).await.context("closing what lay below")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Closes everything, each node after those that lie on it. Goes on after errors and gives the first one.
+    pub async fn close_all(&self) -> Result<()> {
+        let _turn = self.0.turn.exclusive(0, 1).await;
+        let mut failed = None;
+        loop {
+            let nodes = self.0.graph.list();
+            let free = nodes.iter().find(|(name, _)| self.0.graph.users(name).is_empty());
+            let Some((name, _)) = free else {
+                if let Some((name, _)) = nodes.first() {
+                    let users = self.0.graph.users(name).join(", ");
+                    failed.get_or_insert(anyhow!("'{name}' could not be closed: it is in use by {users}"));
+                }
+                return failed.map_or(Ok(()), Err);
+            };
+            if let Err(error) = self.remove(vec![name.clone()]).await {
+                failed.get_or_insert(error);
+            }
+        }
+    }
+
+    /// A fresh name for a node that nobody has named.
+    fn generated_name(&self) -> String {
+        format!("#block{:03}", self.0.next.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+fn unknown(name: &str) -> anyhow::Error {
+    anyhow!("Failed to find node with node-name='{name}'")
+}
+
+/// An image that a person names, and how it is to be opened.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// A file name, a URI, or `json:{…}`.
+    pub name: String,
+    /// Its format; `None` finds it out.
+    pub format: Option<FormatKind>,
+    /// No writes.
+    pub read_only: bool,
+    /// Without its backing chain.
+    pub alone: bool,
+    /// Although others may write to it (only read-only).
+    pub force_share: bool,
+    /// What a guest's discard does.
+    pub discard: infill_base::DiscardMode,
+}
+
+impl Image {
+    /// For reading.
+    pub fn read_only(name: &str) -> Image {
+        Image {
+            name: name.into(),
+            format: None,
+            read_only: true,
+            alone: false,
+            force_share: false,
+            discard: infill_base::DiscardMode::Ignore,
+        }
+    }
+}

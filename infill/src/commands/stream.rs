@@ -1,0 +1,144 @@
+//! `infill stream`: fills an overlay until it needs no backing file. At rest, the image is opened here; of a running
+//! daemon, its monitor is asked to do it and watched.
+
+use std::path::Path;
+use std::pin::pin;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use futures_util::future::{Either, select};
+use infill_base::DiscardMode;
+use infill_io::termination;
+use infill_job::stream::{FILL_MIN_RATE, StreamBase, StreamOptions};
+use infill_job::{JobOptions, Jobs, stream};
+use serde_json::{Value, json};
+
+use crate::args::StreamArgs;
+use crate::blockdev::{Access, Blockdevs, Image, OpenPolicy};
+use crate::commands::serve::{on_lost, swapped};
+use crate::commands::{image, policy, run};
+use crate::monitor::Monitor;
+use crate::progress::{bytes_bar, follow};
+
+/// How often a daemon is asked how far its job is.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
+/// Who the stream is, among the users of its node.
+const STREAM_USER: &str = "the stream";
+
+/// Streams an image at rest, or asks a daemon to.
+pub fn main(args: StreamArgs) -> Result<ExitCode> {
+    match &args.monitor {
+        Some(socket) => ask_daemon(&args, socket),
+        None => run(move || at_rest(args)),
+    }
+}
+
+async fn at_rest(args: StreamArgs) -> Result<ExitCode> {
+    let terminated = termination().context("waiting for signals")?;
+    let Some(name) = &args.image else { bail!("which image is to be filled? Name one") };
+    let blockdevs = Blockdevs::new(OpenPolicy { on_lost: on_lost(args.on_lost), ..policy(&args.open) });
+    let image = Image { read_only: false, discard: DiscardMode::Unmap, ..image(name, &args.open) };
+    let top = blockdevs.add_image(&image).await?;
+    let jobs = Jobs::new();
+    let streamed = async {
+        let node = blockdevs.claim(&top, STREAM_USER, Access::Writer)?;
+        let options = JobOptions { speed: args.speed.unwrap_or(0), ..JobOptions::new("stream") };
+        let (base, backing_file) = base_of(&blockdevs, &top, args.base.as_deref())?;
+        let stream = StreamOptions {
+            base,
+            backing_file,
+            min_rate: args.min_rate.unwrap_or(FILL_MIN_RATE),
+            on_swap: Some(swapped(&blockdevs, &top)),
+            ..StreamOptions::new(node)
+        };
+        let job = stream::start(&jobs, options, stream)?;
+        let followed = pin!(follow(&job, args.quiet));
+        match select(followed, pin!(terminated)).await {
+            Either::Left((outcome, _)) => outcome.map_err(|why| anyhow!("{name}: {why}")),
+            Either::Right(_) => {
+                Err(anyhow!("{name}: interrupted; started again, it goes on from where it was"))
+            }
+        }
+    }
+    .await;
+    jobs.shut_down().await;
+    blockdevs.release(&top, STREAM_USER);
+    let closed = blockdevs.close_all().await.context("closing the image");
+    streamed?;
+    closed?;
+    if !args.quiet {
+        eprintln!("infill: {name} is filled, and all of it is on stable storage");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The layer that is to stay, by the name that a header gives it or the whole one, and what the header above is to call
+/// it then.
+fn base_of(blockdevs: &Blockdevs, top: &str, name: Option<&str>) -> Result<(StreamBase, Option<String>)> {
+    let Some(name) = name else { return Ok((StreamBase::None, None)) };
+    let layers = blockdevs.chain(top);
+    for (above, layer) in layers.iter().zip(layers.iter().skip(1)) {
+        let header = blockdevs.get(above)?.info().backing.map(|backing| backing.filename);
+        let node = blockdevs.get(layer)?;
+        let filename = node.info().filename;
+        if header.as_deref() == Some(name) || filename == name {
+            let path = |name: &str| blockdevs.bottom_path(name).map(std::path::absolute).transpose();
+            let called = name_in_header(&filename, path(top)?.as_deref(), path(layer)?.as_deref());
+            return Ok((StreamBase::Node(node), Some(called)));
+        }
+    }
+    bail!("'{name}' is no layer below the top; `infill info --backing-chain` lists them")
+}
+
+/// What the header of `top` calls a backing file at `path`: relative where they lie in one directory, else whole.
+fn name_in_header(filename: &str, top: Option<&Path>, path: Option<&Path>) -> String {
+    let Some(path) = path else { return filename.to_owned() };
+    match path.file_name() {
+        Some(name) if top.and_then(Path::parent) == path.parent() => name.to_string_lossy().into_owned(),
+        _ => path.to_string_lossy().into_owned(),
+    }
+}
+
+fn ask_daemon(args: &StreamArgs, socket: &Path) -> Result<ExitCode> {
+    let Some(node) = &args.node else {
+        bail!("which of the daemon's nodes is to be filled? Say --node NAME")
+    };
+    let id = args.job_id.clone().unwrap_or_else(|| format!("stream-{}", node.trim_start_matches('#')));
+    let mut monitor = Monitor::connect(socket)?;
+    let mut arguments = json!({"job-id": id, "device": node, "auto-dismiss": false});
+    if let Some(base) = &args.base {
+        arguments["base"] = json!(base);
+    }
+    if let Some(speed) = args.speed {
+        arguments["speed"] = json!(speed);
+    }
+    monitor.call("block-stream", arguments)?;
+    let outcome = watch(&mut monitor, &id, args.quiet)?;
+    monitor.call("job-dismiss", json!({"id": id}))?;
+    if let Some(why) = outcome {
+        bail!("the daemon's job '{id}' has failed: {why}");
+    }
+    if !args.quiet {
+        eprintln!("infill: {node} is filled, and all of it is on stable storage");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Follows a daemon's job until it is concluded: why it failed, if it did.
+fn watch(monitor: &mut Monitor, id: &str, quiet: bool) -> Result<Option<String>> {
+    let bar = if quiet { indicatif::ProgressBar::hidden() } else { bytes_bar(id) };
+    loop {
+        let jobs = monitor.call("query-jobs", json!({}))?;
+        let job = jobs.as_array().and_then(|jobs| jobs.iter().find(|job| job["id"] == id));
+        let Some(job) = job else { bail!("the daemon knows no job '{id}' any more") };
+        bar.set_length(job["total-progress"].as_u64().unwrap_or(0));
+        bar.set_position(job["current-progress"].as_u64().unwrap_or(0));
+        if job["status"] == "concluded" {
+            bar.finish_and_clear();
+            return Ok(job["error"].as_str().map(str::to_owned));
+        }
+        // Events end the wait early; what they say is asked for anyway.
+        let _event: Option<Value> = monitor.event(ASK_AGAIN)?;
+    }
+}
