@@ -9,7 +9,7 @@ use infill_storage::sync::atomic::{AtomicU64, Ordering};
 use infill_storage::sync::{Mutex, lock};
 
 use crate::check::check;
-use crate::entry::CompressedCluster;
+use crate::entry::{CompressedCluster, L1Entry, be64};
 use crate::geometry::{Geometry, TABLE_ENTRY_BYTES};
 use crate::header::{Header, Purpose, WriteGate};
 use crate::in_flight::InFlight;
@@ -97,14 +97,21 @@ impl Image {
             entry_words: (geometry.l2_entry_bytes() / TABLE_ENTRY_BYTES) as usize,
             order: ByteOrder::Big,
         };
+        let l1 = L1::new(table, &bytes, align);
+        let writer = (!read_only).then(|| Writer::new(storage.clone(), &header));
+        if let Some(writer) = &writer {
+            let tables = bytes.chunks_exact(TABLE_ENTRY_BYTES as usize).map(|entry| L1Entry(be64(entry)));
+            let tables = tables.filter_map(|entry| entry.view(&geometry).ok().flatten());
+            writer.refcounts.note_l2_tables(tables.map(|table| table.at));
+        }
         Ok(Image {
             geometry,
             size: AtomicU64::new(header.size()),
-            l1: L1::new(table, &bytes, align),
+            l1,
             slices: SliceCache::new(layout, options.metadata_cache_bytes),
             backing: BackingSlot::new(None),
             in_flight: InFlight::default(),
-            writer: (!read_only).then(|| Writer::new(storage.clone(), &header)),
+            writer,
             unpacked: Mutex::new(None),
             header: Mutex::new(header),
             options,

@@ -72,7 +72,7 @@ impl Image {
                     return Err(self.corrupt(why));
                 }
                 if self.writer.is_some() {
-                    self.check_host(cx, key.table, 1).await?;
+                    self.check_table(cx, key.table).await?;
                 }
                 metaio::read(cx, &self.storage, at, bytes).await
             })
@@ -177,17 +177,35 @@ impl Image {
 
     /// Refuses to write to host bytes where metadata lies, which only a damaged entry names.
     pub(crate) async fn check_host(&self, cx: &Ctx, host: u64, len: u64) -> IoResult<()> {
-        match self.metadata_at(cx, host, len).await? {
+        match self.used_otherwise(cx, host, len).await? {
             None => Ok(()),
             Some(what) => Err(self.corrupt(format!("an entry names byte {host}, where the {what} lies"))),
         }
     }
 
-    async fn metadata_at(&self, cx: &Ctx, host: u64, len: u64) -> IoResult<Option<&'static str>> {
+    /// Refuses an L2 table where other metadata lies, which only a damaged L1 entry names.
+    pub(crate) async fn check_table(&self, cx: &Ctx, table: u64) -> IoResult<()> {
+        match self.metadata_at(cx, table, 1).await? {
+            None => Ok(()),
+            Some(what) => Err(self.corrupt(format!("an L1 entry names byte {table}, where the {what} lies"))),
+        }
+    }
+
+    /// What lies at host bytes that an L2 entry must not name.
+    async fn used_otherwise(&self, cx: &Ctx, host: u64, len: u64) -> IoResult<Option<&'static str>> {
+        let table = self.writer()?.refcounts.has_l2_table(self.host_run(host, len)).then_some("L2 table");
+        Ok(self.metadata_at(cx, host, len).await?.or(table))
+    }
+
+    fn host_run(&self, host: u64, len: u64) -> HostRun {
         let first = self.geometry.host_cluster(HostOffset(host));
         let last = host.saturating_add(len.saturating_sub(1)) >> self.geometry.cluster_bits();
-        let run = HostRun { first, count: last - first.0 + 1, zeroed: false };
-        self.writer()?.refcounts.metadata_at(cx, run).await
+        HostRun { first, count: last - first.0 + 1, zeroed: false }
+    }
+
+    /// What of the metadata that is named above the L1 table's entries lies at host bytes.
+    async fn metadata_at(&self, cx: &Ctx, host: u64, len: u64) -> IoResult<Option<&'static str>> {
+        self.writer()?.refcounts.metadata_at(cx, self.host_run(host, len)).await
     }
 
     /// As [`Image::check_host`] for a run that starts at guest byte `at`. Where nothing else is wrong with its slice,
@@ -201,7 +219,7 @@ impl Image {
         for index in 0..self.slices.layout().entries() {
             let view = self.entry(&slice, index).view(&self.geometry);
             if let Ok(L2View::Standard(StandardCluster { host: Some(host), .. })) = view
-                && self.metadata_at(cx, host.0, 1).await?.is_some()
+                && self.used_otherwise(cx, host.0, 1).await?.is_some()
             {
                 return Ok(());
             }

@@ -146,11 +146,15 @@ impl Refcounts {
             let index = {
                 let mut cache = lock(&self.cache);
                 match cache.pick(want, search, &mut budget, file_len) {
-                    Pick::Run(run) => match cache.metadata(&run.clusters()) {
-                        None => return Ok(Some(run)),
-                        // They stay counted, so that the next one gets others.
-                        Some(what) => return Err(given_away(what, run.first)),
-                    },
+                    Pick::Run(run) => {
+                        let clusters = run.clusters();
+                        let table = || cache.has_l2_table(&clusters).then_some("L2 table");
+                        return match cache.metadata(&clusters).or_else(table) {
+                            None => Ok(Some(run)),
+                            // They stay counted, so that the next one gets others.
+                            Some(what) => Err(given_away(what, run.first)),
+                        };
+                    }
                     Pick::Full => return Ok(None),
                     Pick::Load(index) => index,
                 }
@@ -247,6 +251,17 @@ impl Refcounts {
     pub async fn metadata_at(&self, cx: &Ctx, run: HostRun) -> IoResult<Option<&'static str>> {
         self.load_table(cx).await?;
         Ok(lock(&self.cache).metadata(&run.clusters()))
+    }
+
+    /// Takes note of L2 tables that the active L1 table names. They are forgotten when they are given back.
+    pub fn note_l2_tables(&self, tables: impl Iterator<Item = HostOffset>) {
+        let bits = self.geometry.cluster_bits();
+        lock(&self.cache).l2_tables.extend(tables.map(|at| at.0 >> bits));
+    }
+
+    /// Whether an L2 table lies in the run.
+    pub fn has_l2_table(&self, run: HostRun) -> bool {
+        lock(&self.cache).has_l2_table(&run.clusters())
     }
 
     /// Copies of all changed sectors, to be written by the round that calls it.

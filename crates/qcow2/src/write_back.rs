@@ -197,6 +197,14 @@ impl Image {
                 let slices = self.geometry.cluster_bytes() / self.slices.layout().slice_bytes as u64;
                 self.slices.forget_table(at, slices as u32);
             }
+            // What only a damaged entry can have named: it leaks at most, and is never given away.
+            let bytes = run.count << self.geometry.cluster_bits();
+            let checked =
+                if table { self.check_table(cx, at).await } else { self.check_host(cx, at, bytes).await };
+            if let Err(error) = checked {
+                tracing::warn!(%error, at, "clusters are not given back");
+                continue;
+            }
             if punch
                 && self.options.discard == DiscardMode::Unmap
                 && writer.refcounts.refcount(cx, run.first).await.is_ok_and(|count| count == 1)

@@ -228,6 +228,7 @@ impl Image {
             self.slices.insert_zeroed(self.slice_key(at, l2_index).0);
         }
         let table = L2TableRef { at, copied: true };
+        writer.refcounts.note_l2_tables(std::iter::once(at));
         self.l1.set(L1Index(l1_index.0), L1Entry::table(table));
         if let Some(old) = old {
             self.unmapped(Freed::table(self.geometry.host_cluster(old.at)));

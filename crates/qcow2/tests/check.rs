@@ -386,6 +386,11 @@ fn damage(image: &mut [u8], places: &[(&'static str, usize, usize)], rng: &mut R
     format!("{what} at {at}: {old:#x} → {value:#x}")
 }
 
+/// How many seeds: more in a soak.
+fn seeds(default: u64) -> u64 {
+    std::env::var("SEEDS").map_or(default, |seeds| seeds.parse().unwrap())
+}
+
 #[test]
 fn images_damaged_by_chance_are_clean_for_both_after_a_repair() {
     let dir = tempfile::tempdir().unwrap();
@@ -400,7 +405,7 @@ fn images_damaged_by_chance_are_clean_for_both_after_a_repair() {
     let mut found_by_both = 0;
     for (nth, kind) in kinds.iter().enumerate() {
         let image = written(&dir, kind, &WRITES);
-        for seed in 0..25 {
+        for seed in 0..seeds(25) {
             let mut rng = Rng::new(nth as u64 * 1000 + seed);
             let mut bad = image.clone();
             let mut what = format!("{kind}, seed {seed}");

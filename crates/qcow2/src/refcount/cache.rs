@@ -133,6 +133,8 @@ pub(super) struct Cache {
     /// Clusters of the blocks that the table names.
     places: FxHashSet<u64>,
     pub(super) fixed: Fixed,
+    /// Clusters of the L2 tables that the active L1 table names, as far as somebody has told.
+    pub(super) l2_tables: FxHashSet<u64>,
     blocks: FxHashMap<u64, Slot>,
     dirty: BTreeSet<u64>,
     /// Blocks in which something was given back.
@@ -159,6 +161,7 @@ impl Cache {
             table_loading: false,
             places: FxHashSet::default(),
             fixed: Fixed::of(header),
+            l2_tables: FxHashSet::default(),
             blocks: FxHashMap::default(),
             dirty: BTreeSet::new(),
             opened: BTreeSet::new(),
@@ -215,15 +218,13 @@ impl Cache {
 
     /// The metadata that clusters hold, as far as header and refcount table tell.
     pub(super) fn metadata(&self, clusters: &Range<u64>) -> Option<&'static str> {
-        let block = || {
-            let hit = if clusters.end - clusters.start <= self.places.len() as u64 {
-                clusters.clone().any(|cluster| self.places.contains(&cluster))
-            } else {
-                self.places.iter().any(|place| clusters.contains(place))
-            };
-            hit.then_some("refcount block")
-        };
+        let block = || hits(&self.places, clusters).then_some("refcount block");
         self.fixed.at(clusters).or_else(block)
+    }
+
+    /// Whether clusters hold L2 tables.
+    pub(super) fn has_l2_table(&self, clusters: &Range<u64>) -> bool {
+        hits(&self.l2_tables, clusters)
     }
 
     pub(super) fn slot(&self, index: u64) -> Option<&Slot> {
@@ -356,6 +357,11 @@ impl Cache {
             block.scan_from = block.scan_from.min(nth);
             self.opened.insert(index);
         }
+        for cluster in clusters.clone() {
+            if self.l2_tables.contains(&cluster) && self.get(cluster) == Some(1) {
+                self.l2_tables.remove(&cluster);
+            }
+        }
         self.set(index, range, |old| old - 1);
         Some(Ok(()))
     }
@@ -483,6 +489,15 @@ impl Cache {
     #[cfg(test)]
     pub(super) fn cached_bytes(&self) -> usize {
         self.blocks.len() << self.geometry.cluster_bits()
+    }
+}
+
+/// Whether any of the clusters is in the set.
+fn hits(set: &FxHashSet<u64>, clusters: &Range<u64>) -> bool {
+    if clusters.end - clusters.start <= set.len() as u64 {
+        clusters.clone().any(|cluster| set.contains(&cluster))
+    } else {
+        set.iter().any(|cluster| clusters.contains(cluster))
     }
 }
 
