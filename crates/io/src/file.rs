@@ -94,7 +94,10 @@ impl FileStorage {
         let path = path.as_ref();
         let failed =
             |error: Errno| OpenError::Io(IoError::from(std::io::Error::from(error)).in_node(path.display()));
-        let mut flags = OFlags::CLOEXEC | if options.read_only { OFlags::RDONLY } else { OFlags::RDWR };
+        // Without NONBLOCK, opening a FIFO would wait for its other end.
+        let mut flags = OFlags::CLOEXEC
+            | OFlags::NONBLOCK
+            | if options.read_only { OFlags::RDONLY } else { OFlags::RDWR };
         if options.direct {
             flags |= OFlags::DIRECT;
         }
@@ -114,6 +117,9 @@ impl FileStorage {
                 });
             }
         };
+        // The ring would not wait for the disk otherwise.
+        let flags = rustix::fs::fcntl_getfl(&fd).map_err(failed)?;
+        rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK).map_err(failed)?;
         if options.share == Share::Guarded {
             locks::take(fd.as_fd(), options.read_only, &path.display().to_string())?;
         }

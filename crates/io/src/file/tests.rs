@@ -165,3 +165,15 @@ fn locks_that_are_taken_late_keep_others_off_until_they_are_given_back() {
         drop(writer);
     });
 }
+
+#[test]
+fn a_fifo_is_refused_at_once_and_a_file_waits_for_its_disk() {
+    run(|path| async move {
+        rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::Fifo, Mode::RUSR, 0).unwrap();
+        let error = FileStorage::open(&path, FileOptions::read_only()).err().unwrap();
+        assert!(error.to_string().contains("file or block device"), "{error}");
+        std::fs::remove_file(&path).unwrap();
+        let file = FileStorage::open(&path, FileOptions::create_new(4096)).unwrap();
+        assert!(!rustix::fs::fcntl_getfl(&*file.fd).unwrap().contains(OFlags::NONBLOCK));
+    });
+}
