@@ -21,6 +21,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser};
+use tracing_subscriber::EnvFilter;
 
 use args::{Cli, Command};
 
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
             return if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS };
         }
     };
+    log();
     match dispatch(cli.command) {
         Ok(code) => code,
         Err(error) => {
@@ -55,6 +57,12 @@ fn one_line(error: &anyhow::Error) -> String {
         }
     }
     line
+}
+
+/// Warnings go to standard error; the variable `INFILL_LOG` asks for more, as in `INFILL_LOG=debug`.
+fn log() {
+    let filter = EnvFilter::try_from_env("INFILL_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter).init();
 }
 
 fn dispatch(command: Command) -> Result<ExitCode> {

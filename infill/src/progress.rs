@@ -23,15 +23,24 @@ pub fn bytes_bar(name: &str) -> ProgressBar {
     bar
 }
 
-/// Draws the job's progress until it is over, and gives its outcome.
+/// Draws the job's progress until it is over, and gives its outcome. What it waits for is told even where there is no
+/// terminal, once.
 pub async fn follow(job: &Job, quiet: bool) -> Result<(), String> {
     let bar = if quiet { ProgressBar::hidden() } else { bytes_bar(job.id()) };
+    let mut told = None;
     let outcome = loop {
         let info = job.info();
         bar.set_length(info.total_progress);
         bar.set_position(info.current_progress);
         let waiting = job.block_info().and_then(|info| info.waiting_for);
-        bar.set_message(waiting.map_or_else(String::new, |why| format!("waiting: {why}")));
+        bar.set_message(waiting.as_ref().map_or_else(String::new, |why| format!("waiting: {why}")));
+        if waiting != told && !quiet && bar.is_hidden() {
+            match &waiting {
+                Some(why) => eprintln!("infill: the {} waits: {why}", job.id()),
+                None => eprintln!("infill: the {} goes on", job.id()),
+            }
+        }
+        told = waiting;
         if let Some(outcome) = rt::timeout(REDRAW, job.wait()).await {
             break outcome;
         }

@@ -15,6 +15,8 @@ mod info;
 mod locate;
 mod name;
 mod open;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

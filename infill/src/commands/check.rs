@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
+use infill_nbd::OnLost;
 use infill_node::{CheckReport, Repair};
 use serde_json::{Map, Value, json};
 
@@ -28,7 +29,7 @@ pub fn main(args: CheckArgs) -> Result<ExitCode> {
             Some(RepairArg::All) => Repair::All,
         };
         let read_only = repair == Repair::Nothing;
-        let blockdevs = Blockdevs::new(OpenPolicy::default());
+        let blockdevs = Blockdevs::new(OpenPolicy { on_lost: OnLost::Fail, ..OpenPolicy::default() });
         let file = blockdevs.add_protocol(&args.filename, read_only, args.force_share).await?;
         let access = if read_only { Access::Stable } else { Access::Owner };
         blockdevs.claim(&file, "the check", access)?;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use infill_base::{Ctx, ErrorKind, WriteFlags, align_up, zero_bytes};
 use infill_io::{Create, FileOptions, FileStorage};
+use infill_nbd::OnLost;
 use infill_node::BackingRef;
 use infill_qcow2::Compression;
 use infill_storage::{NullStorage, StorageHandle};
@@ -219,7 +220,7 @@ async fn look_at_backing(
     format: Option<FormatKind>,
 ) -> Result<(FormatKind, u64)> {
     let whole = resolve_backing(overlay, name)?;
-    let blockdevs = Blockdevs::new(OpenPolicy::default());
+    let blockdevs = Blockdevs::new(OpenPolicy { on_lost: OnLost::Fail, ..OpenPolicy::default() });
     let top = blockdevs.add_image(&Image { format, ..Image::read_only(&whole) }).await?;
     let result = (|| {
         let driver = FormatKind::parse(blockdevs.facts(&top)?.driver)?;

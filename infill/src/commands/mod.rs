@@ -13,6 +13,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use infill_io::Reactors;
+use infill_nbd::OnLost;
 use infill_qmp::{BlockdevOptions, Driver};
 
 use crate::args::{Format, ImageArgs};
@@ -36,12 +37,12 @@ pub fn format_kind(format: Format) -> FormatKind {
     }
 }
 
-/// The policy that options say.
+/// The policy that options say. Who looks only once does not wait for a source that goes away meanwhile.
 pub fn policy(args: &ImageArgs) -> OpenPolicy {
     OpenPolicy {
         untrusted: args.untrusted,
         backing_format: args.backing_format.map(format_kind),
-        ..OpenPolicy::default()
+        on_lost: OnLost::Fail,
     }
 }
 

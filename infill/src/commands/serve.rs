@@ -4,16 +4,18 @@
 //! done), or when a signal asks it to. Order of the end: no new connections; what clients have in flight is answered;
 //! the stream is cancelled (what it has filled stays); images are synced and closed, the top first.
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use futures_util::future::{Either, select};
 use infill_base::DiscardMode;
 use infill_io::{Address, Listener, Reactor, Reactors, termination};
 use infill_job::stream::{FILL_MIN_RATE, StreamOptions};
-use infill_job::{Job, JobOptions, Jobs, stream};
+use infill_job::{IoStatus, Job, JobOptions, Jobs, OnError, stream};
 use infill_nbd::{Export, Exports, OnLost, Server, ServerLimits};
 use infill_node::{COPY_ON_READ_BYTES_MAX, CopyOnRead, NodeHandle};
 use infill_storage::rt;
@@ -27,6 +29,8 @@ use crate::progress::follow;
 
 /// Most threads that are started where the caller does not say how many.
 const THREADS_MAX: usize = 8;
+/// How often a stream that ran out of space looks whether there is some.
+const TRY_AGAIN: Duration = Duration::from_secs(10);
 /// Who the export is, among the users of its node.
 const EXPORT_USER: &str = "the export";
 
@@ -147,7 +151,10 @@ async fn until_done(
 ) -> Result<()> {
     let stream = async {
         let Some(job) = streaming else { return Ok(()) };
-        let outcome = follow(job, false).await;
+        let outcome = match select(pin!(follow(job, false)), pin!(try_again(job))).await {
+            Either::Left((outcome, _)) => outcome,
+            Either::Right((never, _)) => match never {},
+        };
         match &outcome {
             Ok(()) => eprintln!("infill: the stream is done: {} needs no backing file any more", args.image),
             Err(why) => eprintln!("infill: the stream has stopped: {why}; clients are still served"),
@@ -167,6 +174,17 @@ async fn until_done(
     outcome.map_err(|why| anyhow!("the stream has stopped: {why}"))
 }
 
+/// Has a stream that ran out of space look again now and then whether there is some.
+async fn try_again(job: &Job) -> Infallible {
+    loop {
+        rt::sleep(TRY_AGAIN).await;
+        if job.block_info().is_some_and(|info| info.io_status == IoStatus::NoSpace) {
+            // It may be over just now; then there is nothing to resume.
+            let _over = job.resume();
+        }
+    }
+}
+
 fn start_stream(
     args: &ServeArgs,
     jobs: &Jobs,
@@ -178,6 +196,7 @@ fn start_stream(
     let on_swap = swapped(blockdevs, top);
     let stream = StreamOptions {
         min_rate: args.min_rate.unwrap_or(FILL_MIN_RATE),
+        on_error: OnError::Enospc,
         on_swap: Some(on_swap),
         ..StreamOptions::new(node.clone())
     };
