@@ -6,7 +6,7 @@
 pub enum Fault {
     /// The live slice is written instead of its copy: it may name payloads that sync 1 does not cover.
     LiveSlice,
-    /// Copies may be evicted before they are written: reloaded, the disk's old entries come back.
+    /// L2 slices are evicted between copy and write: reloaded, the disk's old entries come back.
     EvictedCopy,
     /// L1 entries are written by the round after the one that answers.
     LateL1,

@@ -372,7 +372,9 @@ impl Image {
         if self.read_only {
             return Ok(());
         }
-        self.flush(cx).await?;
+        if !self.planted(Fault::EarlyClean) {
+            self.flush(cx).await?;
+        }
         let _turn = self.turn.exclusive(0, 1).await;
         self.space.trim(cx, &self.storage).await?;
         self.unmark(cx).await?;

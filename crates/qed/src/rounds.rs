@@ -23,7 +23,7 @@ use infill_storage::sync::{Arc, lock};
 use infill_storage::{rt, unaligned};
 
 use crate::fault::Fault;
-use crate::geometry::HostOffset;
+use crate::geometry::{HostOffset, SLICE_ENTRIES};
 use crate::image::Image;
 
 /// Writes of a round that are in flight at once.
@@ -62,7 +62,7 @@ impl Image {
         let freed = std::mem::take(&mut *lock(&self.freed));
         let named: Vec<u64> =
             lock(&self.new_tables).iter().filter(|(_, named)| **named).map(|(table, _)| *table).collect();
-        let (mut l1, mut l2);
+        let (l1, mut l2);
         if self.planted(Fault::L2CopiedFirst) {
             l2 = copies(&self.l2);
             rt::sleep(Duration::from_micros(200)).await;
@@ -72,7 +72,10 @@ impl Image {
             l2 = copies(&self.l2);
         }
         if self.planted(Fault::EvictedCopy) {
-            l1.iter_mut().chain(&mut l2).for_each(|copy| copy.held = None);
+            for copy in &mut l2 {
+                copy.held = None;
+                self.l2.forget_table(copy.table, self.layout.geometry.table_entries() / SLICE_ENTRIES);
+            }
         }
         let result = self.write_copies(cx, &l1, &l2, &named).await;
         let ok = result.is_ok();
