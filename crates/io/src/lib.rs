@@ -10,6 +10,7 @@
 //! A dropped operation is cancelled where the kernel can; its buffer lives until the kernel is done with it. Whoever
 //! drops a *receive* may lose bytes with it: give each direction of a stream one task of its own.
 
+mod connect;
 mod file;
 mod locks;
 mod net;
@@ -17,9 +18,10 @@ mod reactor;
 mod relay;
 mod signal;
 
+pub use connect::{TcpConnector, UnixConnector, connector};
 pub use file::{Create, FileOptions, FileStorage};
 pub use locks::Share;
-pub use net::{Accepted, Address, Listener, TcpConnector, UnixConnector, connector, stdio};
+pub use net::{Accepted, Address, Listener, stdio};
 pub use reactor::{Reactor, Reactors};
 pub use relay::{Relay, RelayBytes, RelayOptions};
 pub use signal::termination;

@@ -2,23 +2,19 @@
 
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::BytesMut;
 use compio::buf::{BufResult, IntoInner, IoBuf};
 use compio::driver::op::{Interest, PollOnce, Read, Recv, RecvFlags, SendFlags, SendVectored, WriteVectored};
 use futures_util::future::LocalBoxFuture;
-use infill_base::{ErrorKind, Gather, IoError, IoResult};
-use infill_storage::rt;
-use infill_storage::stream::{Connection, Connector, StreamRead, StreamWrite};
+use infill_base::{Gather, IoError, IoResult};
+use infill_storage::stream::{Connection, StreamRead, StreamWrite};
 
-/// How long one attempt to connect may take.
-const CONNECT_TIME: Duration = Duration::from_secs(10);
 /// Most runs of bytes that one send hands to the kernel (its own limit is 1024).
 const MAX_RUNS: usize = 1024;
 
@@ -167,6 +163,11 @@ pub struct Accepted {
 }
 
 impl Accepted {
+    /// A socket that is connected to `peer`.
+    pub(crate) fn new(fd: OwnedFd, peer: String) -> Accepted {
+        Accepted { fd, peer }
+    }
+
     /// Who is at the other end.
     pub fn peer(&self) -> &str {
         &self.peer
@@ -238,80 +239,6 @@ impl StreamWrite for SocketWriter {
     }
 }
 
-/// Connects over TCP.
-#[derive(Clone, Debug)]
-pub struct TcpConnector {
-    /// Name or number.
-    pub host: String,
-    /// The port.
-    pub port: u16,
-}
-
-impl Connector for TcpConnector {
-    fn connect(&self) -> LocalBoxFuture<'_, IoResult<Connection>> {
-        Box::pin(async move {
-            let (host, port) = (self.host.clone(), self.port);
-            let stream = rt::offload(move || connect_tcp(&host, port)).await;
-            let stream = stream.map_err(|error| unreachable_peer(error, &self.target()))?;
-            Accepted { fd: stream.into(), peer: self.target() }.into_connection()
-        })
-    }
-
-    fn target(&self) -> String {
-        Address::Tcp { host: self.host.clone(), port: self.port }.to_string()
-    }
-}
-
-/// Tries every address of the name.
-fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for addr in (host, port).to_socket_addrs()? {
-        match TcpStream::connect_timeout(&addr, CONNECT_TIME) {
-            Ok(stream) => {
-                stream.set_nodelay(true)?;
-                rustix::net::sockopt::set_socket_keepalive(&stream, true)?;
-                return Ok(stream);
-            }
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
-}
-
-fn unreachable_peer(error: io::Error, target: &str) -> IoError {
-    IoError::new(ErrorKind::SourceLost, format!("cannot connect to {target}")).caused_by(error)
-}
-
-/// Connects to a Unix socket.
-#[derive(Clone, Debug)]
-pub struct UnixConnector {
-    /// The socket file.
-    pub path: PathBuf,
-}
-
-impl Connector for UnixConnector {
-    fn connect(&self) -> LocalBoxFuture<'_, IoResult<Connection>> {
-        Box::pin(async move {
-            let path = self.path.clone();
-            let stream = rt::offload(move || UnixStream::connect(path)).await;
-            let stream = stream.map_err(|error| unreachable_peer(error, &self.target()))?;
-            Accepted { fd: stream.into(), peer: self.target() }.into_connection()
-        })
-    }
-
-    fn target(&self) -> String {
-        self.path.display().to_string()
-    }
-}
-
-/// The connector for an address.
-pub fn connector(address: &Address) -> Arc<dyn Connector> {
-    match address {
-        Address::Tcp { host, port } => Arc::new(TcpConnector { host: host.clone(), port: *port }),
-        Address::Unix(path) => Arc::new(UnixConnector { path: path.clone() }),
-    }
-}
-
 /// Standard input and output as a byte stream (a monitor on `stdio`).
 pub fn stdio() -> IoResult<Connection> {
     let input = io::stdin().as_fd().try_clone_to_owned()?;
@@ -365,8 +292,9 @@ impl StreamWrite for PipeWriter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Reactors;
+    use crate::{Reactors, connector};
     use bytes::Bytes;
+    use infill_storage::rt;
 
     async fn echo(address: Address) {
         let listener = Listener::bind(&address).unwrap();
@@ -426,15 +354,5 @@ mod tests {
         let _live = UnixListener::bind(&path).unwrap();
         assert!(Listener::bind(&Address::Unix(path.clone())).is_err());
         assert!(UnixStream::connect(path).is_ok());
-    }
-
-    #[test]
-    fn nobody_there_is_a_lost_source_with_its_name() {
-        let error = Reactors::start(1).unwrap().block_on(|| async {
-            let connector = UnixConnector { path: "/nonexistent/socket".into() };
-            connector.connect().await.err().unwrap()
-        });
-        assert_eq!(error.kind(), ErrorKind::SourceLost);
-        assert!(error.to_string().contains("/nonexistent/socket"), "{error}");
     }
 }
