@@ -1,5 +1,11 @@
 //! The client against bytes that nobody vouches for: an entry point for fuzzers and for tests by seed.
 
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -61,14 +67,109 @@ impl StreamWrite for Writer {
     }
 }
 
-/// Uses an export of a server that sends `data`. To be run on a runtime with a simulated clock.
+/// Uses an export of a server that sends `data`, in a world of its own.
 ///
 /// The first byte chooses how the export is used, the second how many connections the rest is cut into.
 ///
 /// # Panics
 /// If the client breaks its word: an answer of another length, an extent outside of what was asked, a request that is
 /// neither answered nor failed within its deadline.
-pub async fn fuzz_client(data: &[u8]) {
+pub fn fuzz_client(data: &[u8]) {
+    let clock = Rc::new(Clock::default());
+    let _entered = rt::enter(clock.clone());
+    let data = data.to_vec();
+    clock.tasks.borrow_mut().push(Box::pin(async move { attack(&data).await }));
+    clock.run();
+}
+
+/// Polls without the clock moving after which the client counts as turning in circles.
+const POLLS_MAX: u32 = 1_000_000;
+
+/// A runtime whose clock jumps to the next timer when nothing else is left to do.
+#[derive(Default)]
+struct Clock {
+    now: Cell<Duration>,
+    tasks: RefCell<Vec<LocalBoxFuture<'static, ()>>>,
+    timers: Rc<RefCell<BTreeMap<(Duration, u64), Waker>>>,
+    timer: Cell<u64>,
+}
+
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+impl Clock {
+    /// Runs every task to its end, or until nothing can happen any more.
+    fn run(&self) {
+        let woken = Arc::new(Woken(AtomicBool::new(true)));
+        let waker = Waker::from(woken.clone());
+        let mut polls = 0;
+        loop {
+            while woken.0.swap(false, Ordering::AcqRel) {
+                polls += 1;
+                assert!(polls < POLLS_MAX, "the client turns in circles");
+                let mut tasks = std::mem::take(&mut *self.tasks.borrow_mut());
+                tasks.retain_mut(|task| task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+                let mut begun = self.tasks.borrow_mut();
+                // A task that was begun meanwhile was not polled yet.
+                woken.0.fetch_or(!begun.is_empty(), Ordering::AcqRel);
+                begun.extend(tasks);
+            }
+            let next = self.timers.borrow_mut().pop_first();
+            let Some(((due, _), timer)) = next else { break };
+            self.now.set(due);
+            polls = 0;
+            timer.wake();
+        }
+        assert!(self.tasks.borrow().is_empty(), "a task is left over and waits for nothing");
+    }
+}
+
+impl rt::Runtime for Clock {
+    fn spawn(&self, task: LocalBoxFuture<'static, ()>) {
+        self.tasks.borrow_mut().push(task);
+    }
+
+    fn sleep(&self, duration: Duration) -> LocalBoxFuture<'static, ()> {
+        let number = self.timer.get();
+        self.timer.set(number + 1);
+        let key = (self.now.get() + duration.max(Duration::from_nanos(1)), number);
+        let timer = Timer { timers: self.timers.clone(), key };
+        let mut set = false;
+        Box::pin(poll_fn(move |cx| {
+            let mut timers = timer.timers.borrow_mut();
+            if set && !timers.contains_key(&timer.key) {
+                return Poll::Ready(());
+            }
+            set = true;
+            timers.insert(timer.key, cx.waker().clone());
+            Poll::Pending
+        }))
+    }
+
+    fn now(&self) -> Duration {
+        self.now.get()
+    }
+}
+
+/// Takes its timer back when it is dropped.
+struct Timer {
+    timers: Rc<RefCell<BTreeMap<(Duration, u64), Waker>>>,
+    key: (Duration, u64),
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        self.timers.borrow_mut().remove(&self.key);
+    }
+}
+
+/// As [`fuzz_client`], on the runtime of the caller.
+pub(super) async fn attack(data: &[u8]) {
     let [how, cut, rest @ ..] = data else { return };
     let size = (rest.len() / (1 + usize::from(cut % 4))).clamp(1, CONNECTION_BYTES);
     let connections: Vec<Vec<u8>> = rest.chunks(size).take(8).map(<[u8]>::to_vec).rev().collect();

@@ -41,7 +41,7 @@ mod supervise;
 mod unsynced;
 
 #[cfg(any(test, feature = "fuzzing"))]
-pub mod fuzz;
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests;
 

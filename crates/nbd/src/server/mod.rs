@@ -21,6 +21,8 @@
 //! [`ServerLimits::close_time`].
 
 mod exports;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod handshake;
 mod limits;
 mod outbox;
