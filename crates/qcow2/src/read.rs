@@ -156,7 +156,10 @@ impl Image {
             if next == end {
                 break;
             }
-            let run = self.run_at(cx, next, end - next).await?;
+            let run = {
+                let _flight = self.in_flight.enter();
+                self.run_at(cx, next, end - next).await?
+            };
             let kind = match run.place {
                 Place::Data { .. } | Place::Compressed(_) => ExtentKind::Data,
                 Place::Zero => ExtentKind::Zero,
