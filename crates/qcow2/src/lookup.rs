@@ -179,7 +179,7 @@ impl Image {
     pub(crate) async fn check_host(&self, cx: &Ctx, host: u64, len: u64) -> IoResult<()> {
         match self.used_otherwise(cx, host, len).await? {
             None => Ok(()),
-            Some(what) => Err(self.corrupt(format!("an entry names byte {host}, where the {what} lies"))),
+            Some(what) => Err(self.corrupt(format!("an L2 entry names byte {host}, where the {what} lies"))),
         }
     }
 

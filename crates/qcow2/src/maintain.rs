@@ -1,9 +1,8 @@
-//! Changes of the image as a whole: its backing file's name, its size, and its end.
+//! Changes of the image as a whole: its backing file's name, its size, and its end. Each is run in a task of its own.
 
 use infill_base::{Ctx, ErrorKind, IoError, IoResult, ZeroFlags, align_up};
 use infill_node::BackingRef;
 use infill_storage::rounds::Turn;
-use infill_storage::rt;
 use infill_storage::sync::Arc;
 use infill_storage::sync::atomic::Ordering;
 
@@ -23,22 +22,18 @@ impl Image {
     pub(crate) async fn set_backing_ref(self: &Arc<Image>, backing: Option<BackingRef>) -> IoResult<()> {
         self.prepare().await?;
         self.sync().await?;
-        let image = self.clone();
-        rt::detached(async move {
-            let turn = image.writer()?.rounds.turn().await;
-            let Some(backing) = backing else {
-                return image.change_header(&turn, &[HeaderChange::DropBacking]).await;
-            };
-            let rewrite = image.header().with_backing(&backing)?;
-            let stored = rewrite.store(&Ctx::GUEST, &image.storage).await;
-            if stored.is_err() {
-                // The file names the old one or the new one.
-                image.writer()?.poison();
-            }
-            stored?;
-            image.header_is(&turn, rewrite.header)
-        })
-        .await
+        let turn = self.writer()?.rounds.turn().await;
+        let Some(backing) = backing else {
+            return self.change_header(&turn, &[HeaderChange::DropBacking]).await;
+        };
+        let rewrite = self.header().with_backing(&backing)?;
+        let stored = rewrite.store(&Ctx::GUEST, &self.storage).await;
+        if stored.is_err() {
+            // The file names the old one or the new one.
+            self.writer()?.poison();
+        }
+        stored?;
+        self.header_is(&turn, rewrite.header)
     }
 
     /// Makes the disk longer; what is new reads as zeroes, whatever lies there below.
@@ -73,14 +68,10 @@ impl Image {
             self.zero(cx, old, dirty_end - old, size, ZeroFlags::empty()).await?;
             self.sync().await?;
         }
-        let image = self.clone();
-        rt::detached(async move {
-            let turn = image.writer()?.rounds.turn().await;
-            image.change_header(&turn, &[HeaderChange::Size(size)]).await?;
-            image.size.store(size, Ordering::Release);
-            Ok(())
-        })
-        .await
+        let turn = self.writer()?.rounds.turn().await;
+        self.change_header(&turn, &[HeaderChange::Size(size)]).await?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
     }
 
     /// A larger L1 table: (1) a round, so that the refcounts of its clusters are stable, (2) a copy of what is **on the
@@ -89,12 +80,8 @@ impl Image {
         let clusters = (entries * TABLE_ENTRY_BYTES).div_ceil(self.geometry.cluster_bytes());
         let run = self.contiguous(cx, clusters).await?;
         self.sync().await?;
-        let image = self.clone();
-        let moved = rt::detached(async move {
-            let turn = image.writer()?.rounds.turn().await;
-            image.move_l1(&turn, run, entries as u32).await
-        })
-        .await;
+        let turn = self.writer()?.rounds.turn().await;
+        let moved = self.move_l1(&turn, run, entries as u32).await;
         if moved.is_err() && self.writer().is_ok() {
             // Not named by any header: the image would be poisoned else.
             self.give_back(cx, run);

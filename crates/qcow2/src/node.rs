@@ -1,10 +1,13 @@
 //! [`Qcow2`]: an open image as a node of the graph.
+//!
+//! What changes the image as a whole runs as a task of its own: cut off in the middle it would leave its last write under
+//! way while the next one begins.
 
 use bytes::{Bytes, BytesMut};
 use infill_base::{Ctx, DiscardMode, Extents, Gather, IoResult, Limits, OpenError, WriteFlags, ZeroFlags};
 use infill_node::{BackingRef, BackingSlot, InfoValue, Node, NodeInfo, Populated};
-use infill_storage::StorageHandle;
 use infill_storage::sync::Arc;
+use infill_storage::{StorageHandle, rt};
 
 use crate::features::{Compatible, Incompatible};
 use crate::header::FORMAT;
@@ -98,15 +101,18 @@ impl Node for Qcow2 {
     }
 
     async fn set_backing_ref(&self, _cx: &Ctx, backing: Option<BackingRef>) -> IoResult<()> {
-        self.0.set_backing_ref(backing).await
+        let image = self.0.clone();
+        rt::detached(async move { image.set_backing_ref(backing).await }).await
     }
 
     async fn resize(&self, cx: &Ctx, len: u64) -> IoResult<()> {
-        self.0.resize(cx, len).await
+        let (image, cx) = (self.0.clone(), *cx);
+        rt::detached(async move { image.resize(&cx, len).await }).await
     }
 
     async fn close(&self, cx: &Ctx) -> IoResult<()> {
-        self.0.close(cx).await
+        let (image, cx) = (self.0.clone(), *cx);
+        rt::detached(async move { image.close(&cx).await }).await
     }
 }
 

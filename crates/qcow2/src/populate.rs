@@ -10,6 +10,7 @@ use bytes::{Bytes, BytesMut};
 use infill_base::{Ctx, Gather, IoResult, align_up, zero_bytes};
 use infill_node::Populated;
 use infill_node::mapping::Slice;
+use infill_storage::rt;
 use infill_storage::sync::Arc;
 use smallvec::SmallVec;
 
@@ -76,7 +77,13 @@ impl Image {
             partial.extend(self.populate_fresh(cx, fresh, generation, done).await?);
         }
         for share in partial {
-            self.populate_partial(cx, share, generation, done).await?;
+            let (image, cx) = (self.clone(), *cx);
+            // A task of its own, as any write to a place that others may write to next.
+            let part =
+                rt::detached(async move { image.populate_partial(&cx, share, generation).await }).await?;
+            done.linked += part.linked;
+            done.lost += part.lost;
+            done.stale += part.stale;
         }
         Ok(())
     }
@@ -226,14 +233,13 @@ impl Image {
         cx: &Ctx,
         share: Share,
         generation: u64,
-        done: &mut Populated,
-    ) -> IoResult<()> {
+    ) -> IoResult<Populated> {
+        let len = share.hi - share.lo;
         let unit = self.geometry.subcluster_bytes();
         let wanted = self.subclusters(share.lo, share.hi);
         let _range = self.writer()?.ranges.exclusive(share.cluster.0, share.cluster.0 + 1).await;
         let Some(_link) = self.backing.begin_link(generation) else {
-            done.stale += share.hi - share.lo;
-            return Ok(());
+            return Ok(Populated { stale: len, ..Populated::default() });
         };
         let mut linked = 0;
         loop {
@@ -261,9 +267,7 @@ impl Image {
             self.store(cx, vec![plan]).await?;
             linked += self.bytes_in(&share, self.subclusters(lo, hi));
         }
-        done.linked += linked;
-        done.lost += share.hi - share.lo - linked;
-        Ok(())
+        Ok(Populated { linked, lost: len - linked, stale: 0 })
     }
 
     /// Makes what is still absent of the range zero.

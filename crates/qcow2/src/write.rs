@@ -15,6 +15,7 @@ use futures_util::future::{join, join_all};
 use infill_base::{Class, Ctx, Gather, IoResult, WriteFlags, align_down, align_up, is_zero, zero_bytes};
 use infill_node::LinkGuard;
 use infill_node::mapping::Slice;
+use infill_storage::rt;
 use infill_storage::sync::Arc;
 use smallvec::SmallVec;
 
@@ -201,11 +202,20 @@ impl Image {
         let last = self.geometry.guest_cluster(GuestOffset(end - 1)).0;
         loop {
             let edges = self.fetch_edges(cx, at, end).await?;
-            let _range = self.writer()?.ranges.exclusive(first, last + 1).await;
+            let range = self.writer()?.ranges.exclusive(first, last + 1).await;
             // What was absent may be present by now, and the reverse: look again.
-            if let Some((plans, _link)) = self.plan(cx, at, &data, &edges).await? {
+            let Some((plans, link)) = self.plan(cx, at, &data, &edges).await? else { continue };
+            if plans.iter().all(|plan| plan.own_host().is_none()) {
                 return self.store(cx, plans).await;
             }
+            // Into places that others may write to next, and more than the guest's own bytes: cut off in the middle,
+            // it would land behind their back. So it is a task of its own that holds the range to its end.
+            let (image, cx) = (self.clone(), *cx);
+            return rt::detached(async move {
+                let _held = (range, link);
+                image.store(&cx, plans).await
+            })
+            .await;
         }
     }
 

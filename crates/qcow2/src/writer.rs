@@ -134,44 +134,49 @@ impl Image {
     pub(crate) async fn take_clusters(self: &Arc<Image>, cx: &Ctx, want: u64) -> IoResult<HostRun> {
         let writer = self.writer()?;
         let fill = cx.class == Class::Fill;
-        if let Some(run) = writer.runs.take(fill, want) {
-            return Ok(run);
+        loop {
+            if let Some(run) = writer.runs.take(fill, want) {
+                return Ok(run);
+            }
+            let number = Runs::number(fill);
+            let refill = writer.refills.exclusive(number, number + 1).await;
+            if let Some(run) = writer.runs.take(fill, want) {
+                return Ok(run);
+            }
+            let (image, cx) = (self.clone(), *cx);
+            // A task of its own: it makes the file longer, and what it gets must not be lost with the request.
+            rt::detached(async move {
+                let reserved = image.reserve(&cx, want).await;
+                drop(refill);
+                reserved
+            })
+            .await?;
         }
-        let number = Runs::number(fill);
-        let _refill = writer.refills.exclusive(number, number + 1).await;
-        if let Some(run) = writer.runs.take(fill, want) {
-            return Ok(run);
-        }
-        let reserve = want.max(Runs::len(self.size(), &self.geometry));
-        let run = match self.allocate(cx, reserve).await {
+    }
+
+    /// Reserves a run of at least `want` clusters for this reactor, if there is one of that length.
+    async fn reserve(self: &Arc<Image>, cx: &Ctx, want: u64) -> IoResult<()> {
+        let length = want.max(Runs::len(self.size(), &self.geometry));
+        let run = match self.allocate(cx, length).await {
             Err(error) if error.kind() == ErrorKind::NoSpace && self.give_runs_back(cx).await? > 0 => {
                 self.allocate(cx, want).await?
             }
             other => other?,
         };
-        let taken = HostRun { count: want.min(run.count), ..run };
-        let (first, count) = (run.first.0 + taken.count, run.count - taken.count);
-        writer.runs.put(fill, HostRun { first: crate::HostCluster(first), count, ..run });
-        Ok(taken)
+        self.writer()?.runs.put(cx.class == Class::Fill, run);
+        Ok(())
     }
 
-    /// 1 to `want` contiguous clusters that nobody had reserved.
+    /// 1 to `want` contiguous clusters that nobody had reserved. To be run in a task of its own.
     pub(crate) async fn allocate(self: &Arc<Image>, cx: &Ctx, want: u64) -> IoResult<HostRun> {
         loop {
             if let Some(run) = self.writer()?.refcounts.allocate(cx, want).await? {
                 return Ok(run);
             }
-            let image = self.clone();
-            // A task of its own: its writes are in an order that must not be cut off.
-            rt::detached(async move {
-                let writer = image.writer()?;
-                let turn = writer.rounds.turn().await;
-                match writer.refcounts.grow(&Ctx::GUEST, &image.header()).await? {
-                    Some(header) => image.header_is(&turn, header),
-                    None => Ok(()),
-                }
-            })
-            .await?;
+            let turn = self.writer()?.rounds.turn().await;
+            if let Some(header) = self.writer()?.refcounts.grow(&Ctx::GUEST, &self.header()).await? {
+                self.header_is(&turn, header)?;
+            }
         }
     }
 

@@ -184,7 +184,7 @@ fn an_entry_that_names_metadata_or_nothing_is_an_error_at_its_place_and_never_a_
     let (l1, l2, _) = tables(&good);
     let refcounts = u64::from_be_bytes(*good[48..].first_chunk().unwrap());
     let behind = (good.len() as u64).next_multiple_of(65536) + (1 << 20);
-    for (target, readable) in [(refcounts, true), (l1 as u64, true), (behind, false)] {
+    for (target, readable) in [(refcounts, true), (l1 as u64, true), (l2 as u64, true), (behind, false)] {
         let mut bytes = good.clone();
         bytes[l2..l2 + 8].copy_from_slice(&(target | 1 << 63).to_be_bytes());
         std::fs::write(&path, &bytes).unwrap();
