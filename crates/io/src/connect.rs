@@ -4,7 +4,9 @@
 //! are looked up on the thread pool (numbers are not).
 //!
 //! A TCP connection is lost when its peer has acknowledged nothing for [`PEER_SILENT_TIME`], idle or not: the kernel
-//! asks. So a link that swallows everything is told from a peer that is slow to answer.
+//! asks. So a link that swallows everything is told from a peer that is slow to answer. And a TCP connection that is
+//! dropped without a shutdown is aborted: what was not sent yet is never sent. (Else the kernel would go on for minutes to
+//! deliver a request that its client has long repeated on another connection.)
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
@@ -83,6 +85,7 @@ async fn connect_addr(addr: SocketAddr) -> io::Result<OwnedFd> {
     sockopt::set_socket_keepalive(&fd, true)?;
     sockopt::set_tcp_keepidle(&fd, PEER_SILENT_TIME)?;
     sockopt::set_tcp_keepintvl(&fd, PROBE_PAUSE)?;
+    sockopt::set_socket_linger(&fd, Some(Duration::ZERO))?;
     sockopt::set_tcp_user_timeout(&fd, PEER_SILENT_TIME.as_millis() as u32)?;
     finish(fd, &addr).await
 }
@@ -189,6 +192,47 @@ mod tests {
             let connector = TcpConnector { host: "localhost".into(), port };
             connector.connect().await.unwrap();
         });
+    }
+
+    #[test]
+    fn what_was_not_sent_before_a_connection_was_dropped_is_never_sent() {
+        use std::io::Read;
+        const SENT: usize = 64 << 20;
+        let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = server.local_addr().unwrap().port();
+        let reactors = Reactors::start(1).unwrap();
+        for shutdown in [false, true] {
+            let mut taken = 0;
+            let (full, stuck) = std::sync::mpsc::channel();
+            reactors.on(0).spawn(move || async move {
+                let mut connection = TcpConnector { host: "127.0.0.1".into(), port }.connect().await.unwrap();
+                if shutdown {
+                    connection.writer.write_all(vec![1; 1 << 16].into()).await.unwrap();
+                    connection.writer.shutdown().await.unwrap();
+                } else {
+                    // Until the server's buffers, and ours, are full.
+                    let send = connection.writer.write_all(vec![1; SENT].into());
+                    rt::timeout(Duration::from_millis(200), send).await.ok_or(()).unwrap_err();
+                }
+                drop(connection);
+                full.send(()).unwrap();
+            });
+            let (mut peer, _) = server.accept().unwrap();
+            stuck.recv().unwrap();
+            let mut buf = vec![0; 1 << 16];
+            let end = loop {
+                match peer.read(&mut buf) {
+                    Ok(0) => break Ok(taken),
+                    Ok(n) => taken += n,
+                    Err(error) => break Err(error.kind()),
+                }
+            };
+            if shutdown {
+                assert_eq!(end, Ok(1 << 16), "what was sent before a shutdown arrives");
+            } else {
+                assert_eq!(end, Err(io::ErrorKind::ConnectionReset), "after {taken} bytes");
+            }
+        }
     }
 
     #[test]

@@ -234,7 +234,10 @@ impl StreamWrite for SocketWriter {
     }
 
     fn shutdown(&mut self) -> LocalBoxFuture<'_, IoResult<()>> {
-        let result = rustix::net::shutdown(&*self.0, rustix::net::Shutdown::Write);
+        // From now on everything that was sent is to arrive, also when the connection is dropped next. (A connector's TCP
+        // connection is aborted otherwise; on other sockets this changes nothing.)
+        let linger = rustix::net::sockopt::set_socket_linger(&*self.0, None);
+        let result = linger.and_then(|()| rustix::net::shutdown(&*self.0, rustix::net::Shutdown::Write));
         Box::pin(async move { result.map_err(|error| io::Error::from(error).into()) })
     }
 }

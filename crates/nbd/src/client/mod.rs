@@ -27,7 +27,8 @@
 //! # What the protocol cannot give
 //! A connection that is lost says nothing about what the server still does with requests that it has read. A server
 //! that is alive, and slow enough to carry out an old write after a newer one from the next connection, breaks the order;
-//! NBD has no fence against that. Our own server ends a connection's requests before it forgets the connection.
+//! NBD has no fence against that. What the client can do, it does: a TCP connection that it leaves is aborted, so that
+//! nothing of it is delivered later than what replaces it.
 //!
 //! # Futures
 //! A dropped future leaves nothing behind: what is queued is taken out; a change that was sent goes on, as with every

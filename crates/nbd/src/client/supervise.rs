@@ -100,11 +100,12 @@ pub(super) async fn supervise(shared: Arc<Shared>, first: Open) {
             Either::Left((ended, _)) => ended,
             Either::Right((never, _)) => match never {},
         };
-        if session.has_answered() {
-            retry.pause = Duration::ZERO;
-        }
-        if rt::now() - began >= STRIKES_KEPT {
+        let long = rt::now() - began >= STRIKES_KEPT;
+        if long {
             retry.strikes = 0;
+        }
+        if long || session.has_answered() {
+            retry.pause = Duration::ZERO;
         }
         match ended {
             Ended::Closed => return,
