@@ -33,6 +33,13 @@ pub enum Command {
     Serve(ServeArgs),
     /// Fill an overlay until it needs no backing file: an image at rest, or a disk of a running daemon.
     Stream(StreamArgs),
+    /// Serve many disks, controlled over QMP: the command line and protocol of qemu-storage-daemon.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Daemon {
+        /// Its options; `infill daemon --help` lists them.
+        #[arg(value_name = "OPTIONS", allow_hyphen_values = true, trailing_var_arg = true)]
+        arguments: Vec<std::ffi::OsString>,
+    },
     /// Print a script that completes this command line in a shell.
     Completions {
         /// The shell.

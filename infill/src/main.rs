@@ -7,10 +7,9 @@
 #![forbid(unsafe_code)]
 
 mod args;
-#[allow(dead_code, reason = "the daemon uses all of it")]
 mod blockdev;
 mod commands;
-#[allow(dead_code, reason = "the daemon uses all of it")]
+mod daemon;
 mod listen;
 mod monitor;
 mod out;
@@ -73,6 +72,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Map(args) => commands::map::main(args),
         Command::Serve(args) => commands::serve::main(args),
         Command::Stream(args) => commands::stream::main(args),
+        Command::Daemon { arguments } => daemon::main(arguments),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "infill", &mut script);

@@ -128,11 +128,6 @@ impl Blockdevs {
         &self.0.graph
     }
 
-    /// What an image name may make the opener do.
-    pub fn policy(&self) -> &OpenPolicy {
-        &self.0.policy
-    }
-
     /// Opens what `options` describe, and gives the name of its top node (`blockdev-add`).
     pub async fn add(&self, options: BlockdevOptions) -> Result<String> {
         let _turn = self.0.turn.exclusive(0, 1).await;

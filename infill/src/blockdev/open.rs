@@ -283,7 +283,8 @@ impl<'a> Opening<'a> {
             pending.entry.holds.take(name, &user, access, pending.entry.file.as_deref())?;
             return Ok(pending.node.clone());
         }
-        let node = self.blockdevs.0.graph.get(name)?;
+        let unknown = |_| anyhow!("Cannot find device='{name}' nor node-name='{name}'");
+        let node = self.blockdevs.0.graph.get(name).map_err(unknown)?;
         let mut entries = lock(&self.blockdevs.0.entries);
         let entry = entries.get_mut(name).ok_or_else(|| super::unknown(name))?;
         if access.writes() && entry.facts.read_only {

@@ -1,0 +1,320 @@
+//! Character devices of the command line, and the monitors on them.
+//!
+//! A socket listens from its option on, so that whoever started the daemon may connect, and is answered once every option
+//! was carried out. With `wait=on` (the default of servers) the option itself waits for its first client.
+
+use std::collections::BTreeMap;
+
+use infill_io::{Accepted, Address, Listener, connector, stdio};
+use infill_qmp::{Members, QmpError, Words, names};
+use infill_storage::stream::Connection;
+
+/// Something a monitor can talk over.
+pub enum Chardev {
+    /// Standard input and output.
+    Stdio,
+    /// A socket that clients connect to, and the first client where it was waited for.
+    Server(Listener, Option<Accepted>),
+    /// A connection that was made from here.
+    Client(Connection),
+}
+
+/// The character devices; `None` where a monitor has it.
+#[derive(Default)]
+pub struct Chardevs {
+    devices: BTreeMap<String, Option<Chardev>>,
+    monitors: Vec<Chardev>,
+}
+
+impl Chardevs {
+    /// `--chardev`.
+    pub async fn add(&mut self, text: &str) -> Result<(), QmpError> {
+        let (id, device) = Device::read(text)?;
+        if self.devices.contains_key(&id) {
+            let why = format!("attempt to add duplicate property '{id}' to object (type 'container')");
+            return Err(QmpError::generic(why));
+        }
+        let chardev = device.open().await?;
+        self.devices.insert(id, Some(chardev));
+        Ok(())
+    }
+
+    /// `--monitor`.
+    pub fn monitor(&mut self, mut members: Members) -> Result<(), QmpError> {
+        members.opt_str("id")?;
+        let mode = members.opt_word::<Mode>("mode")?.unwrap_or(Mode::Control);
+        // Answers are always on one line each: readers of JSON do not mind.
+        members.opt_bool("pretty")?;
+        let name = members.str("chardev")?;
+        members.finish()?;
+        if mode != Mode::Control {
+            return Err(QmpError::generic("Only QMP is supported"));
+        }
+        let Some(device) = self.devices.get_mut(&name) else {
+            return Err(QmpError::generic(format!("chardev \"{name}\" not found")));
+        };
+        let Some(device) = device.take() else {
+            return Err(QmpError::generic(format!("chardev '{name}' is already in use")));
+        };
+        self.monitors.push(device);
+        Ok(())
+    }
+
+    /// The devices that monitors are on. The others are closed.
+    pub fn into_monitors(self) -> Vec<Chardev> {
+        self.monitors
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Readline,
+    Control,
+}
+
+impl Words for Mode {
+    const WORDS: &'static [(&'static str, Mode)] =
+        &[("readline", Mode::Readline), ("control", Mode::Control)];
+}
+
+/// What `--chardev` describes.
+#[derive(Debug, PartialEq, Eq)]
+enum Device {
+    Stdio,
+    Socket { address: Address, server: bool, wait: bool },
+}
+
+/// Options of sockets that QEMU knows and that would change what is sent.
+const REFUSED: &[&str] = &["websocket", "tls-creds", "tls-authz", "fd", "abstract", "to", "logfile", "mux"];
+/// Options that change nothing here: hosts are numbers or names in any family, and nothing is delayed.
+const HARMLESS: &[&str] =
+    &["delay", "nodelay", "tight", "ipv4", "ipv6", "logappend", "reconnect", "reconnect-ms", "signal"];
+
+impl Device {
+    /// Reads `stdio,id=m`, `socket,id=m,path=p,server=on,wait=off`, also with the old `server,nowait`.
+    fn read(text: &str) -> Result<(String, Device), QmpError> {
+        let mut options = Options::read(text)?;
+        let backend = options.take("backend").unwrap_or_default();
+        let id = options.take("id");
+        let device = match backend.as_str() {
+            "stdio" => {
+                options.ignore(&["signal"]);
+                Device::Stdio
+            }
+            "socket" => Device::read_socket(&mut options)?,
+            "null" | "file" | "pipe" | "pty" | "ringbuf" | "udp" | "memory" | "parallel" | "serial"
+            | "testdev" => {
+                let why = format!("chardev '{backend}' is not supported: use socket or stdio");
+                return Err(QmpError::generic(why));
+            }
+            _ => return Err(QmpError::generic(format!("'{backend}' is not a valid char driver name"))),
+        };
+        options.finish()?;
+        let id = id.ok_or_else(|| QmpError::generic("chardev: no id specified"))?;
+        if !names::is_id(&id) {
+            return Err(QmpError::generic("Parameter 'id' expects an identifier"));
+        }
+        Ok((id, device))
+    }
+
+    fn read_socket(options: &mut Options) -> Result<Device, QmpError> {
+        if options.switch("telnet")?.unwrap_or(false) {
+            return Err(QmpError::generic("'telnet' of chardev sockets is not supported: leave it out"));
+        }
+        if let Some(name) = REFUSED.iter().find(|name| options.take(name).is_some()) {
+            let why = format!("'{name}' of chardev sockets is not supported: give path, or host and port");
+            return Err(QmpError::generic(why));
+        }
+        options.ignore(HARMLESS);
+        let (path, host, port) = (options.take("path"), options.take("host"), options.take("port"));
+        let server = options.switch("server")?.unwrap_or(false);
+        let wait = options.switch("wait")?;
+        if wait.is_some() && !server {
+            return Err(QmpError::generic(
+                "'wait' option is incompatible with socket in client connect mode",
+            ));
+        }
+        let address = match (path, host, port) {
+            (Some(path), None, None) => Address::Unix(path.into()),
+            (None, host, Some(port)) => {
+                let host = host.unwrap_or_default();
+                let number = port.parse().map_err(|_| {
+                    QmpError::generic(format!(
+                        "address resolution failed for {host}:{port}: a port is a number from 0 to 65535"
+                    ))
+                })?;
+                Address::Tcp { host, port: number }
+            }
+            (None, Some(_), None) => return Err(QmpError::generic("chardev: socket: no port given")),
+            (None, None, None) => {
+                return Err(QmpError::generic("chardev: socket: give path, or host and port"));
+            }
+            (Some(_), _, _) => {
+                return Err(QmpError::generic("None or one of 'path', 'fd' or 'host' option required."));
+            }
+        };
+        Ok(Device::Socket { address, server, wait: wait.unwrap_or(true) })
+    }
+
+    async fn open(self) -> Result<Chardev, QmpError> {
+        let Device::Socket { address, server, wait } = self else { return Ok(Chardev::Stdio) };
+        if !server {
+            let connection = connector(&address).connect().await;
+            return match connection {
+                Ok(connection) => Ok(Chardev::Client(connection)),
+                Err(error) => Err(QmpError::generic(format!("Failed to connect to '{address}': {error}"))),
+            };
+        }
+        let listener = bind(&address)?;
+        let first = match wait {
+            true => Some(listener.accept().await.map_err(|error| QmpError::generic(error.to_string()))?),
+            false => None,
+        };
+        Ok(Chardev::Server(listener, first))
+    }
+}
+
+/// Listens at `address`.
+pub fn bind(address: &Address) -> Result<Listener, QmpError> {
+    Listener::bind(address).map_err(|error| {
+        let what = match address {
+            Address::Unix(_) => "bind socket to",
+            Address::Tcp { .. } => "listen at",
+        };
+        QmpError::generic(format!("Failed to {what} {address}: {}", error.message()))
+    })
+}
+
+/// Standard input and output as a connection.
+pub fn standard() -> Option<Connection> {
+    match stdio() {
+        Ok(connection) => Some(connection),
+        Err(error) => {
+            tracing::error!(%error, "no monitor on standard input and output");
+            None
+        }
+    }
+}
+
+/// Options as chardevs spell them: `key=value`, and keys alone as switches, with `no` before them for off.
+struct Options(BTreeMap<String, String>);
+
+impl Options {
+    fn read(text: &str) -> Result<Options, QmpError> {
+        let mut options = BTreeMap::new();
+        let mut rest = text;
+        while !rest.is_empty() {
+            let mut word = String::new();
+            // One item; `,,` stands for a comma in it.
+            loop {
+                let comma = rest.find(',').unwrap_or(rest.len());
+                word.push_str(&rest[..comma]);
+                rest = rest.get(comma + 1..).unwrap_or_default();
+                match rest.strip_prefix(',') {
+                    Some(after) => {
+                        word.push(',');
+                        rest = after;
+                    }
+                    None => break,
+                }
+            }
+            let first = options.is_empty();
+            let (key, value) = match word.split_once('=') {
+                Some((key, value)) => (key.to_owned(), value.to_owned()),
+                None if first => ("backend".into(), word),
+                None if matches!(word.as_str(), "delay" | "nodelay") => (word, "on".into()),
+                None => match word.strip_prefix("no") {
+                    Some(key) => (key.to_owned(), "off".into()),
+                    None => (word, "on".into()),
+                },
+            };
+            options.insert(key, value);
+        }
+        Ok(Options(options))
+    }
+
+    fn take(&mut self, name: &str) -> Option<String> {
+        self.0.remove(name)
+    }
+
+    fn ignore(&mut self, names: &[&str]) {
+        for name in names {
+            self.0.remove(*name);
+        }
+    }
+
+    fn switch(&mut self, name: &str) -> Result<Option<bool>, QmpError> {
+        match self.take(name).as_deref() {
+            None => Ok(None),
+            Some("on" | "yes" | "true" | "y") => Ok(Some(true)),
+            Some("off" | "no" | "false" | "n") => Ok(Some(false)),
+            Some(_) => Err(QmpError::generic(format!("Parameter '{name}' expects 'on' or 'off'"))),
+        }
+    }
+
+    fn finish(self) -> Result<(), QmpError> {
+        match self.0.keys().next() {
+            None => Ok(()),
+            Some(name) => Err(QmpError::generic(format!("Invalid parameter '{name}'"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<(String, Device), String> {
+        Device::read(text).map_err(|error| error.desc)
+    }
+
+    #[test]
+    fn a_socket_is_described_in_the_new_and_the_old_way() {
+        let unix = |server, wait| {
+            let address = Address::Unix("/s,1".into());
+            Ok(("a".to_owned(), Device::Socket { address, server, wait }))
+        };
+        assert_eq!(read("socket,id=a,path=/s,,1,server=on,wait=off"), unix(true, false));
+        assert_eq!(read("backend=socket,path=/s,,1,id=a,server,nowait"), unix(true, false));
+        assert_eq!(read("socket,id=a,path=/s,,1,server=on"), unix(true, true));
+        assert_eq!(read("socket,id=a,path=/s,,1"), unix(false, true));
+        let address = Address::Tcp { host: "127.0.0.1".into(), port: 7 };
+        let tcp = Device::Socket { address, server: true, wait: false };
+        assert_eq!(
+            read("socket,id=a,host=127.0.0.1,port=7,server=on,wait=off,nodelay"),
+            Ok(("a".into(), tcp))
+        );
+        assert_eq!(read("stdio,id=m,signal=off"), Ok(("m".into(), Device::Stdio)));
+    }
+
+    /// Each row as qemu-storage-daemon 10.0.2 answers it.
+    #[test]
+    fn what_is_wrong_is_refused_with_the_words_that_managers_know() {
+        for (text, why) in [
+            ("stdio", "chardev: no id specified"),
+            ("stdio,id=a,foo=1", "Invalid parameter 'foo'"),
+            ("foo,id=a", "'foo' is not a valid char driver name"),
+            (
+                "socket,id=a,path=/s,server=on,host=x",
+                "None or one of 'path', 'fd' or 'host' option required.",
+            ),
+            ("socket,id=a,path=/s,server=maybe", "Parameter 'server' expects 'on' or 'off'"),
+            ("socket,id=a,host=localhost", "chardev: socket: no port given"),
+            ("socket,id=1a,path=/s", "Parameter 'id' expects an identifier"),
+            (
+                "socket,id=a,wait=off,path=/s",
+                "'wait' option is incompatible with socket in client connect mode",
+            ),
+        ] {
+            assert_eq!(read(text), Err(why.into()), "{text}");
+        }
+        for text in [
+            "socket,id=a,path=/s,tls-creds=t",
+            "null,id=a",
+            "socket,id=a,fd=3",
+            "socket,id=a,path=/s,telnet=on",
+        ] {
+            assert!(read(text).unwrap_err().contains("not supported"), "{text}");
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! The command line of qemu-storage-daemon: options in the order in which they are to be carried out.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use anyhow::{Result, anyhow, bail};
+
+/// Most options of one command line.
+const OPTIONS_MAX: usize = 16 << 10;
+
+/// What an option makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A node.
+    Blockdev,
+    /// A character device.
+    Chardev,
+    /// A monitor on a character device.
+    Monitor,
+    /// The NBD server.
+    NbdServer,
+    /// An export.
+    Export,
+    /// An object.
+    Object,
+}
+
+impl Kind {
+    const ALL: [Kind; 6] =
+        [Kind::Blockdev, Kind::Chardev, Kind::Monitor, Kind::NbdServer, Kind::Export, Kind::Object];
+
+    /// The option as it is written.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Kind::Blockdev => "--blockdev",
+            Kind::Chardev => "--chardev",
+            Kind::Monitor => "--monitor",
+            Kind::NbdServer => "--nbd-server",
+            Kind::Export => "--export",
+            Kind::Object => "--object",
+        }
+    }
+}
+
+/// One option.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Opt {
+    /// What it makes.
+    pub kind: Kind,
+    /// How.
+    pub text: String,
+}
+
+/// A command line to be carried out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CommandLine {
+    /// In order.
+    pub options: Vec<Opt>,
+    /// Where the process id is written.
+    pub pidfile: Option<PathBuf>,
+}
+
+/// What a command line asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Parsed {
+    /// To run.
+    Run(CommandLine),
+    /// To print this, and nothing else.
+    Print(String),
+}
+
+const OBJECTS: &str = "List of user creatable objects:\n  iothread\n";
+
+/// Reads the arguments behind the subcommand.
+pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
+    let mut command_line = CommandLine::default();
+    let mut arguments = arguments.into_iter();
+    while let Some(argument) = arguments.next() {
+        let argument = argument.into_string().map_err(|raw| anyhow!("{}: it is not UTF-8", raw.display()))?;
+        let (name, attached) = match argument.split_once('=') {
+            Some((name, value)) if name.starts_with("--") => (name, Some(value.to_owned())),
+            _ => (argument.as_str(), None),
+        };
+        match name {
+            "-h" | "--help" => return Ok(Parsed::Print(help())),
+            "-V" | "--version" => return Ok(Parsed::Print(version())),
+            "--daemonize" => bail!(
+                "--daemonize is not supported yet: start it in the background (with `&`, setsid or a service \
+                 manager) and wait for its pid file"
+            ),
+            "-T" | "--trace" => {
+                bail!("--trace is not supported: set RUST_LOG=debug for logs on standard error")
+            }
+            _ => {}
+        }
+        let kind = Kind::ALL.into_iter().find(|kind| kind.as_str() == name);
+        if kind.is_none() && name != "--pidfile" {
+            if name.starts_with('-') {
+                bail!("unrecognized option '{name}'; `infill daemon --help` lists those that are known");
+            }
+            bail!("{argument}: Unexpected argument");
+        }
+        let value = match attached {
+            Some(value) => Some(value),
+            None => arguments
+                .next()
+                .map(OsString::into_string)
+                .transpose()
+                .map_err(|raw| anyhow!("{name} {}: it is not UTF-8", raw.display()))?,
+        };
+        let Some(text) = value else { bail!("option '{name}' requires an argument") };
+        match kind {
+            Some(Kind::Object) if text == "help" => return Ok(Parsed::Print(OBJECTS.into())),
+            Some(kind) => command_line.options.push(Opt { kind, text }),
+            None => command_line.pidfile = Some(text.into()),
+        }
+        if command_line.options.len() > OPTIONS_MAX {
+            bail!("more than {OPTIONS_MAX} options are given: add the rest over a monitor");
+        }
+    }
+    Ok(Parsed::Run(command_line))
+}
+
+fn version() -> String {
+    format!(
+        "infill daemon version {} (the interface is that of qemu-storage-daemon 10.0)\n",
+        env!("CARGO_PKG_VERSION")
+    )
+}
+
+fn help() -> String {
+    "\
+Usage: infill daemon [options]
+Serves many disks, controlled over QMP. Options, commands and events are those of qemu-storage-daemon.
+
+  -h, --help             display this help and exit
+  -V, --version          output version information and exit
+
+  --blockdev [driver=]<driver>[,node-name=<N>][,discard=ignore|unmap]
+             [,cache.direct=on|off][,cache.no-flush=on|off]
+             [,read-only=on|off][,auto-read-only=on|off]
+             [,force-share=on|off][,driver specific parameters...]
+                         add a block node: file, host_device, null-co, nbd, raw,
+                         qcow2, qed, copy-on-read; also as JSON: --blockdev '{...}'
+
+  --chardev stdio,id=<id>
+  --chardev socket,id=<id>,path=<path>[,server=on|off][,wait=on|off]
+  --chardev socket,id=<id>,host=<host>,port=<port>[,server=on|off][,wait=on|off]
+                         add a character device
+
+  --export [type=]nbd,id=<id>,node-name=<node-name>[,name=<export-name>]
+           [,description=<text>][,writable=on|off]
+                         export a block node over NBD (requires --nbd-server)
+
+  --monitor [chardev=]name[,mode=control]
+                         put a QMP monitor on a character device
+
+  --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>
+               [,max-connections=<n>]
+  --nbd-server addr.type=unix,addr.path=<path>[,max-connections=<n>]
+                         start the NBD server
+
+  --object help          list the types of objects
+  --object iothread,id=<id>
+                         add an object
+
+  --pidfile <path>       write the process id to a file after startup
+
+Options are carried out in their order. SIGTERM, SIGINT, SIGHUP and the command
+`quit` end the daemon in order: requests are answered, everything is synced.
+"
+    .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(arguments: &[&str]) -> Result<Parsed, String> {
+        parse(arguments.iter().map(OsString::from).collect()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn options_keep_their_order_in_either_spelling() {
+        let line = [
+            "--export=nbd,id=e",
+            "--blockdev",
+            "null-co,node-name=n",
+            "--pidfile",
+            "p",
+            "--object=iothread,id=t",
+        ];
+        let Ok(Parsed::Run(command_line)) = read(&line) else { panic!() };
+        let kinds: Vec<_> = command_line.options.iter().map(|option| option.kind).collect();
+        assert_eq!(kinds, [Kind::Export, Kind::Blockdev, Kind::Object]);
+        assert_eq!(command_line.options[0].text, "nbd,id=e");
+        assert_eq!(command_line.pidfile, Some("p".into()));
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused_by_name() {
+        for (line, why) in [
+            (&["--foo"][..], "unrecognized option '--foo'"),
+            (&["foo"], "foo: Unexpected argument"),
+            (&["--blockdev"], "option '--blockdev' requires an argument"),
+            (&["--daemonize"], "--daemonize is not supported yet"),
+            (&["--trace", "x"], "--trace is not supported"),
+        ] {
+            let told = read(line).unwrap_err();
+            assert!(told.starts_with(why), "{told}");
+        }
+    }
+
+    #[test]
+    fn help_and_version_win_over_what_follows() {
+        for option in ["-h", "--help", "-V", "--version"] {
+            assert!(matches!(read(&[option, "--foo"]), Ok(Parsed::Print(_))));
+        }
+    }
+}

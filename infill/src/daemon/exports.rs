@@ -1,0 +1,228 @@
+//! The NBD server and its exports.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use infill_io::{Address, Listener};
+use infill_nbd::{Export, ExportError, Exports, Removal, Server, ServerLimits};
+use infill_qmp::{BlockExportOptions, NbdServerOptions, QmpError, RemoveMode, SocketAddress};
+use infill_storage::rt;
+use serde_json::{Value, json};
+
+use super::chardev::bind;
+use super::control::{Control, refused};
+use crate::blockdev::Access;
+use crate::listen::Listening;
+
+/// The NBD server.
+enum NbdServer {
+    /// Its socket listens, and options are still carried out: nobody is answered yet.
+    Waiting { listener: Listener, server: Server, most: usize },
+    /// It serves.
+    Serving(Listening),
+}
+
+/// One export.
+struct Entry {
+    node: String,
+    name: String,
+    shutting_down: bool,
+}
+
+/// All exports.
+#[derive(Default)]
+pub struct Exported {
+    registry: Exports,
+    server: RefCell<Option<NbdServer>>,
+    /// By id.
+    entries: RefCell<BTreeMap<String, Entry>>,
+    /// Whether options are all carried out.
+    open: Cell<bool>,
+}
+
+fn user(id: &str) -> String {
+    format!("export '{id}'")
+}
+
+impl Control {
+    /// Begins to answer clients: every option was carried out.
+    pub fn open_for_clients(&self) {
+        self.exported.open.set(true);
+        let mut slot = self.exported.server.borrow_mut();
+        *slot = match slot.take() {
+            Some(NbdServer::Waiting { listener, server, most }) => {
+                Some(NbdServer::Serving(Listening::start(listener, server, self.reactors.clone(), most)))
+            }
+            other => other,
+        };
+    }
+
+    /// `nbd-server-start`, `--nbd-server`.
+    pub fn nbd_server_start(&self, options: &NbdServerOptions) -> Result<(), QmpError> {
+        if self.exported.server.borrow().is_some() {
+            return Err(QmpError::generic("NBD server already running"));
+        }
+        let mut limits = ServerLimits::default();
+        if let Some(seconds) = options.handshake_max_seconds.filter(|seconds| *seconds > 0) {
+            // The limit of the server itself stays the upper bound.
+            limits.handshake_time = limits.handshake_time.min(Duration::from_secs(seconds.into()));
+        }
+        let most = match options.max_connections {
+            Some(most) => limits.connections_max.min(most as usize),
+            None => limits.connections_max,
+        };
+        let address = match &options.addr {
+            SocketAddress::Inet { host, port } => Address::Tcp { host: host.clone(), port: *port },
+            SocketAddress::Unix { path } => Address::Unix(path.into()),
+            SocketAddress::Fd { .. } => {
+                return Err(QmpError::generic(
+                    "addresses of type fd are not supported yet: give type unix or inet",
+                ));
+            }
+        };
+        let listener = bind(&address)?;
+        let server = Server::new(self.exported.registry.clone(), limits);
+        let server = if self.exported.open.get() {
+            NbdServer::Serving(Listening::start(listener, server, self.reactors.clone(), most))
+        } else {
+            NbdServer::Waiting { listener, server, most }
+        };
+        *self.exported.server.borrow_mut() = Some(server);
+        Ok(())
+    }
+
+    /// `nbd-server-stop`: all exports go, hard, and then the socket.
+    pub(super) async fn nbd_server_stop(self: &Rc<Self>) -> Result<(), QmpError> {
+        let server = self.exported.server.borrow_mut().take();
+        let server = server.ok_or_else(|| QmpError::generic("NBD server not running"))?;
+        let ids: Vec<String> = self.exported.entries.borrow().keys().rev().cloned().collect();
+        let mut removals = Vec::new();
+        for id in ids {
+            // One that is shutting down already is told of by whoever took it away.
+            if let Some(removal) = self.take_away(&id, RemoveMode::Hard)? {
+                removals.push((id, removal));
+            }
+        }
+        for (id, removal) in removals {
+            removal.gone().await;
+            self.export_is_gone(&id);
+        }
+        if let NbdServer::Serving(listening) = server {
+            listening.stop();
+            listening.drained().await;
+        }
+        Ok(())
+    }
+
+    /// Everything that clients use goes; what they have in flight is answered first.
+    pub async fn close_exports(self: &Rc<Self>) {
+        let stopped = self.nbd_server_stop().await;
+        if let Err(error) = stopped {
+            // There was none, and so there are no exports.
+            tracing::debug!(%error, "at the end");
+        }
+    }
+
+    /// `block-export-add`, `--export`.
+    pub fn block_export_add(&self, options: BlockExportOptions) -> Result<(), QmpError> {
+        let BlockExportOptions { id, node_name, writable, .. } = &options;
+        if self.exported.entries.borrow().contains_key(id) {
+            return Err(QmpError::generic(format!("Block export id '{id}' is already in use")));
+        }
+        let facts = self
+            .blockdevs()
+            .facts(node_name)
+            .map_err(|_| QmpError::generic(format!("Cannot find device='' nor node-name='{node_name}'")))?;
+        if *writable && facts.read_only {
+            return Err(QmpError::generic("Cannot export read-only node as writable"));
+        }
+        if options.writethrough {
+            return Err(QmpError::generic(
+                "'writethrough' is not supported yet: leave it out; a client's FLUSH and FUA are always kept",
+            ));
+        }
+        if let Some(iothread) = options.iothread.as_ref().filter(|iothread| !self.has_object(iothread)) {
+            return Err(QmpError::generic(format!("iothread \"{iothread}\" not found")));
+        }
+        if self.exported.server.borrow().is_none() {
+            return Err(QmpError::generic("NBD server not running"));
+        }
+        let name = options.export_name().to_owned();
+        let access = if *writable { Access::Writer } else { Access::Reader };
+        let node = self.blockdevs().claim(node_name, &user(id), access).map_err(|error| refused(&error))?;
+        let description = options.description.clone().unwrap_or_default();
+        let export = Export { description, writable: *writable, ..Export::new(name.clone(), node) };
+        if let Err(error) = self.exported.registry.add(export) {
+            self.blockdevs().release(node_name, &user(id));
+            return Err(QmpError::generic(match error {
+                ExportError::Duplicate(_) => format!("NBD server already has export named '{name}'"),
+                other => other.to_string(),
+            }));
+        }
+        let entry = Entry { node: node_name.clone(), name, shutting_down: false };
+        self.exported.entries.borrow_mut().insert(options.id, entry);
+        Ok(())
+    }
+
+    /// `block-export-del`.
+    pub(super) fn block_export_del(self: &Rc<Self>, id: &str, mode: RemoveMode) -> Result<(), QmpError> {
+        if !self.exported.entries.borrow().contains_key(id) {
+            return Err(QmpError::generic(format!("Export '{id}' is not found")));
+        }
+        let Some(removal) = self.take_away(id, mode)? else {
+            return Err(QmpError::generic(format!("Export '{id}' is already shutting down")));
+        };
+        if removal.gone().now_or_never().is_some() {
+            self.export_is_gone(id);
+            return Ok(());
+        }
+        let (control, id) = (self.clone(), id.to_owned());
+        rt::spawn(async move {
+            removal.gone().await;
+            control.export_is_gone(&id);
+        });
+        Ok(())
+    }
+
+    /// Offers the export no longer. `None`: it is shutting down already.
+    fn take_away(&self, id: &str, mode: RemoveMode) -> Result<Option<Removal>, QmpError> {
+        let mut entries = self.exported.entries.borrow_mut();
+        let Some(entry) = entries.get_mut(id).filter(|entry| !entry.shutting_down) else { return Ok(None) };
+        let mode = match mode {
+            RemoveMode::Safe => infill_nbd::RemoveMode::Safe,
+            RemoveMode::Hard => infill_nbd::RemoveMode::Hard,
+        };
+        let removal = self.exported.registry.remove(&entry.name, mode).map_err(|error| {
+            QmpError::generic(match error {
+                ExportError::InUse { .. } => format!("export '{id}' still in use"),
+                other => other.to_string(),
+            })
+        })?;
+        entry.shutting_down = true;
+        Ok(Some(removal))
+    }
+
+    /// The last request of the export has ended.
+    fn export_is_gone(&self, id: &str) {
+        let Some(entry) = self.exported.entries.borrow_mut().remove(id) else { return };
+        self.blockdevs().release(&entry.node, &user(id));
+        self.tell("BLOCK_EXPORT_DELETED", json!({ "id": id }));
+    }
+
+    /// `query-block-exports`.
+    pub(super) fn query_block_exports(&self) -> Value {
+        let entries = self.exported.entries.borrow();
+        let told = entries.iter().map(|(id, entry)| {
+            json!({
+                "node-name": entry.node,
+                "shutting-down": entry.shutting_down,
+                "type": "nbd",
+                "id": id,
+            })
+        });
+        told.collect()
+    }
+}

@@ -1,0 +1,169 @@
+//! `infill daemon`: many disks, controlled over QMP, started with qemu-storage-daemon's command line.
+//!
+//! Owns the order of the process's life, and the monitors. What never happens: a monitor that stalls I/O (it has a bounded
+//! queue of its own, and is cut off when it does not read), a client that is served before every option was carried out,
+//! an end that leaves something acknowledged and not synced.
+//!
+//! # Order of the beginning
+//! Options are carried out one after the other, as they stand. Sockets listen from their option on and are served after
+//! the last one; the pid file is written just before.
+//!
+//! # Order of the end (`quit`, SIGTERM, SIGINT, SIGHUP)
+//! 1. Exports are taken away: what clients have in flight is answered.
+//! 2. Jobs are cancelled; what they have filled stays.
+//! 3. Nodes are synced and closed, each after those that lie on it.
+//! 4. Monitors are sent what is left for them, for at most [`FAREWELL_TIME`]; the pid file goes.
+
+mod chardev;
+mod cmdline;
+mod control;
+mod exports;
+mod jobs;
+mod monitor;
+mod nodes;
+mod pidfile;
+
+use std::ffi::OsString;
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use futures_util::future::{Either, select};
+use infill_io::{Reactor, Reactors, termination};
+use infill_qmp::{BlockExportOptions, BlockdevOptions, Members, NbdServerOptions, ObjectOptions, QmpError};
+use infill_storage::rt;
+use tracing_subscriber::EnvFilter;
+
+use crate::out::print;
+use chardev::Chardevs;
+use cmdline::{CommandLine, Kind, Parsed};
+use control::Control;
+use pidfile::PidFile;
+
+/// How long the end waits for monitors to take what is left for them.
+const FAREWELL_TIME: Duration = Duration::from_secs(2);
+
+/// Most reactors that are started; fewer where there are fewer processors.
+const REACTORS_MAX: usize = 8;
+
+/// Runs the daemon until it is asked to end. `arguments` are those behind the subcommand.
+pub fn main(arguments: Vec<OsString>) -> Result<ExitCode> {
+    match cmdline::parse(arguments)? {
+        Parsed::Print(text) => {
+            print(&text)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Parsed::Run(command_line) => {
+            log_to_stderr();
+            let count = std::thread::available_parallelism().map_or(1, usize::from).min(REACTORS_MAX);
+            let reactors = Reactors::start(count).context("starting the reactors")?;
+            let all = reactors.all();
+            reactors.block_on(move || run(command_line, all))?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// Warnings go to standard error; `RUST_LOG` asks for more or less.
+fn log_to_stderr() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // It fails where somebody logs already, and then that is where it goes.
+    let _already = log.with_ansi(std::io::stderr().is_terminal()).try_init();
+}
+
+async fn run(command_line: CommandLine, reactors: Vec<Reactor>) -> Result<()> {
+    // From here on a signal ends it in order.
+    let mut terminated = Box::pin(termination().context("waiting for signals")?);
+    let control = Control::new(reactors);
+    let mut chardevs = Chardevs::default();
+    let started = {
+        let starting = std::pin::pin!(start(&control, &mut chardevs, &command_line));
+        match select(starting, &mut terminated).await {
+            Either::Left((started, _)) => started.map(Some),
+            Either::Right(((), _)) => Ok(None),
+        }
+    };
+    let _pidfile = match started {
+        Ok(Some(pidfile)) => {
+            serve(&control, chardevs);
+            let asked = std::pin::pin!(control.asked_to_quit());
+            select(asked, terminated).await;
+            pidfile
+        }
+        Ok(None) => None,
+        Err(error) => {
+            // What was opened is closed in order; the reason is what is told.
+            let _closed = end(&control).await;
+            return Err(error);
+        }
+    };
+    end(&control).await
+}
+
+/// Carries the options out, and writes the pid file.
+async fn start(
+    control: &Rc<Control>,
+    chardevs: &mut Chardevs,
+    command_line: &CommandLine,
+) -> Result<Option<PidFile>> {
+    for option in &command_line.options {
+        let outcome = carry_out(control, chardevs, option.kind, &option.text).await;
+        outcome.map_err(|error| anyhow!("{} {}: {}", option.kind.as_str(), option.text, error.desc))?;
+    }
+    command_line.pidfile.as_deref().map(PidFile::write).transpose()
+}
+
+async fn carry_out(
+    control: &Rc<Control>,
+    chardevs: &mut Chardevs,
+    kind: Kind,
+    text: &str,
+) -> Result<(), QmpError> {
+    match kind {
+        Kind::Blockdev => control.blockdev_add(BlockdevOptions::of_argument(text)?).await,
+        Kind::Chardev => chardevs.add(text).await,
+        Kind::Monitor => chardevs.monitor(Members::of_argument(text, Some("chardev"))?),
+        Kind::NbdServer => {
+            control.nbd_server_start(&NbdServerOptions::read(Members::of_argument(text, None)?)?)
+        }
+        Kind::Export => {
+            let members = Members::of_argument(text, Some("type"))?;
+            control.block_export_add(BlockExportOptions::read(members)?)
+        }
+        Kind::Object => {
+            let members = Members::of_argument(text, Some("qom-type"))?;
+            control.object_add(ObjectOptions::read(members)?)
+        }
+    }
+}
+
+/// Begins to serve clients and monitors.
+fn serve(control: &Rc<Control>, chardevs: Chardevs) {
+    control.open_for_clients();
+    rt::spawn(control.clone().tell_job_events());
+    for monitor in chardevs.into_monitors() {
+        rt::spawn(monitor::serve(control.clone(), monitor));
+    }
+}
+
+/// Ends everything in order. A second signal, while that waits for a source that is away, ends the process at once: what
+/// is on the disk then is what a crash leaves, and nobody was told otherwise.
+async fn end(control: &Rc<Control>) -> Result<()> {
+    let again = termination().context("waiting for signals")?;
+    rt::spawn(async move {
+        again.await;
+        eprintln!("infill: asked to end again: ending at once");
+        std::process::exit(1);
+    });
+    control.close_exports().await;
+    control.jobs().shut_down().await;
+    let closed = control.blockdevs().close_all().await.context("closing the nodes");
+    control.tell_ended();
+    if rt::timeout(FAREWELL_TIME, control.monitors().drained()).await.is_none() {
+        tracing::warn!("a monitor did not take what was left for it");
+    }
+    closed
+}

@@ -1,0 +1,83 @@
+//! `blockdev-del` and `query-named-block-nodes`.
+
+use infill_qmp::QmpError;
+use serde_json::{Map, Value, json};
+
+use super::control::{Control, refused};
+use crate::blockdev::image_info;
+
+impl Control {
+    /// `blockdev-del`.
+    pub(super) async fn blockdev_del(&self, name: &str) -> Result<(), QmpError> {
+        let facts = self.blockdevs().facts(name).map_err(|error| refused(&error))?;
+        let users = self.blockdevs().graph().users(name);
+        let is_used = |kind: &str| users.iter().any(|user| user.starts_with(kind));
+        if is_used("job '") {
+            return Err(busy(name));
+        }
+        if facts.implicit {
+            return Err(QmpError::generic(format!("Node {name} is not owned by the monitor")));
+        }
+        for (overlay, _) in self.blockdevs().graph().list() {
+            if self.blockdevs().facts(&overlay).is_ok_and(|facts| facts.backing.as_deref() == Some(name)) {
+                let why = format!("Node '{name}' is busy: node is used as backing hd of '{overlay}'");
+                return Err(QmpError::generic(why));
+            }
+        }
+        if is_used("node '") {
+            return Err(QmpError::generic(format!("Block device {name} is in use")));
+        }
+        if !users.is_empty() {
+            return Err(QmpError::generic(format!("Node {name} is in use")));
+        }
+        self.blockdevs().del(name).await.map_err(|error| refused(&error))
+    }
+
+    /// `query-named-block-nodes`.
+    pub(super) fn query_named_block_nodes(&self, flat: bool) -> Result<Value, QmpError> {
+        let names = self.blockdevs().graph().list().into_iter().map(|(name, _)| name);
+        names.map(|name| self.named_block_node(&name, flat).map_err(|error| refused(&error))).collect()
+    }
+
+    fn named_block_node(&self, name: &str, flat: bool) -> anyhow::Result<Value> {
+        let blockdevs = self.blockdevs();
+        let facts = blockdevs.facts(name)?;
+        let chain = blockdevs.chain(name);
+        // From the bottom up, so that no length of the chain is a depth of the stack.
+        let mut image = Value::Null;
+        let layers = if flat { &chain[..1] } else { &chain[..] };
+        for layer in layers.iter().rev() {
+            let mut info = image_info(blockdevs, layer, false)?;
+            if !image.is_null() {
+                info["backing-image"] = image;
+            }
+            image = info;
+        }
+        let mut out = Map::new();
+        out.insert("node-name".into(), json!(name));
+        out.insert("drv".into(), json!(facts.driver));
+        out.insert("file".into(), image["filename"].clone());
+        if let Some(below) = &facts.backing {
+            out.insert("backing_file".into(), json!(blockdevs.get(below)?.info().filename));
+        }
+        out.insert("backing_file_depth".into(), json!(layers.len() - 1));
+        out.insert("ro".into(), json!(facts.read_only));
+        out.insert("active".into(), json!(true));
+        out.insert("encrypted".into(), json!(false));
+        out.insert("detect_zeroes".into(), json!("off"));
+        let cache =
+            json!({ "writeback": true, "direct": facts.cache_direct, "no-flush": facts.cache_no_flush });
+        out.insert("cache".into(), cache);
+        for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr", "write_threshold"] {
+            out.insert(limit.into(), json!(0));
+        }
+        out.insert("image".into(), image);
+        Ok(Value::Object(out))
+    }
+}
+
+/// The refusal of a node that a job works on.
+pub fn busy(name: &str) -> QmpError {
+    // Streams are the only jobs that take nodes for themselves so far.
+    QmpError::generic(format!("Node '{name}' is busy: block device is in use by block job: stream"))
+}
