@@ -6,11 +6,14 @@ use common::{
     arg, assert_clean, content, file, memory, metadata, qemu_check, run, run_json, run_ok, set_word, word,
 };
 use infill_base::{Ctx, OpenError};
-use infill_node::{CheckReport, Repair};
-use infill_qcow2::{CreateOptions, check, create};
-use infill_sim::{Rng, block_on};
+use infill_node::{CheckReport, NodeHandle, Repair};
+use infill_qcow2::{CreateOptions, OpenOptions, Qcow2, check, create};
+use infill_sim::{CrashPoint, DiskOptions, Media, Rng, SimDisk, block_on};
+use infill_storage::StorageHandle;
 use serde_json::Value;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const CX: Ctx = Ctx::GUEST;
 const COPIED: u64 = 1 << 63;
@@ -435,6 +438,65 @@ fn images_damaged_by_chance_are_clean_for_both_after_a_repair() {
 fn run_json_or_none(path: &Path) -> Option<Value> {
     let output = run("qemu-img", &["check", "-f", "qcow2", "--output=json", arg(path)]);
     serde_json::from_slice(&output.stdout).ok()
+}
+
+/// Everything that the guest sees, as we read it.
+async fn guest_of(storage: StorageHandle) -> Vec<u8> {
+    let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+    let node = NodeHandle::new(Qcow2::open(&CX, storage, options).await.unwrap());
+    node.read_vec(&CX, 0, node.len() as usize).await.unwrap().to_vec()
+}
+
+/// What a power cut leaves of a repair is repaired by the next one, to the same content.
+fn cut(point: &CrashPoint, rng: &mut Rng, what: &str, expected: &[u8]) {
+    for _ in 0..2 {
+        let disk = SimDisk::with(point.random_power_cut(rng), DiskOptions::default());
+        let storage = StorageHandle::new(disk);
+        block_on(async {
+            let found = check(&CX, &storage, Repair::All).await.unwrap();
+            assert_eq!((found.corruptions, found.leaks), (0, 0), "{what}: {found:?}");
+            assert!(guest_of(storage).await == expected, "{what}: content has changed");
+        });
+    }
+}
+
+#[test]
+fn a_repair_that_is_cut_off_anywhere_is_done_by_the_next_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = written(&dir, "cluster_size=4k", &WRITES);
+    let l1 = word(&image, 40) as usize;
+    let l2 = (word(&image, l1) & !COPIED) as usize;
+    let table = word(&image, 48) as usize;
+    let block = word(&image, table) as usize;
+    let entry = |nth: usize| word(&image, l2 + nth * 8);
+    let cases: [(&str, Vec<(usize, u64)>); 5] = [
+        ("refcounts wrong in both directions", vec![(block + 8, 0), (block + 64, 0x0003_0001_0000_0001)]),
+        ("no refcount block", vec![(table, 0)]),
+        (
+            "entries and flags",
+            vec![(l2 + 8, entry(1) | 0x200), (l2 + 32, entry(4) & !COPIED), (l2 + 48, entry(3))],
+        ),
+        ("an entry that names the block", vec![(l2 + 8, block as u64 | COPIED), (block + 8, 0)]),
+        ("a dirty image without a table", vec![(48, 0), (56, 0), (72, 1)]),
+    ];
+    for (what, damage) in cases {
+        let mut bad = image.clone();
+        damage.iter().for_each(|(at, value)| set_word(&mut bad, *at, *value));
+        let (found, mended) = checked(&bad, Repair::All);
+        assert_eq!(found.unwrap().corruptions, 0, "{what}");
+        let expected = block_on(guest_of(memory(mended).1));
+        let disk = SimDisk::with(Media::from_bytes(&bad), DiskOptions::default());
+        let (mut rng, again, points) = (Rng::new(1), expected.clone(), Arc::new(AtomicU64::new(0)));
+        let seen = points.clone();
+        disk.observe(move |point| {
+            seen.fetch_add(1, Ordering::Relaxed);
+            cut(point, &mut rng, what, &again);
+        });
+        block_on(check(&CX, &StorageHandle::new(disk.clone()), Repair::All)).unwrap();
+        disk.stop_observing();
+        assert!(points.load(Ordering::Relaxed) >= 4, "{what}: nothing was written");
+        assert!(block_on(guest_of(StorageHandle::new(disk))) == expected, "{what}");
+    }
 }
 
 #[test]
