@@ -388,3 +388,51 @@ fn after_a_failed_sync_nothing_more_is_written() {
         assert_eq!(load.node.read_vec(&CX, 0, 4096).await.unwrap()[0], 1);
     });
 }
+
+#[test]
+fn qemu_and_we_take_turns_on_one_image_with_snapshots() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("turns.qcow2");
+    for (nth, options) in geometries().into_iter().enumerate().filter(|(nth, _)| nth % 3 == 1) {
+        let snapshots = options.refcount_bits > 2;
+        let world = World::new(nth as u64);
+        let mut rng = world.fork_rng();
+        world.run(async {
+            let mut load = Rc::new(Load::new(&options, None, nth as u64).await);
+            let mut taken: Option<Vec<u8>> = None;
+            for turn in 0..3u64 {
+                load.run(&mut rng, 15).await;
+                load.node.close(&CX).await.unwrap();
+                std::fs::write(&path, load.disk.media().to_bytes()).unwrap();
+                if snapshots && turn == 0 {
+                    run_ok("qemu-img", &["snapshot", "-c", "one", arg(&path)]);
+                    taken = Some(load.model_bytes());
+                }
+                // QEMU writes a pattern over two megabytes' boundary, and zeroes.
+                let (at, byte) = (rng.below(3000) * SECTOR, 1 + turn as u8);
+                let write = format!("write -P {byte} {at} 64k");
+                let zero = format!("write -z {} 32k", (1 << 20) + turn * 100 * 1024);
+                run_ok("qemu-io", &["-f", "qcow2", "-c", &write, "-c", &zero, arg(&path)]);
+                load.set(at, Some(&vec![byte; 64 << 10]), 64 << 10);
+                load.set((1 << 20) + turn * 100 * 1024, Some(&vec![0; 32 << 10]), 32 << 10);
+                assert_clean(&path, &load.what);
+                let Ok(mut next) = Rc::try_unwrap(load) else { panic!("somebody still uses it") };
+                let media = Media::from_bytes(&std::fs::read(&path).unwrap());
+                next.disk = SimDisk::with(media, DiskOptions::default());
+                next.node = Load::open(&next.disk, None).await;
+                load = Rc::new(next);
+                load.verify_all().await;
+            }
+            load.run(&mut rng, 15).await;
+            load.verify_all().await;
+            load = load.reopened().await;
+            load.judge(&dir, false).await;
+            if let Some(taken) = taken {
+                let (image, raw) = (dir.path().join("image.qcow2"), dir.path().join("snapshot.raw"));
+                let args = ["convert", "-f", "qcow2", "-l", "one", "-O", "raw", arg(&image), arg(&raw)];
+                run_ok("qemu-img", &args);
+                assert!(std::fs::read(raw).unwrap() == taken, "{}: the snapshot has changed", load.what);
+            }
+        });
+    }
+}
