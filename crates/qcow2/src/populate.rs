@@ -1,9 +1,9 @@
 //! Populate: data from below into what is still absent, linked by compare.
 //!
-//! *The guest's write always wins* (I3). A cluster that has no host cluster is written to a fresh one while nothing is
-//! held; then its range is held, in memory, to compare and link: whatever a guest has linked first stays, and the fresh
-//! cluster is given back. A cluster that has a host cluster and absent subclusters has one place for them: its range is
-//! held for the local write of those that are still absent. Everything is linked under the generation of the edge that
+//! *The guest's write always wins* (I3). A whole cluster that has no host cluster is written to a fresh one while nothing
+//! is held; then its range is held, in memory, to compare and link: whatever a guest has linked first stays, and the
+//! fresh cluster is given back. Subclusters of one cluster have one place, which they share with what others write or
+//! populate beside them: its range is held for the local write of those that are still absent. Everything is linked under the generation of the edge that
 //! the data came with (I3a).
 
 use bytes::{Bytes, BytesMut};
@@ -68,8 +68,10 @@ impl Image {
     ) -> IoResult<()> {
         let (mut fresh, mut partial) = (Vec::new(), Vec::new());
         for share in self.shares(cx, at, &data, done).await? {
+            let whole = share.lo == 0 && share.data.len() as u64 == self.geometry.cluster_bytes();
             match self.share_view(&share)? {
-                L2View::Standard(cluster) if cluster.host.is_none() => fresh.push(share),
+                // Neighbouring pieces of one cluster, populated at once, would each take one of their own else.
+                L2View::Standard(cluster) if cluster.host.is_none() && whole => fresh.push(share),
                 _ => partial.push(share),
             }
         }

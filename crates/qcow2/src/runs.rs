@@ -53,7 +53,12 @@ impl Runs {
         Some(taken)
     }
 
-    /// Reserved clusters, or ones that were taken and are not used after all.
+    /// Clusters that were taken and are not used after all: the next to be taken.
+    pub(crate) fn put_first(&self, fill: bool, run: HostRun) {
+        lock(self.slot(fill)).push_front(run);
+    }
+
+    /// Reserved clusters.
     pub(crate) fn put(&self, fill: bool, run: HostRun) {
         if run.count > 0 {
             lock(self.slot(fill)).push_back(run);

@@ -183,7 +183,7 @@ impl Image {
     /// Clusters that were taken and are not used after all. Whatever was to be written there has ended.
     pub(crate) fn give_back(&self, cx: &Ctx, run: HostRun) {
         if let Ok(writer) = self.writer() {
-            writer.runs.put(cx.class == Class::Fill, HostRun { zeroed: false, ..run });
+            writer.runs.put_first(cx.class == Class::Fill, HostRun { zeroed: false, ..run });
         }
     }
 

@@ -288,3 +288,28 @@ fn a_discard_over_a_backing_makes_a_pending_copy_up_lose() {
     done(&slow);
     assert_eq!(bed.read(8, 14), [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]);
 }
+
+#[test]
+fn pieces_of_one_cluster_that_are_populated_at_once_share_its_host_cluster() {
+    let bed = Bed::new(true);
+    let generation = bed.node.backing().unwrap().generation();
+    // The table, and the run that clusters come from.
+    done(&bed.write(8 * CLUSTER, CLUSTER as usize, 9));
+    let hold = bed.disk.hold(DiskOp::Write);
+    let pieces: Vec<_> = (0..64)
+        .map(|nth| {
+            bed.begin(move |node| async move {
+                node.populate(GUEST, nth * 2048, Bytes::from(vec![7; 2048]), generation).await
+            })
+        })
+        .collect();
+    drop(hold);
+    bed.world.run_until_idle();
+    pieces.iter().for_each(done);
+    assert_eq!(bed.read(0, 2 * CLUSTER as usize), vec![7; 2 * CLUSTER as usize]);
+    let extents = bed.world.run(bed.node.extents(GUEST, 0, 2 * CLUSTER)).unwrap();
+    let hosts: Vec<u64> = extents.iter().filter_map(|extent| extent.host).collect();
+    let next = bed.world.run(bed.node.extents(GUEST, 8 * CLUSTER, 512)).unwrap()[0].host.unwrap();
+    // Nothing was skipped: they follow the cluster that was taken before.
+    assert!(hosts.iter().all(|host| *host <= next + 2 * CLUSTER), "{hosts:?} after {next}");
+}
