@@ -18,16 +18,20 @@
 //!   holds it alone. It is taken before a range. Both are states with waiters, not locks: I/O happens while they are
 //!   held, and nobody asks a backing meanwhile.
 //! * Rounds wait for neither.
+//!
+//! Whatever changes the header or the length of the file is a task of its own: it goes on when the request that began
+//! it is dropped, and nothing is begun anew before it is over.
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use infill_base::{Ctx, DiscardMode, ErrorKind, IoError, IoResult, OpenError, range_end};
 use infill_node::BackingSlot;
 use infill_node::mapping::{ByteOrder, SLICE_BYTES, SliceCache, SliceLayout};
 use infill_storage::rounds::Rounds;
 use infill_storage::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use infill_storage::sync::{Arc, Mutex, Weak, lock};
-use infill_storage::{Permits, RangeGuard, RangeLock, StorageHandle, rt};
+use infill_storage::{Permits, RangeGuard, RangeLock, StorageHandle, rt, unaligned};
 use rustc_hash::FxHashMap;
 
 use crate::check::{check_header, refuse_unrepaired};
@@ -258,23 +262,35 @@ impl Image {
         now
     }
 
+    /// Runs a change of header or length to its end, whether or not somebody waits for it.
+    async fn to_its_end<F>(self: &Arc<Image>, change: impl FnOnce(Arc<Image>) -> F) -> IoResult<()>
+    where
+        F: Future<Output = IoResult<()>> + 'static,
+    {
+        rt::detached(change(self.clone())).await
+    }
+
     /// To be called before anything is written to the image.
-    pub(crate) async fn prepare(&self, cx: &Ctx) -> IoResult<()> {
+    pub(crate) async fn prepare(self: &Arc<Image>, cx: &Ctx) -> IoResult<()> {
         self.check_writable()?;
         if self.prepared.load(Ordering::Acquire) {
             return Ok(());
         }
-        let _turn = self.turn.exclusive(0, 1).await;
-        if self.prepared.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        // What lies in a part of a cluster belongs to a write that was lost. Longer again, it must read as zeroes.
-        if !self.planted(Fault::PartialClusterKept) {
-            self.storage.set_len(cx, self.space.end()).await?;
-        }
-        self.store(cx, self.header().without_autoclear()).await?;
-        self.prepared.store(true, Ordering::Release);
-        Ok(())
+        let cx = *cx;
+        self.to_its_end(|image| async move {
+            let _turn = image.turn.exclusive(0, 1).await;
+            if image.prepared.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            // What lies in a part of a cluster belongs to a write that was lost. Longer again, it must be zero.
+            if !image.planted(Fault::PartialClusterKept) {
+                image.storage.set_len(&cx, image.space.end()).await?;
+            }
+            image.store(&cx, image.header().without_autoclear()).await?;
+            image.prepared.store(true, Ordering::Release);
+            Ok(())
+        })
+        .await
     }
 
     /// Puts `header` in place of the present one, and syncs. The caller holds the turn.
@@ -297,10 +313,12 @@ impl Image {
                 return Ok(Leave(Some(shared)));
             }
             drop(shared);
-            let _turn = self.turn.exclusive(0, 1).await;
-            if !self.marked.load(Ordering::Acquire) {
-                self.mark(cx).await?;
-            }
+            let cx = *cx;
+            self.to_its_end(|image| async move {
+                let _turn = image.turn.exclusive(0, 1).await;
+                if image.marked.load(Ordering::Acquire) { Ok(()) } else { image.mark(&cx).await }
+            })
+            .await?;
         }
     }
 
@@ -332,39 +350,51 @@ impl Image {
         Ok(())
     }
 
-    /// Takes clusters that may not be zero, for one whose payload covers all of it; see [`Space::reuse`].
-    pub(crate) async fn take(&self, cx: &Ctx, clusters: u64) -> IoResult<Taken> {
+    /// Takes clusters, contiguous, and makes the file hold them. A single one may not be zero: see [`Space::reuse`].
+    pub(crate) async fn take(self: &Arc<Image>, cx: &Ctx, clusters: u64) -> IoResult<Taken> {
         let spare = if clusters == 1 && self.is_ordered() { self.space.reuse() } else { None };
         let taken = match spare {
             Some(spare) => spare,
             None => self.space.reserve(clusters)?,
         };
-        self.space.grown(cx, &self.storage, taken).await?;
+        self.grow(cx, taken).await?;
         Ok(taken)
     }
 
-    /// Changes the header by `change`, between two syncs. `before` must be stable before it is in force.
-    pub(crate) async fn change_header(
-        self: &Arc<Image>,
-        cx: &Ctx,
-        change: impl FnOnce(&Header) -> IoResult<(Header, Option<(u64, bytes::Bytes)>)>,
-    ) -> IoResult<()> {
+    /// Makes the file hold what was taken.
+    pub(crate) async fn grow(self: &Arc<Image>, cx: &Ctx, taken: Taken) -> IoResult<()> {
+        if self.space.has_grown(taken) {
+            return Ok(());
+        }
+        let cx = *cx;
+        self.to_its_end(|image| async move { image.space.grow(&cx, &image.storage, taken).await }).await
+    }
+
+    /// Changes the header by `change`, which may ask for bytes to be stable before; all of it between two syncs.
+    pub(crate) async fn change_header<C>(self: &Arc<Image>, cx: &Ctx, change: C) -> IoResult<()>
+    where
+        C: FnOnce(&Header) -> IoResult<(Header, Option<(u64, Bytes)>)> + 'static,
+    {
         self.prepare(cx).await?;
-        let _turn = self.turn.exclusive(0, 1).await;
-        let (header, before) = change(&self.header())?;
-        if let Some((at, bytes)) = before {
-            infill_storage::unaligned::write(cx, &self.storage, at, bytes).await?;
-        }
-        if !(self.planted(Fault::UnsyncedDropBacking) && header.backing().is_none()) {
-            self.flush(cx).await?;
-        }
-        if header.backing().is_some() {
-            self.ordered.store(true, Ordering::Release);
-        }
-        let size = header.size();
-        self.store(cx, header).await?;
-        self.len.store(size, Ordering::Release);
-        Ok(())
+        let cx = *cx;
+        self.to_its_end(|image| async move {
+            let _turn = image.turn.exclusive(0, 1).await;
+            let (header, before) = change(&image.header())?;
+            if let Some((at, bytes)) = before {
+                unaligned::write(&cx, &image.storage, at, bytes).await?;
+            }
+            if !(image.planted(Fault::UnsyncedDropBacking) && header.backing().is_none()) {
+                image.flush(&cx).await?;
+            }
+            if header.backing().is_some() {
+                image.ordered.store(true, Ordering::Release);
+            }
+            let size = header.size();
+            image.store(&cx, header).await?;
+            image.len.store(size, Ordering::Release);
+            Ok(())
+        })
+        .await
     }
 
     /// Makes everything stable, cuts off what is not used and clears the mark.
@@ -375,10 +405,14 @@ impl Image {
         if !self.planted(Fault::EarlyClean) {
             self.flush(cx).await?;
         }
-        let _turn = self.turn.exclusive(0, 1).await;
-        self.space.trim(cx, &self.storage).await?;
-        self.unmark(cx).await?;
-        self.sync_storage(cx).await
+        let cx = *cx;
+        self.to_its_end(|image| async move {
+            let _turn = image.turn.exclusive(0, 1).await;
+            image.space.trim(&cx, &image.storage).await?;
+            image.unmark(&cx).await?;
+            image.sync_storage(&cx).await
+        })
+        .await
     }
 }
 

@@ -104,7 +104,7 @@ impl Node for Qed {
     }
 
     async fn set_backing_ref(&self, cx: &Ctx, backing: Option<BackingRef>) -> IoResult<()> {
-        self.0.change_header(cx, |header| header.with_backing(backing.as_ref())).await
+        self.0.change_header(cx, move |header| header.with_backing(backing.as_ref())).await
     }
 
     /// Makes the disk longer. What is new reads as zeroes, also over a backing that is longer.
@@ -136,7 +136,12 @@ impl Node for Qed {
             let first = geometry.guest_cluster(cluster_end);
             image.change_clusters(cx, first, GuestCluster(last), crate::Cluster::Zero).await?;
         }
-        image.change_header(cx, |header| Ok((header.with_size(len), None))).await
+        image
+            .change_header(cx, move |header| {
+                // One that was dropped in the middle may have come to its end.
+                Ok((header.with_size(len.max(header.size())), None))
+            })
+            .await
     }
 
     async fn close(&self, cx: &Ctx) -> IoResult<()> {

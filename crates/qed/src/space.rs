@@ -1,6 +1,6 @@
 //! Host clusters: taken by moving the end of the file on.
 //!
-//! * [`Space::reserve`] is one atomic addition, so any number of allocations are in flight at once. [`Space::grown`]
+//! * [`Space::reserve`] is one atomic addition, so any number of allocations are in flight at once. [`Space::grow`]
 //!   then waits until the file reaches that far; one caller at a time makes it longer, by more than it needs, for all.
 //! * The file never gets shorter while it is used, and always has a length of whole clusters.
 //! * A cluster that was taken and not linked (a populate that came too late, a write that failed) is *spare*: never
@@ -63,7 +63,7 @@ impl Space {
         self.next.load(Ordering::Acquire)
     }
 
-    /// Takes clusters that were never used. The file may have to [grow](Space::grown) before they are written.
+    /// Takes clusters that were never used. The file may have to [grow](Space::grow) before they are written.
     pub(crate) fn reserve(&self, clusters: u64) -> IoResult<Taken> {
         let bytes = clusters.saturating_mul(self.geometry.cluster_bytes());
         let longer = |end: u64| end.checked_add(bytes).filter(|end| *end <= FILE_BYTES_MAX);
@@ -90,16 +90,19 @@ impl Space {
         spare.extend((0..taken.clusters.min(room)).map(|nth| HostOffset(taken.at.0 + nth * bytes)));
     }
 
-    /// Waits until the file holds what was taken. On failure it is taken back.
-    pub(crate) async fn grown(&self, cx: &Ctx, storage: &StorageHandle, taken: Taken) -> IoResult<()> {
-        let end = taken.at.0 + taken.clusters * self.geometry.cluster_bytes();
-        if end <= self.len.load(Ordering::Acquire) {
-            return Ok(());
-        }
+    /// Whether the file holds what was taken.
+    pub(crate) fn has_grown(&self, taken: Taken) -> bool {
+        taken.at.0 + taken.clusters * self.geometry.cluster_bytes() <= self.len.load(Ordering::Acquire)
+    }
+
+    /// Waits until the file holds what was taken. On failure it is taken back. Not to be dropped in the middle: a
+    /// change of the length that comes late would cut off what others wrote.
+    pub(crate) async fn grow(&self, cx: &Ctx, storage: &StorageHandle, taken: Taken) -> IoResult<()> {
         let _growing = self.growing.exclusive(0, 1).await;
-        if end <= self.len.load(Ordering::Acquire) {
+        if self.has_grown(taken) {
             return Ok(());
         }
+        let end = taken.at.0 + taken.clusters * self.geometry.cluster_bytes();
         let extra = align_up((end / GROW_PART).min(GROW_BYTES_MAX), self.geometry.cluster_bytes());
         // Others have taken more in the meantime: one growth serves them, too.
         let wanted = end.max(self.end()).saturating_add(extra).min(FILE_BYTES_MAX);

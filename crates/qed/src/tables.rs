@@ -120,7 +120,7 @@ impl Image {
 
     /// Holds the slices of `count` clusters from `first`, for a change of their entries. Makes L2 tables that are
     /// missing: the caller has leave to allocate.
-    pub(crate) async fn pin(&self, cx: &Ctx, first: GuestCluster, count: u64) -> IoResult<Pins> {
+    pub(crate) async fn pin(self: &Arc<Image>, cx: &Ctx, first: GuestCluster, count: u64) -> IoResult<Pins> {
         let geometry = &self.layout.geometry;
         let (mut pins, mut next) = (SmallVec::new(), first.0);
         while next < first.0 + count {
@@ -151,14 +151,14 @@ impl Image {
     }
 
     /// Makes a new L2 table: any number of them at once, each once.
-    async fn make_table(&self, cx: &Ctx, l1: L1Index, first_slice: u32) -> IoResult<HostOffset> {
+    async fn make_table(self: &Arc<Image>, cx: &Ctx, l1: L1Index, first_slice: u32) -> IoResult<HostOffset> {
         let _making = self.making.exclusive(l1.0.into(), u64::from(l1.0) + 1).await;
         if let Some(table) = self.l2_table(cx, l1).await? {
             return Ok(table);
         }
         let geometry = &self.layout.geometry;
         let taken = self.space.reserve(geometry.table_clusters().into())?;
-        self.space.grown(cx, &self.storage, taken).await?;
+        self.grow(cx, taken).await?;
         // So that its write-back, after writes were acknowledged, cannot meet a full disk.
         match self.storage.allocate(cx, taken.at.0, geometry.table_bytes()).await {
             Err(error) if error.kind() != ErrorKind::Unsupported => return Err(error),

@@ -164,7 +164,7 @@ impl Image {
 
     /// Writes the payload to clusters that nothing names, then sets their entries.
     async fn write_and_link(
-        &self,
+        self: &Arc<Image>,
         cx: &Ctx,
         pins: &Pins,
         (first, count): (GuestCluster, u64),

@@ -11,7 +11,7 @@ use infill_base::{ErrorKind, Limits, WriteFlags};
 use infill_node::{BackingRef, MemoryOverlay, NodeHandle, Repair};
 use infill_qed::{CreateOptions, OpenOptions, Qed, check, create};
 use infill_sim::{DiskOp, DiskOptions, Media, SimDisk, World};
-use infill_storage::{StorageHandle, rt};
+use infill_storage::{Storage, StorageHandle, rt};
 
 /// Guest bytes of an L2 table of one cluster of 4 KiB.
 const TABLE_SPAN: u64 = 512 * 4096;
@@ -228,4 +228,67 @@ fn a_storage_that_wants_whole_blocks_gets_whole_blocks() {
         let refused = Qed::open(&CX, storage, OpenOptions::default()).await.map(|_| ());
         assert!(refused.expect_err("refused").to_string().contains("8192"));
     });
+}
+
+#[test]
+fn requests_that_are_dropped_in_the_middle_never_cut_the_file_or_tear_the_header() {
+    for seed in 0..60 {
+        let mut rng = infill_sim::Rng::new(seed);
+        World::new(seed).run(async {
+            let latency = (Duration::from_micros(1), Duration::from_micros(300));
+            let options = DiskOptions { seed, latency, ..DiskOptions::default() };
+            let disk = SimDisk::with(Media::new(0), options);
+            let node = open(&disk, None).await;
+            // A partial cluster at the end, so that the first write cuts it off.
+            disk.set_len(&CX, disk.len() + 1000).await.expect("grows");
+            drop(node);
+            let storage = StorageHandle::new(disk.clone());
+            let node = Qed::open(&CX, storage.clone(), OpenOptions::default()).await.expect("opens");
+            let node = NodeHandle::new(node);
+            let mut acknowledged = Vec::new();
+            for nth in 1..40_u64 {
+                let at = (rng.below(64) * 4096) + TABLE_SPAN * rng.below(3);
+                let patience = Duration::from_micros(rng.below(900));
+                let data = vec![nth as u8; 4096];
+                match rng.below(12) {
+                    0 => drop(rt::timeout(patience, node.set_backing_ref(&CX, None)).await),
+                    1 => drop(rt::timeout(patience, node.resize(&CX, node.len() + 512)).await),
+                    2 => drop(rt::timeout(patience, node.sync(&CX)).await),
+                    _ => {
+                        let write = node.write(&CX, at, data, WriteFlags::empty());
+                        let answered = rt::timeout(patience, write).await;
+                        if answered.is_none() {
+                            // What it had begun goes on, and is over some time.
+                            rt::sleep(Duration::from_millis(2)).await;
+                        }
+                        acknowledged.retain(|(place, _)| *place != at);
+                        acknowledged.extend(answered.map(|result| {
+                            result.expect("writes");
+                            (at, nth as u8)
+                        }));
+                    }
+                }
+            }
+            for (at, value) in &acknowledged {
+                assert_eq!(
+                    node.read_vec(&CX, *at, 4096).await.expect("reads"),
+                    vec![*value; 4096],
+                    "seed {seed}"
+                );
+            }
+            node.close(&CX).await.expect("closes");
+            drop(node);
+            let report = check(&CX, &storage, Repair::Nothing).await.expect("checks");
+            assert_eq!((report.corruptions, report.check_errors), (0, 0), "seed {seed}");
+            let node = Qed::open(&CX, storage, OpenOptions::default()).await.expect("opens");
+            let node = NodeHandle::new(node);
+            for (at, value) in &acknowledged {
+                assert_eq!(
+                    node.read_vec(&CX, *at, 4096).await.expect("reads"),
+                    vec![*value; 4096],
+                    "seed {seed}"
+                );
+            }
+        });
+    }
 }
