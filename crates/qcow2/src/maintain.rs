@@ -96,6 +96,8 @@ impl Image {
         let mut bytes = metaio::read(cx, &self.storage, old.at.0, len as usize).await?;
         #[cfg(feature = "planted-faults")]
         if self.fault(crate::faults::Fault::LargerL1FromCache) {
+            // Long enough for guests to make tables, which no round can write meanwhile.
+            infill_storage::rt::sleep(std::time::Duration::from_millis(20)).await;
             for (index, entry) in bytes.chunks_exact_mut(TABLE_ENTRY_BYTES as usize).enumerate() {
                 entry.copy_from_slice(&self.l1.get(crate::L1Index(index as u32)).0.to_be_bytes());
             }

@@ -237,6 +237,7 @@ impl Image {
         let frozen: Vec<(u64, Bytes)> =
             copies.slices.iter().map(|slice| (slice.host(), slice.bytes().clone())).collect();
         if self.fault(Fault::TwoWritesOfOneSlice) {
+            self.sync_storage().await?;
             let (image, second) = (self.clone(), frozen);
             rt::spawn(async move { drop(image.write_all(second).await) });
             return Ok(false);
