@@ -10,7 +10,8 @@ use crate::size::parse_size;
 #[derive(Debug, Parser)]
 #[command(name = "infill", version, about, max_term_width = 100, propagate_version = true)]
 #[command(
-    after_help = "Exit codes: 0 done, 1 failed or wrong usage. `check` and `map` say their own in their help."
+    after_help = "Exit codes: 0 done, 1 failed or wrong usage. `check` says its own in its help.\n\nLogs go to standard error; \
+                  INFILL_LOG=info or =debug in the environment asks for more than warnings."
 )]
 pub struct Cli {
     /// What to do.
@@ -45,8 +46,11 @@ pub enum Command {
         /// The shell.
         shell: clap_complete::Shell,
     },
-    /// Print the manual page.
-    Man,
+    /// Print the manual page, or that of a command.
+    Man {
+        /// The command.
+        command: Option<String>,
+    },
 }
 
 /// How results are printed.

@@ -18,7 +18,7 @@ mod size;
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, Parser};
 use tracing_subscriber::EnvFilter;
 
@@ -79,9 +79,18 @@ fn dispatch(command: Command) -> Result<ExitCode> {
             out::print(&String::from_utf8_lossy(&script))?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Man => {
+        Command::Man { command } => {
+            let mut all = Cli::command();
+            all.build();
+            let shown = match &command {
+                None => all,
+                Some(name) => match all.find_subcommand(name) {
+                    Some(found) => found.clone(),
+                    None => bail!("there is no command '{name}': `infill --help` lists those that there are"),
+                },
+            };
             let mut page = Vec::new();
-            clap_mangen::Man::new(Cli::command()).render(&mut page).context("writing the manual page")?;
+            clap_mangen::Man::new(shown).render(&mut page).context("writing the manual page")?;
             out::print(&String::from_utf8_lossy(&page))?;
             Ok(ExitCode::SUCCESS)
         }

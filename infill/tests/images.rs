@@ -238,7 +238,14 @@ fn a_command_line_that_is_not_understood_is_no_corrupt_image() {
     for args in [&["check"][..], &["check", "--bogus", "x"], &["bogus"], &[]] {
         assert_eq!(output(INFILL, args).status.code(), Some(1), "{args:?}");
     }
-    for args in [&["--help"][..], &["--version"], &["check", "--help"], &["man"], &["completions", "bash"]] {
+    for args in [
+        &["--help"][..],
+        &["--version"],
+        &["check", "--help"],
+        &["man"],
+        &["man", "serve"],
+        &["completions", "bash"],
+    ] {
         let told = output(INFILL, args);
         assert!(told.status.success() && !told.stdout.is_empty(), "{args:?}");
     }

@@ -30,7 +30,7 @@ use crate::progress::follow;
 /// Most threads that are started where the caller does not say how many.
 const THREADS_MAX: usize = 8;
 /// How often a stream that ran out of space looks whether there is some.
-const TRY_AGAIN: Duration = Duration::from_secs(10);
+const TRY_AGAIN: Duration = Duration::from_secs(5);
 /// Who the export is, among the users of its node.
 const EXPORT_USER: &str = "the export";
 
