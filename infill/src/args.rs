@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::blockdev::FormatKind;
 use crate::size::parse_size;
 
 /// Virtual disks that are usable before their data has arrived.
@@ -63,37 +64,15 @@ pub enum Output {
     Json,
 }
 
-/// Formats of image files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// The disk's bytes, as they are.
-    Raw,
-    /// QEMU's copy-on-write format, version 2 and 3.
-    Qcow2,
-    /// QEMU's enhanced disk format.
-    Qed,
-}
-
-impl Format {
-    /// Its name, as QEMU spells it.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Format::Raw => "raw",
-            Format::Qcow2 => "qcow2",
-            Format::Qed => "qed",
-        }
-    }
-}
-
 /// How an image is opened.
 #[derive(Clone, Debug, Default, Args)]
 pub struct ImageArgs {
     /// Format of the image (default: found out from its first bytes).
     #[arg(short = 'f', long = "format", value_name = "FMT")]
-    pub format: Option<Format>,
+    pub format: Option<FormatKind>,
     /// Format of a backing file, where the header above does not say it.
     #[arg(long, value_name = "FMT")]
-    pub backing_format: Option<Format>,
+    pub backing_format: Option<FormatKind>,
     /// Find no format out from bytes that a guest may have written: formats must be named, by -f and by headers.
     #[arg(long)]
     pub untrusted: bool,
@@ -113,7 +92,7 @@ pub struct CreateArgs {
     pub size: Option<u64>,
     /// Format of the new image (default: qcow2 with a backing file, else raw).
     #[arg(short = 'f', long = "format", value_name = "FMT")]
-    pub format: Option<Format>,
+    pub format: Option<FormatKind>,
     /// Options of the format, as key=value[,key=value…]; `-o help` lists them.
     #[arg(short = 'o', long = "options", value_name = "OPTIONS")]
     pub options: Vec<String>,
@@ -122,7 +101,7 @@ pub struct CreateArgs {
     pub backing: Option<String>,
     /// Format of the backing file.
     #[arg(short = 'F', long = "backing-format", value_name = "FMT")]
-    pub backing_format: Option<Format>,
+    pub backing_format: Option<FormatKind>,
     /// Do not open the backing file to see whether it is there (a size must be given then).
     #[arg(short = 'u', long)]
     pub unchecked: bool,
@@ -172,7 +151,7 @@ pub struct CheckArgs {
     pub filename: String,
     /// Format of the image (default: found out from its first bytes).
     #[arg(short = 'f', long = "format", value_name = "FMT")]
-    pub format: Option<Format>,
+    pub format: Option<FormatKind>,
     /// Repair.
     #[arg(short = 'r', long = "repair", value_name = "WHAT")]
     pub repair: Option<RepairArg>,

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use bytes::BytesMut;
+use clap::ValueEnum;
 use infill_base::{Ctx, DiscardMode};
 use infill_node::{CheckReport, NodeHandle, RawNode, Repair};
 use infill_storage::StorageHandle;
@@ -10,13 +11,13 @@ use infill_storage::StorageHandle;
 const PROBE_BYTES: u64 = 512;
 
 /// A format of image files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FormatKind {
-    /// The disk's bytes.
+    /// The disk's bytes, as they are.
     Raw,
-    /// qcow2, version 2 or 3.
+    /// QEMU's copy-on-write format, version 2 and 3.
     Qcow2,
-    /// QED.
+    /// QEMU's enhanced disk format.
     Qed,
 }
 

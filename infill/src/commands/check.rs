@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::args::{CheckArgs, Output, RepairArg};
 use crate::blockdev::{Access, Blockdevs, FormatKind, OpenPolicy};
 use crate::commands::info::json_text;
-use crate::commands::{format_kind, run};
+use crate::commands::run;
 use crate::out::print;
 
 /// The image is corrupt.
@@ -33,7 +33,7 @@ pub fn main(args: CheckArgs) -> Result<ExitCode> {
         let file = blockdevs.add_protocol(&args.filename, read_only, args.force_share).await?;
         let access = if read_only { Access::Stable } else { Access::Owner };
         blockdevs.claim(&file, "the check", access)?;
-        let result = check(&blockdevs, &file, args.format.map(format_kind), repair).await;
+        let result = check(&blockdevs, &file, args.format, repair).await;
         blockdevs.release(&file, "the check");
         let closed = blockdevs.close_all().await;
         let (format, report) = result?;

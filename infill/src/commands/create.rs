@@ -16,9 +16,9 @@ use infill_node::BackingRef;
 use infill_qcow2::Compression;
 use infill_storage::{NullStorage, StorageHandle};
 
-use crate::args::{CreateArgs, Format};
+use crate::args::CreateArgs;
 use crate::blockdev::{Blockdevs, FormatKind, Image, Located, OpenPolicy, locate, resolve_backing};
-use crate::commands::{format_kind, run};
+use crate::commands::run;
 use crate::out::print;
 use crate::size::parse_size;
 
@@ -121,7 +121,7 @@ impl Options {
         self.take(key).map(parse).transpose()
     }
 
-    fn finish(self, format: Format) -> Result<()> {
+    fn finish(self, format: FormatKind) -> Result<()> {
         match self.0.first() {
             None => Ok(()),
             Some((key, _)) => bail!(
@@ -149,16 +149,16 @@ pub fn main(args: CreateArgs) -> Result<ExitCode> {
 }
 
 /// An image with a backing file is qcow2, and any other raw, where nothing else is said.
-fn format_of(args: &CreateArgs) -> Format {
+fn format_of(args: &CreateArgs) -> FormatKind {
     let overlay = args.backing.is_some() || args.options.iter().any(|list| list.contains("backing_file="));
-    args.format.unwrap_or(if overlay { Format::Qcow2 } else { Format::Raw })
+    args.format.unwrap_or(if overlay { FormatKind::Qcow2 } else { FormatKind::Raw })
 }
 
-fn help(format: Format) -> String {
+fn help(format: FormatKind) -> String {
     let options = match format {
-        Format::Raw => RAW_OPTIONS,
-        Format::Qcow2 => QCOW2_OPTIONS,
-        Format::Qed => QED_OPTIONS,
+        FormatKind::Raw => RAW_OPTIONS,
+        FormatKind::Qcow2 => QCOW2_OPTIONS,
+        FormatKind::Qed => QED_OPTIONS,
     };
     let lines = options.iter().map(|(option, what)| format!("  {option:<34} {what}\n"));
     format!("Options of {}:\n{}", format.as_str(), lines.collect::<String>())
@@ -176,7 +176,7 @@ async fn create(filename: &str, args: &CreateArgs) -> Result<String> {
     let backing_file = options.take("backing_file").or_else(|| args.backing.clone());
     let backing_format = match options.take("backing_fmt") {
         Some(name) => Some(FormatKind::parse(&name)?),
-        None => args.backing_format.map(format_kind),
+        None => args.backing_format,
     };
     let mut size = options.take_size("size")?.or(args.size);
     let backing = match &backing_file {
@@ -184,7 +184,7 @@ async fn create(filename: &str, args: &CreateArgs) -> Result<String> {
             bail!("a backing format is given, but no backing file: -b is missing")
         }
         None => None,
-        Some(_) if format == Format::Raw => {
+        Some(_) if format == FormatKind::Raw => {
             bail!(
                 "raw cannot have a backing file, for it cannot tell absent from zero: use -f qcow2 or -f qed"
             )
@@ -245,9 +245,9 @@ async fn look_at_backing(
     result
 }
 
-fn plan(format: Format, size: u64, backing: Option<BackingRef>, options: &mut Options) -> Result<Plan> {
+fn plan(format: FormatKind, size: u64, backing: Option<BackingRef>, options: &mut Options) -> Result<Plan> {
     Ok(match format {
-        Format::Raw => {
+        FormatKind::Raw => {
             let preallocation = match options.take("preallocation").as_deref() {
                 None | Some("off") => Preallocation::Off,
                 Some("falloc") => Preallocation::Falloc,
@@ -258,7 +258,7 @@ fn plan(format: Format, size: u64, backing: Option<BackingRef>, options: &mut Op
             };
             Plan::Raw { size, preallocation }
         }
-        Format::Qcow2 => {
+        FormatKind::Qcow2 => {
             let version = match options.take("compat").as_deref() {
                 None | Some("v3" | "1.1") => 3,
                 Some("v2" | "0.10") => 2,
@@ -286,7 +286,7 @@ fn plan(format: Format, size: u64, backing: Option<BackingRef>, options: &mut Op
                 lazy_refcounts: options.take_flag("lazy_refcounts")?.unwrap_or(defaults.lazy_refcounts),
             })
         }
-        Format::Qed => {
+        FormatKind::Qed => {
             let defaults = infill_qed::CreateOptions::default();
             Plan::Qed(infill_qed::CreateOptions {
                 size,
@@ -390,13 +390,13 @@ mod tests {
         assert_eq!(options.take("a").as_deref(), Some("2"));
         assert_eq!(options.take("a"), None);
         assert_eq!(options.take("b").as_deref(), Some("x,y"));
-        assert!(options.finish(Format::Raw).is_ok());
+        assert!(options.finish(FormatKind::Raw).is_ok());
         assert!(pairs(&["a".to_owned()]).is_err());
     }
 
     #[test]
     fn an_unknown_option_is_refused_by_name() {
         let options = Options(pairs(&["encryption=on".to_owned()]).unwrap());
-        assert!(options.finish(Format::Qcow2).unwrap_err().to_string().contains("'encryption'"));
+        assert!(options.finish(FormatKind::Qcow2).unwrap_err().to_string().contains("'encryption'"));
     }
 }

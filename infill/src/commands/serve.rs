@@ -22,7 +22,7 @@ use infill_storage::rt;
 
 use crate::args::{DiscardArg, OnLostArg, ServeArgs};
 use crate::blockdev::{Access, Blockdevs, Image, OpenPolicy, uri_of};
-use crate::commands::{image, policy};
+use crate::commands::{image, open_unless, policy};
 use crate::listen::Listening;
 use crate::out::print;
 use crate::progress::follow;
@@ -56,7 +56,7 @@ pub fn on_lost(arg: OnLostArg) -> OnLost {
 
 async fn serve(args: ServeArgs, reactors: Vec<Reactor>) -> Result<ExitCode> {
     // From here on a signal ends it in order.
-    let terminated = termination().context("waiting for signals")?;
+    let mut terminated = Box::pin(termination().context("waiting for signals")?);
     let policy = OpenPolicy { on_lost: on_lost(args.on_lost), ..policy(&args.open) };
     let blockdevs = Blockdevs::new(policy);
     let discard = match args.discard {
@@ -64,8 +64,8 @@ async fn serve(args: ServeArgs, reactors: Vec<Reactor>) -> Result<ExitCode> {
         DiscardArg::Unmap => DiscardMode::Unmap,
     };
     let image = Image { read_only: args.read_only, discard, ..image(&args.image, &args.open) };
-    let top = blockdevs.add_image(&image).await?;
-    let result = serve_node(&args, &blockdevs, &top, reactors, Box::pin(terminated)).await;
+    let top = open_unless(&blockdevs, &image, &mut terminated).await?;
+    let result = serve_node(&args, &blockdevs, &top, reactors, terminated).await;
     blockdevs.release(&top, EXPORT_USER);
     let closed = blockdevs.close_all().await.context("closing the image");
     result?;

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::args::StreamArgs;
 use crate::blockdev::{Access, Blockdevs, Image, OpenPolicy};
 use crate::commands::serve::{on_lost, swapped};
-use crate::commands::{image, policy, run};
+use crate::commands::{image, open_unless, policy, run};
 use crate::monitor::Monitor;
 use crate::progress::{bytes_bar, follow};
 
@@ -35,11 +35,11 @@ pub fn main(args: StreamArgs) -> Result<ExitCode> {
 }
 
 async fn at_rest(args: StreamArgs) -> Result<ExitCode> {
-    let terminated = termination().context("waiting for signals")?;
+    let mut terminated = Box::pin(termination().context("waiting for signals")?);
     let Some(name) = &args.image else { bail!("which image is to be filled? Name one") };
     let blockdevs = Blockdevs::new(OpenPolicy { on_lost: on_lost(args.on_lost), ..policy(&args.open) });
     let image = Image { read_only: false, discard: DiscardMode::Unmap, ..image(name, &args.open) };
-    let top = blockdevs.add_image(&image).await?;
+    let top = open_unless(&blockdevs, &image, &mut terminated).await?;
     let jobs = Jobs::new();
     let streamed = async {
         let node = blockdevs.claim(&top, STREAM_USER, Access::Writer)?;
@@ -54,7 +54,7 @@ async fn at_rest(args: StreamArgs) -> Result<ExitCode> {
         };
         let job = stream::start(&jobs, options, stream)?;
         let followed = pin!(follow(&job, args.quiet));
-        match select(followed, pin!(terminated)).await {
+        match select(followed, &mut terminated).await {
             Either::Left((outcome, _)) => outcome.map_err(|why| anyhow!("{name}: {why}")),
             Either::Right(_) => {
                 Err(anyhow!("{name}: interrupted; started again, it goes on from where it was"))
