@@ -134,7 +134,7 @@ fn a_json_name_describes_nodes_as_blockdev_add_does() {
     let why = fails(INFILL, &["map", "--untrusted", "-f", "qcow2", &image]);
     assert!(why.contains("json:"), "{why}");
     let why = fails(INFILL, &["info", &format!(r#"json:{{"driver":"raw","file":"{raw}"}}"#)]);
-    assert!(why.contains("Failed to find node"), "{why}");
+    assert!(why.contains("nor node-name"), "{why}");
     let why = fails(INFILL, &["info", r#"json:{"driver":"null-co","size":4096,"bogus":1}"#]);
     assert!(why.contains("bogus"), "{why}");
 }

@@ -323,11 +323,61 @@ fn a_base_that_stays_is_named_so_that_the_image_finds_it_from_anywhere() {
     }
 }
 
+#[test]
+fn the_map_of_an_overlay_over_a_network_says_what_qemu_img_says() {
+    let world = World::new();
+    let (_source, backing) = world.source(0);
+    let overlay = world.overlay("qcow2", &backing);
+    qemu_io_format(&overlay, "qcow2", &["write -P 1 2M 64k", "write -z 4M 64k", "write -P 2 5M 2k"]);
+    for image in [text(&overlay), &backing] {
+        let map = |program: &str| -> Value {
+            serde_json::from_str(&run(program, &["map", "--output=json", image])).unwrap()
+        };
+        assert_eq!(map(INFILL), map("qemu-img"), "{image}");
+    }
+    let info: Value =
+        serde_json::from_str(&run(INFILL, &["info", "--backing-chain", "--output=json", text(&overlay)]))
+            .unwrap();
+    assert_eq!(info[1]["filename"], Value::from(backing), "a name that can be opened again");
+}
+
 fn qemu_io_format(image: &Path, format: &str, commands: &[&str]) {
     let mut args = vec!["-f", format];
     commands.iter().for_each(|command| args.extend(["-c", *command]));
     args.push(text(image));
     run("qemu-io", &args);
+}
+
+#[test]
+fn a_daemon_is_asked_to_stream_and_watched_until_it_is_done() {
+    let world = World::new();
+    let overlay = world.overlay("qcow2", text(&world.base));
+    let monitor = world.path("monitor");
+    let mut daemon = Command::new(INFILL);
+    daemon.arg("daemon").args([
+        "--blockdev",
+        &format!("driver=qcow2,node-name=disk,file.driver=file,file.filename={}", text(&overlay)),
+        "--chardev",
+        &format!("socket,id=m,path={},server=on,wait=off", text(&monitor)),
+        "--monitor",
+        "chardev=m",
+    ]);
+    let mut daemon = Process::start(&mut daemon);
+    wait_for_socket(&monitor);
+    let ask = |node: &str| output(INFILL, &["stream", "--monitor", text(&monitor), "--node", node]);
+    let unknown = ask("nobody");
+    assert_eq!(unknown.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("nobody"));
+    let done = ask("disk");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert!(String::from_utf8_lossy(&done.stderr).contains("stable"));
+    daemon.signal("TERM");
+    daemon.wait_for_success();
+    assert_eq!(own_bytes(&overlay), DISK);
+    check(&overlay);
+    same_disk(&overlay, "qcow2", &world.base);
+    let why = fails(INFILL, &["stream", "--monitor", text(&monitor), "--node", "disk"]);
+    assert!(why.contains("no daemon's monitor"), "{why}");
 }
 
 #[test]

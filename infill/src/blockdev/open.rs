@@ -305,7 +305,7 @@ impl<'a> Opening<'a> {
             bail!("copy-on-read writes what is read: it cannot be read-only");
         }
         let name = self.reserve_name(settings.node_name.as_ref())?;
-        let (file, below) = self.child(file, ChildRole::Filtered, &settings, &name, Access::Owner).await?;
+        let (file, below) = self.child(file, ChildRole::Filtered, &settings, &name, Access::Writer).await?;
         let mut facts = facts_of(&settings, "copy-on-read", false, implicit);
         facts.file = Some(file);
         let entry = Entry { facts, storage: None, file: None, path: None, holds: Holds::default() };
@@ -336,7 +336,12 @@ impl<'a> Opening<'a> {
             Driver::Qed { file, backing } => (FormatKind::Qed, file, backing, None),
             _ => bail!("not a format"),
         };
-        let access = if open.read_only { Access::Stable } else { Access::Owner };
+        let access = match (open.read_only, window) {
+            (true, _) => Access::Stable,
+            // Several windows of one file may be open side by side.
+            (false, Some(_)) => Access::Writer,
+            (false, None) => Access::Owner,
+        };
         let (file, below) = self.child(file, ChildRole::ImageFile, &settings, &name, access).await?;
         // A format lies on the storage itself where there is one: one step less for each request.
         let storage = self.pending_storage(&file).or_else(|| self.blockdevs.storage(&file));
