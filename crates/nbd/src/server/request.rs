@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use futures_util::future::try_join_all;
 use infill_base::{
-    Class, Ctx, ErrorKind, ExtentKind, Gather, IoError, IoResult, WriteFlags, ZeroFlags, align_down,
-    range_end,
+    Class, Ctx, ErrorKind, ExtentKind, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags, align_down,
+    aligned_buffer, range_end,
 };
 use infill_node::NodeHandle;
 
@@ -29,6 +29,8 @@ pub(super) struct Target {
     pub writable: bool,
     pub mode: Mode,
     pub contexts: Contexts,
+    /// The node's limits when the client came: what of them is asked here does not change while it is open.
+    pub limits: Limits,
     /// Whether the node has a map of its own in memory, so that holes are told without I/O.
     pub knows_holes: bool,
 }
@@ -91,7 +93,7 @@ impl Target {
             let why = format!("the range ends behind the end of the export ({} bytes)", self.size);
             return Err(Failure::new(kind, why));
         }
-        let align = u64::from(self.node.limits().request_align.max(1));
+        let align = u64::from(self.limits.request_align.max(1));
         if !header.offset.is_multiple_of(align) || !header.len.is_multiple_of(align) {
             return invalid(&format!("offset and length must be multiples of {align}"));
         }
@@ -120,36 +122,50 @@ impl Target {
         let (at, len) = (header.offset, header.len);
         let (cx, fua) = (Ctx::GUEST, header.flags.contains(CommandFlags::FUA));
         match header.command {
-            Command::Read => return self.read(&cx, header).await,
+            Command::Read if self.is_plain_read(header) => {
+                return Ok(Body::Data(self.read_data(&cx, at, len).await?));
+            }
             Command::Write => self.write(&cx, at, payload.into(), fua).await?,
-            Command::Flush => self.node.sync(&cx).await?,
-            Command::Trim => self.trim(&cx, at, len, fua).await?,
+            // All others are boxed: the future of a request is moved to the heap as a whole, and should be small for
+            // the two that count.
+            _ => return Box::pin(self.execute_rare(&cx, header, fua)).await,
+        }
+        Ok(Body::Done)
+    }
+
+    async fn execute_rare(&self, cx: &Ctx, header: &RequestHeader, fua: bool) -> Result<Body, Failure> {
+        let (at, len) = (header.offset, header.len);
+        match header.command {
+            Command::Read => return self.read_sparse(cx, at, len).await,
+            Command::Flush => self.node.sync(cx).await?,
+            Command::Trim => self.trim(cx, at, len, fua).await?,
             Command::Cache => self.cache(at, len).await?,
-            Command::WriteZeroes => self.write_zeroes(&cx, at, len, header.flags).await?,
+            Command::WriteZeroes => self.write_zeroes(cx, at, len, header.flags).await?,
             Command::BlockStatus => {
                 let one = header.flags.contains(CommandFlags::REQ_ONE);
-                let status = block_status(&self.node, &cx, self.contexts, at, len, one).await?;
+                let status = block_status(&self.node, cx, self.contexts, at, len, one).await?;
                 return Ok(Body::Status(status));
             }
-            // Not let through by `check`, and an end of the session.
-            Command::Disconnect | Command::Unknown(_) => {}
+            // Done already, not let through by `check`, or an end of the session.
+            Command::Write | Command::Disconnect | Command::Unknown(_) => {}
         }
         Ok(Body::Done)
     }
 
     /// Pieces that the node takes at once, as (first byte, length).
     fn pieces(&self, at: u64, len: u64) -> impl Iterator<Item = (u64, u64)> + use<> {
-        let limits = self.node.limits();
-        let most = align_down(limits.max_transfer, limits.request_align.max(1).into());
+        let most = align_down(self.limits.max_transfer, self.limits.request_align.max(1).into());
         split(at, len, most)
     }
 
-    async fn read(&self, cx: &Ctx, header: &RequestHeader) -> Result<Body, Failure> {
-        let (at, len) = (header.offset, header.len);
+    /// Whether a read is answered by data alone.
+    fn is_plain_read(&self, header: &RequestHeader) -> bool {
         let whole = self.mode == Mode::Simple || header.flags.contains(CommandFlags::DF);
-        if whole || !self.knows_holes || len < SPARSE_READ_BYTES_MIN {
-            return Ok(Body::Data(self.read_data(cx, at, len).await?));
-        }
+        whole || !self.knows_holes || header.len < SPARSE_READ_BYTES_MIN
+    }
+
+    /// A read that tells holes as holes.
+    async fn read_sparse(&self, cx: &Ctx, at: u64, len: u64) -> Result<Body, Failure> {
         let runs = self.runs(cx, at, len).await?;
         let pieces = try_join_all(runs.into_iter().map(|(start, len, zero)| async move {
             Ok::<_, Failure>(if zero {
@@ -164,7 +180,8 @@ impl Target {
     async fn read_data(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Gather> {
         let mut data = Gather::new();
         for (at, len) in self.pieces(at, len) {
-            data.push(self.node.read_vec(cx, at, len as usize).await?.freeze());
+            let buf = aligned_buffer(len as usize, self.limits.memory_align as usize);
+            data.push(self.node.read(cx, at, buf).await?.freeze());
         }
         Ok(data)
     }

@@ -59,6 +59,7 @@ pub(super) async fn transmit(agreed: Agreed, limits: &ServerLimits, total: &Perm
             writable: export.export().writable,
             mode,
             contexts,
+            limits: node.limits(),
             knows_holes: node.backing().is_some(),
             node,
         },
