@@ -11,7 +11,7 @@ use infill_nbd::proto::{
     Chunk, Command, CommandFlags, Mode, OptionError, OptionReply, OptionRequest, StatusExtent,
 };
 use infill_nbd::{Export, ExportError, Exports, RemoveMode, Server, ServerLimits};
-use infill_node::{MemoryOverlay, NodeHandle, RawNode};
+use infill_node::{CopyOnRead, MemoryOverlay, NodeHandle, RawNode};
 use infill_sim::{DiskOp, Rng, SimDisk, World, torn_pipe};
 use infill_storage::{StorageHandle, rt};
 use raw::{Raw, connect, connect_over};
@@ -494,6 +494,25 @@ fn block_status_of_a_large_disk_comes_in_64_bits_and_in_bounded_answers() {
         let reply = raw.reply().await.unwrap();
         let Chunk::Status { extents, .. } = &reply.chunks[0] else { panic!("{reply:?}") };
         assert_eq!(extents.len(), 64 << 10);
+    });
+}
+
+#[test]
+fn a_cache_request_populates_the_overlay_that_keeps_what_is_read() {
+    in_world(async || {
+        let base = NodeHandle::new(MemoryOverlay::new(4 << 20, 4096, None));
+        base.write(&Ctx::GUEST, 0, vec![7; 4 << 20], Default::default()).await.unwrap();
+        let top = NodeHandle::new(MemoryOverlay::new(4 << 20, 4096, Some(base)));
+        let keeps = CopyOnRead::new(&top, 64 << 20);
+        top.backing().unwrap().set_copy_on_read(Some(keeps.clone()));
+        let server = server_with(top.clone(), ServerLimits::default());
+        let mut raw = Raw::go(&server, "disk", Mode::Simple, &[]).await;
+        assert_eq!(raw.ask(Command::Cache, NONE, 1 << 20, 2 << 20).await, 0);
+        keeps.settle().await;
+        let found = top.extents(&Ctx::GUEST, 0, 4 << 20).await.unwrap();
+        let runs: Vec<_> = found.iter().map(|extent| (extent.len, extent.kind)).collect();
+        use infill_base::ExtentKind::{Absent, Data};
+        assert_eq!(runs, [(1 << 20, Absent), (2 << 20, Data), (1 << 20, Absent)]);
     });
 }
 
