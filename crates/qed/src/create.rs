@@ -10,6 +10,7 @@ use infill_storage::{StorageHandle, unaligned};
 use crate::format::limits::{CLUSTER_BYTES_DEFAULT, TABLE_CLUSTERS_DEFAULT};
 use crate::geometry::Geometry;
 use crate::header::Header;
+use crate::space::zero_range;
 
 /// What a new image is to be.
 #[derive(Clone, Debug)]
@@ -48,13 +49,8 @@ pub async fn create(cx: &Ctx, storage: &StorageHandle, options: &CreateOptions) 
 
     let end = header.layout().l1_bytes().end;
     storage.set_len(cx, end).await?;
-    let mut at = 0;
-    while at < end {
-        let piece = (end - at).min(storage.limits().max_transfer);
-        // Without leave to unmap it: the table's space is reserved, so that a full disk never fails its write-back.
-        storage.write_zeroes(cx, at, piece, ZeroFlags::empty()).await?;
-        at += piece;
-    }
+    // Without leave to unmap it: the table's space is reserved, so that a full disk never fails its write-back.
+    zero_range(cx, storage, 0, end, ZeroFlags::empty()).await?;
     if let Some((at, name)) = name {
         unaligned::write(cx, storage, at, name).await?;
     }

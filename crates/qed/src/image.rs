@@ -147,7 +147,7 @@ impl Image {
             read_only,
             len: AtomicU64::new(header.size()),
             backing: BackingSlot::new(None),
-            space: Space::new(layout.geometry, storage.len()),
+            space: Space::new(layout.geometry, storage.len(), header.size()),
             l1: SliceCache::new(slices, l1_bytes),
             l2: SliceCache::new(slices, options.metadata_cache_bytes - l1_bytes),
             rounds: Rounds::new(),
@@ -350,13 +350,9 @@ impl Image {
         Ok(())
     }
 
-    /// Takes clusters, contiguous, and makes the file hold them. A single one may not be zero: see [`Space::reuse`].
+    /// Takes clusters, contiguous and zero, and makes the file hold them.
     pub(crate) async fn take(self: &Arc<Image>, cx: &Ctx, clusters: u64) -> IoResult<Taken> {
-        let spare = if clusters == 1 && self.is_ordered() { self.space.reuse() } else { None };
-        let taken = match spare {
-            Some(spare) => spare,
-            None => self.space.reserve(clusters)?,
-        };
+        let taken = self.space.reserve(clusters)?;
         self.grow(cx, taken).await?;
         Ok(taken)
     }

@@ -117,13 +117,9 @@ impl Image {
         generation: u64,
     ) -> IoResult<Populated> {
         let taken = self.take(cx, group.count).await?;
-        let mut payload = Gather::from(data);
-        if !taken.fresh {
-            payload.push(infill_base::zero_bytes((group.count * self.unit() - group.bytes) as usize));
-        }
-        let len = payload.len() as u64;
+        let len = data.len() as u64;
         let written = async {
-            self.write_payload(cx, taken.at, payload).await?;
+            self.write_payload(cx, taken.at, Gather::from(data)).await?;
             if cx.class == Class::Fill {
                 self.storage.write_back(cx, taken.at.0, len).await?;
             }
@@ -149,15 +145,11 @@ impl Image {
         let pins = self.pin(cx, group.first, group.count).await?;
         let start = geometry.guest_offset(group.first);
         let _range = self.ranges.exclusive(start, start + group.count * self.unit()).await;
-        let spare = |nth: u64| {
-            taken.map(|taken| Taken {
-                at: HostOffset(taken.at.0 + nth * self.unit()),
-                clusters: 1,
-                fresh: false,
-            })
+        let own = |nth: u64| {
+            taken.map(|taken| Taken { at: HostOffset(taken.at.0 + nth * self.unit()), clusters: 1 })
         };
         let Some(_link) = self.backing.begin_link(generation) else {
-            (0..group.count).filter_map(spare).for_each(|spare| self.space.give_back(spare));
+            (0..group.count).filter_map(own).for_each(|own| self.space.give_back(own));
             return Ok(Populated { stale: group.bytes, ..Populated::default() });
         };
         let mut done = Populated::default();
@@ -165,11 +157,11 @@ impl Image {
             let cluster = GuestCluster(group.first.0 + nth);
             let bytes = self.unit().min(group.bytes - nth * self.unit());
             if self.pinned(&pins, cluster)? == Cluster::Absent {
-                let what = spare(nth).map_or(Cluster::Zero, |own| Cluster::Data(own.at));
+                let what = own(nth).map_or(Cluster::Zero, |own| Cluster::Data(own.at));
                 self.set(&pins, cluster, what);
                 done.linked += bytes;
             } else {
-                spare(nth).into_iter().for_each(|spare| self.space.give_back(spare));
+                own(nth).into_iter().for_each(|own| self.space.give_back(own));
                 done.lost += bytes;
             }
         }

@@ -10,6 +10,9 @@
 //! 3. Write the copies of L2 tables that are named, and of the L1 table. **Sync 2.**
 //! 4. Give the space of clusters back that were unmapped before the freeze.
 //!
+//! Clusters that were written and not linked (see [`crate::space`]) are zeroed before the first sync of a round, and
+//! spare after it.
+//!
 //! In marked mode (see [`crate::image`]) all copies are written at once, with one sync. Where nothing was changed,
 //! too, a round is one sync.
 
@@ -17,7 +20,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use infill_base::{Ctx, IoResult};
+use infill_base::{Ctx, IoResult, ZeroFlags};
 use infill_node::mapping::{FrozenSlice, SLICE_BYTES, SliceCache};
 use infill_storage::sync::{Arc, lock};
 use infill_storage::{rt, unaligned};
@@ -25,6 +28,7 @@ use infill_storage::{rt, unaligned};
 use crate::fault::Fault;
 use crate::geometry::{HostOffset, SLICE_ENTRIES};
 use crate::image::Image;
+use crate::space::{Taken, zero_range};
 
 /// Writes of a round that are in flight at once.
 const ROUND_WRITES: usize = 32;
@@ -77,8 +81,14 @@ impl Image {
                 self.l2.forget_table(copy.table, self.layout.geometry.table_entries() / SLICE_ENTRIES);
             }
         }
+        let soiled = self.zero_soiled(cx).await;
         let result = self.write_copies(cx, &l1, &l2, &named).await;
         let ok = result.is_ok();
+        if ok {
+            self.space.cleaned(soiled);
+        } else {
+            soiled.into_iter().for_each(|at| self.space.give_back(Taken { at, clusters: 1 }));
+        }
         written(&self.l1, l1, ok);
         written(&self.l2, l2, ok);
         if ok {
@@ -138,6 +148,23 @@ impl Image {
             .buffer_unordered(ROUND_WRITES)
             .try_collect::<()>()
             .await
+    }
+
+    /// Zeroes clusters that were written and not linked, and gives those of which that succeeded. The others are left
+    /// to a later round.
+    async fn zero_soiled(&self, cx: &Ctx) -> Vec<HostOffset> {
+        let (mut soiled, mut zeroed) = (self.space.soiled(), Vec::new());
+        while let Some(at) = soiled.pop() {
+            let end = at.0 + self.layout.geometry.cluster_bytes();
+            if let Err(error) = zero_range(cx, &self.storage, at.0, end, ZeroFlags::MAY_UNMAP).await {
+                tracing::debug!(%error, at = at.0, "an unused cluster cannot be zeroed now");
+                soiled.push(at);
+                break;
+            }
+            zeroed.push(at);
+        }
+        soiled.into_iter().for_each(|at| self.space.give_back(Taken { at, clusters: 1 }));
+        zeroed
     }
 
     /// Gives the space of clusters back that nothing names any more, not on the disk either. Guests' writes to them

@@ -157,14 +157,16 @@ impl Image {
             return Ok(table);
         }
         let geometry = &self.layout.geometry;
-        let taken = self.space.reserve(geometry.table_clusters().into())?;
-        self.grow(cx, taken).await?;
+        let taken = self.take(cx, geometry.table_clusters().into()).await?;
         // So that its write-back, after writes were acknowledged, cannot meet a full disk.
         match self.storage.allocate(cx, taken.at.0, geometry.table_bytes()).await {
-            Err(error) if error.kind() != ErrorKind::Unsupported => return Err(error),
+            Err(error) if error.kind() != ErrorKind::Unsupported => {
+                self.space.give_back(taken);
+                return Err(error);
+            }
             _ => {}
         }
-        // Never used, so zero in the file: what is not set in it needs no write.
+        // Zero in the file: what is not set in it needs no write.
         self.l2.insert_zeroed(SliceKey { table: taken.at.0, index: first_slice });
         lock(&self.new_tables).insert(taken.at.0, false);
         let (slice, entry) = place(l1.0);

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use infill_base::{Ctx, Gather, IoResult, align_down, align_up, is_zero, zero_bytes};
+use infill_base::{Ctx, Gather, IoResult, align_down, align_up, is_zero};
 use infill_storage::sync::Arc;
 
 use crate::entry::Cluster;
@@ -178,15 +178,11 @@ impl Image {
         let mut at = taken.at.0;
         match copy_up.head {
             Some(head) => payload.push(head),
-            // Fresh clusters are zero.
-            None if taken.fresh => at += skip,
-            None => payload.push(zero_bytes(skip as usize)),
+            // What was taken is zero.
+            None => at += skip,
         }
         payload.append(data.clone());
         payload.append(copy_up.tail.map(Gather::from).unwrap_or_default());
-        if !taken.fresh {
-            payload.push(zero_bytes((count * bytes) as usize - payload.len()));
-        }
         if let Err(error) = self.write_payload(cx, HostOffset(at), payload).await {
             self.space.give_back(taken);
             return Err(error);

@@ -10,7 +10,6 @@ use crate::entry::Cluster;
 use crate::fault::Fault;
 use crate::geometry::{GuestCluster, SLICE_ENTRIES};
 use crate::image::Image;
-use crate::space::Taken;
 
 impl Image {
     /// Makes a range of the disk read as zeroes; what is whole in clusters without data.
@@ -132,7 +131,7 @@ impl Image {
                 Cluster::Data(host) => {
                     self.set(&pins, cluster, into);
                     if self.planted(Fault::EarlyReuse) {
-                        self.space.give_back(Taken { at: host, clusters: 1, fresh: false });
+                        self.space.cleaned(vec![host]);
                     } else {
                         lock(&self.freed).push(host);
                     }

@@ -178,6 +178,8 @@ fn a_full_disk_fails_the_write_that_met_it_and_nothing_else() {
             node.write(&CX, 4096, vec![2; 100], WriteFlags::empty()).await.expect("in place");
             node.sync(&CX).await.expect("what was acknowledged needs no space");
             full.set_capacity(1 << 30);
+            // What the failed writes took is clean again after this.
+            node.sync(&CX).await.expect("syncs");
             node.write(&CX, 50 * 4096, vec![3; 4096], WriteFlags::empty()).await.expect("writes again");
             node.close(&CX).await.expect("closes");
             let report = check(&CX, &StorageHandle::new(disk), Repair::Nothing).await.expect("checks");
