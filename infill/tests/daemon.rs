@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Read as _, Write as _};
 use std::path::Path;
 use std::process::Stdio;
 
-use common::{Process, run, text, wait_until};
+use common::{Process, run, text, wait_for_socket, wait_until};
 use qmp::{Daemon, Program, Qmp};
 use serde_json::{Value, json};
 
@@ -301,6 +301,104 @@ fn quit_cancels_jobs_and_tells_their_end_before_it_answers() {
     let names: Vec<_> = qmp.seen.iter().map(|event| event["event"].as_str().unwrap()).collect();
     assert!(names.contains(&"BLOCK_JOB_CANCELLED"), "{names:?}");
     run("qemu-img", &["compare", "-f", "qed", "-F", "raw", text(&overlay), &base]);
+}
+
+/// Serves a pattern, slowly.
+fn source(socket: &Path) -> Process {
+    let mut nbdkit = std::process::Command::new("nbdkit");
+    nbdkit.args(["-f", "-U", text(socket), "--filter=delay", "pattern", "4M", "delay-read=5ms"]);
+    let process = Process::start(&mut nbdkit);
+    wait_for_socket(socket);
+    process
+}
+
+#[test]
+fn a_stream_waits_for_a_source_that_went_away_and_both_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let (socket, overlay) = (dir.path().join("source.sock"), dir.path().join("overlay"));
+    let first = source(&socket);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", text(&overlay), "4M"]);
+    let daemon = Daemon::start(
+        Program::Infill,
+        dir.path(),
+        &[
+            "--blockdev",
+            &format!("nbd,node-name=base,read-only=on,server.type=unix,server.path={}", text(&socket)),
+            "--blockdev",
+            &format!("qcow2,node-name=top,file.driver=file,file.filename={},backing=base", text(&overlay)),
+        ],
+    );
+    let mut qmp = daemon.connect();
+    qmp.run("block-stream", json!({"job-id": "j", "device": "top", "speed": 65536}));
+    first.kill();
+    let lost =
+        qmp.event(|event| event["event"] == "__INFILL_SOURCE_LOST" && event["data"]["node-name"] == "base");
+    assert!(lost["data"]["reason"].is_string(), "{lost}");
+    assert_eq!(qmp.run("query-jobs", json!({}))[0]["status"], "running");
+    std::fs::remove_file(&socket).unwrap();
+    let _second = source(&socket);
+    qmp.event(|event| event["event"] == "__INFILL_SOURCE_BACK" && event["data"]["node-name"] == "base");
+    qmp.run("block-job-set-speed", json!({"device": "j", "speed": 0}));
+    let completed = qmp.wait_for("BLOCK_JOB_COMPLETED");
+    assert!(completed["data"].get("error").is_none(), "{completed}");
+    daemon.quit(&mut qmp);
+    let uri = format!("nbd+unix:///?socket={}", text(&socket));
+    run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", text(&overlay), &uri]);
+}
+
+#[test]
+fn a_daemon_whose_source_is_away_can_be_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let (socket, overlay) = (dir.path().join("source.sock"), dir.path().join("overlay"));
+    let source = source(&socket);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", text(&overlay), "4M"]);
+    let daemon = Daemon::start(
+        Program::Infill,
+        dir.path(),
+        &[
+            "--blockdev",
+            &format!("nbd,node-name=base,read-only=on,server.type=unix,server.path={}", text(&socket)),
+            "--blockdev",
+            &format!("qcow2,node-name=top,file.driver=file,file.filename={},backing=base", text(&overlay)),
+        ],
+    );
+    let mut qmp = daemon.connect();
+    qmp.run("block-stream", json!({"job-id": "j", "device": "top", "speed": 65536}));
+    source.kill();
+    qmp.wait_for("__INFILL_SOURCE_LOST");
+    daemon.quit(&mut qmp);
+    qmp.wait_for("BLOCK_JOB_CANCELLED");
+}
+
+#[test]
+fn sockets_that_its_manager_has_opened_are_taken_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(dir.path());
+    let (monitor, nbd) = (dir.path().join("m.sock"), dir.path().join("nbd.sock"));
+    // Python passes descriptors without a line of unsafe code here.
+    let script = "import os, socket, sys\n\
+        fds = []\n\
+        for path in sys.argv[1:3]:\n\
+        \x20   listener = socket.socket(socket.AF_UNIX)\n\
+        \x20   listener.bind(path)\n\
+        \x20   listener.listen()\n\
+        \x20   os.set_inheritable(listener.fileno(), True)\n\
+        \x20   fds.append(listener)\n\
+        monitor, nbd = (listener.fileno() for listener in fds)\n\
+        os.execv(sys.argv[3], [sys.argv[3], 'daemon',\n\
+        \x20   '--chardev', f'socket,fd={monitor},server=on,wait=off,id=m', '--monitor', 'm',\n\
+        \x20   '--nbd-server', f'addr.type=fd,addr.str={nbd}'] + sys.argv[4:])\n";
+    let mut command = std::process::Command::new("python3");
+    command.args(["-c", script, text(&monitor), text(&nbd), common::INFILL]);
+    command.args(["--blockdev", &node(&image), "--export", "nbd,id=e,node-name=disk"]);
+    let mut process = Process::start(&mut command);
+    wait_for_socket(&monitor);
+    let mut qmp = Qmp::connect(&monitor);
+    let copy = dir.path().join("copy");
+    run("nbdcopy", &[&format!("nbd+unix:///disk?socket={}", text(&nbd)), text(&copy)]);
+    assert_eq!(std::fs::read(&copy).unwrap(), std::fs::read(&image).unwrap());
+    qmp.run("quit", json!({}));
+    process.wait_for_success();
 }
 
 #[test]

@@ -23,11 +23,13 @@ enum Step {
     Await(&'static str),
     /// Waits for a job's state.
     AwaitStatus(&'static str),
+    /// What made the source fail is gone.
+    Heal,
     /// Bytes as they are, then `query-block` with an id of its own; all messages up to its answer are compared.
     Bytes(&'static [u8]),
 }
 
-use Step::{Ask, AskClass, Await, AwaitStatus, Bytes};
+use Step::{Ask, AskClass, Await, AwaitStatus, Bytes, Heal};
 
 /// Formats whose overlays are driven.
 const FORMATS: [&str; 2] = ["qcow2", "qed"];
@@ -81,6 +83,7 @@ fn play(program: Program, dir: &Path, options: &[String], script: &[Step]) -> (V
             }
             Await(name) => drop(qmp.wait_for(name)),
             AwaitStatus(status) => qmp.wait_for_status(status),
+            Heal => std::fs::remove_file(dir.join("bad")).unwrap(),
             Bytes(bytes) => answers.push(exchange(&mut qmp, bytes)),
         }
     }
@@ -325,7 +328,9 @@ fn the_nbd_server_and_exports_are_the_same() {
         Ask("object-add", json!({"qom-type": "iothread", "id": "q"})),
         Ask("object-add", json!({"qom-type": "nope", "id": "r"})),
         Ask("object-add", json!({"qom-type": "iothread"})),
-        export(json!({"type": "nbd", "id": "e2", "node-name": "n0", "name": "y", "iothread": "q"})),
+        export(
+            json!({"type": "nbd", "id": "e2", "node-name": "n0", "name": "y", "iothread": "q", "allocation-depth": true}),
+        ),
         Ask("query-block-exports", json!({})),
         Ask("blockdev-del", json!({"node-name": "n0"})),
         Ask("block-export-del", json!({"id": "nope"})),
@@ -538,6 +543,38 @@ fn a_stream_from_a_distant_source_is_told_the_same() {
 }
 
 #[test]
+fn a_stream_that_an_error_stops_and_its_manager_resumes_is_told_the_same() {
+    for format in FORMATS {
+        let server = json!({"type": "unix", "path": "DIR/source.sock"});
+        let script = [
+            Ask(
+                "blockdev-add",
+                json!({"driver": "nbd", "node-name": "base", "server": server, "read-only": true}),
+            ),
+            Ask("blockdev-add", named(format, json!({"backing": "base"}))),
+            Ask("block-stream", json!({"job-id": "j0", "device": "top", "on-error": "stop"})),
+            AwaitStatus("paused"),
+            Heal,
+            Ask("block-job-resume", json!({"device": "j0"})),
+            AwaitStatus("null"),
+            Ask("blockdev-del", json!({"node-name": "base"})),
+        ];
+        let sources = std::cell::RefCell::new(Vec::new());
+        same(&[], &script, |dir| {
+            overlay(dir, format);
+            let bad = dir.join("bad");
+            std::fs::write(&bad, []).unwrap();
+            let (socket, trigger) = (dir.join("source.sock"), format!("error-file={}", text(&bad)));
+            let mut nbdkit = std::process::Command::new("nbdkit");
+            nbdkit.args(["-f", "-U", text(&socket), "--filter=error", "pattern", DISK]);
+            nbdkit.args(["error-pread=EIO", "error-pread-rate=1", &trigger]);
+            sources.borrow_mut().push(Process::start(&mut nbdkit));
+            wait_for_socket(&socket);
+        });
+    }
+}
+
+#[test]
 fn the_same_command_line_makes_the_same_daemon() {
     for format in FORMATS {
         let node = format!("--blockdev={format},node-name=top,file.driver=file,file.filename=DIR/overlay");
@@ -615,6 +652,7 @@ fn a_wrong_command_line_is_refused_with_the_same_words() {
         &[unix, null, "--export=nbd,id=e,node-name=n,iothread=x"],
         &["--object", "iothread"],
         &["--object", "foo,id=t0"],
+        &["--nbd-server", "addr.type=unix,addr.path=/s,max-connections=5000000000"],
         &["foo"],
     ] {
         let told = |program: Program, name: &str| {

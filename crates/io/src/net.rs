@@ -12,7 +12,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use compio::buf::{BufResult, IntoInner, IoBuf};
 use compio::driver::op::{Interest, PollOnce, Read, Recv, RecvFlags, SendFlags, SendVectored, WriteVectored};
 use futures_util::future::LocalBoxFuture;
-use infill_base::{Gather, IoError, IoResult};
+use infill_base::{ErrorKind, Gather, IoError, IoResult};
 use infill_storage::stream::{Connection, StreamRead, StreamWrite};
 use smallvec::SmallVec;
 
@@ -99,6 +99,26 @@ impl Listener {
             Err(_) => (Socket::Unix(fd.into()), Address::Unix("(passed socket)".into())),
         };
         Listener::over(socket, address, None)
+    }
+
+    /// The listening socket that this process was started with as descriptor `number` (it stays open beside this).
+    pub fn inherited(number: i32) -> IoResult<Listener> {
+        let no_socket = || {
+            let why = format!("File descriptor '{number}' is not a socket that listens");
+            IoError::new(ErrorKind::InvalidInput, why)
+        };
+        // Standard input, output and error are no sockets to listen at, and -1 is no descriptor.
+        if number <= 2 {
+            return Err(no_socket());
+        }
+        // SAFETY: the number is not -1, and all that is done through it is to duplicate it: a number that is not open is
+        // refused by the kernel, and one that is somebody else's is left as it is.
+        let passed = unsafe { std::os::fd::BorrowedFd::borrow_raw(number) };
+        let own = rustix::io::fcntl_dupfd_cloexec(passed, 0).map_err(|_| no_socket())?;
+        match rustix::net::sockopt::socket_acceptconn(&own) {
+            Ok(true) => Listener::from_fd(own),
+            Ok(false) | Err(_) => Err(no_socket()),
+        }
     }
 
     fn over(socket: Socket, address: Address, made: Option<PathBuf>) -> IoResult<Listener> {
@@ -364,6 +384,24 @@ mod tests {
         }
         connection.peer.clear();
         assert!(got == sent, "{} of {} bytes came back", got.len(), sent.len());
+    }
+
+    #[test]
+    fn only_a_socket_that_listens_is_taken_over_by_its_number() {
+        use std::net::TcpStream;
+        use std::os::fd::AsRawFd as _;
+
+        let listening = TcpListener::bind("127.0.0.1:0").unwrap();
+        let connected = TcpStream::connect(listening.local_addr().unwrap()).unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        for number in [-1, 0, i32::MAX, connected.as_raw_fd(), file.as_raw_fd()] {
+            assert!(Listener::inherited(number).is_err(), "{number}");
+        }
+        let taken = Listener::inherited(listening.as_raw_fd()).unwrap();
+        let port = listening.local_addr().unwrap().port();
+        assert_eq!(*taken.address(), Address::Tcp { host: "127.0.0.1".into(), port });
+        drop(taken);
+        TcpStream::connect(("127.0.0.1", port)).expect("the one that was passed is still open");
     }
 
     #[test]

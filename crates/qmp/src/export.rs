@@ -88,6 +88,8 @@ pub struct BlockExportOptions {
     pub writethrough: bool,
     /// The I/O thread that was asked for: it must exist.
     pub iothread: Option<String>,
+    /// Whether clients may ask how deep in the chain data lies.
+    pub allocation_depth: bool,
 }
 
 impl BlockExportOptions {
@@ -119,11 +121,6 @@ impl BlockExportOptions {
                 "'bitmaps' is not supported yet: dirty bitmaps cannot be exported; leave it out",
             ));
         }
-        if allocation_depth {
-            return Err(QmpError::generic(
-                "'allocation-depth' is not supported yet: the context qemu:allocation-depth cannot be exported",
-            ));
-        }
         for (what, text) in [("name", &name), ("description", &description)] {
             if text.as_ref().is_some_and(|text| text.len() > NBD_STRING_BYTES_MAX) {
                 return Err(QmpError::generic(format!(
@@ -131,7 +128,16 @@ impl BlockExportOptions {
                 )));
             }
         }
-        Ok(BlockExportOptions { id, node_name, name, description, writable, writethrough, iothread })
+        Ok(BlockExportOptions {
+            id,
+            node_name,
+            name,
+            description,
+            writable,
+            writethrough,
+            iothread,
+            allocation_depth,
+        })
     }
 
     /// The name that clients ask for.

@@ -27,7 +27,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use infill_base::Ctx;
 use infill_io::FileStorage;
-use infill_nbd::OnLost;
+use infill_nbd::{OnLost, SourceWatch};
 use infill_node::{Graph, NodeHandle};
 use infill_qmp::BlockdevOptions;
 use infill_storage::sync::{Mutex, lock};
@@ -95,6 +95,8 @@ struct Entry {
     file: Option<Arc<FileStorage>>,
     /// Of a file: where it lies.
     path: Option<PathBuf>,
+    /// Of an NBD export: what tells when its server is lost and back, until somebody takes it.
+    watch: Option<SourceWatch>,
     holds: Holds,
 }
 
@@ -194,6 +196,13 @@ impl Blockdevs {
     /// The storage of a protocol node.
     pub fn storage(&self, name: &str) -> Option<StorageHandle> {
         lock(&self.0.entries).get(name).and_then(|entry| entry.storage.clone())
+    }
+
+    /// What tells of the servers of NBD nodes that were opened since the last call, each with its node's name.
+    pub fn take_source_watches(&self) -> Vec<(String, SourceWatch)> {
+        let mut entries = lock(&self.0.entries);
+        let taken = entries.iter_mut().map(|(name, entry)| Some((name.clone(), entry.watch.take()?)));
+        taken.flatten().collect()
     }
 
     /// Names of the layers from `name` down.

@@ -200,7 +200,7 @@ impl<'a> Opening<'a> {
             bail!("force-share=on can only be used with read-only images");
         }
         let driver = options.driver.as_str();
-        let (mut file, mut path) = (None, None);
+        let (mut file, mut path, mut watch) = (None, None, None);
         let storage = match &options.driver {
             Driver::File { filename, locking, .. } => {
                 let storage = Arc::new(open_file(Path::new(filename), &options)?);
@@ -229,7 +229,9 @@ impl<'a> Opening<'a> {
                     ..ClientOptions::default()
                 };
                 let within = Duration::from_secs(open_timeout.unwrap_or(0).into());
-                StorageHandle::new(connect_nbd(&address, client, within, auto_read_only).await?)
+                let storage = connect_nbd(&address, client, within, auto_read_only).await?;
+                watch = Some(storage.watch());
+                StorageHandle::new(storage)
             }
             _ => bail!("'{driver}' is no protocol"),
         };
@@ -239,7 +241,7 @@ impl<'a> Opening<'a> {
         let read_only = options.is_read_only() || !storage.limits().writable;
         let node = RawNode::protocol(driver, storage.clone(), read_only).discarding(options.discard_mode());
         let facts = facts_of(&options, driver, read_only, implicit);
-        let entry = Entry { facts, storage: Some(storage), file, path, holds: Holds::default() };
+        let entry = Entry { facts, storage: Some(storage), file, path, watch, holds: Holds::default() };
         self.pending.push(Pending { name: name.clone(), node: NodeHandle::new(node), entry });
         Ok(name)
     }
@@ -308,7 +310,8 @@ impl<'a> Opening<'a> {
         let (file, below) = self.child(file, ChildRole::Filtered, &settings, &name, Access::Writer).await?;
         let mut facts = facts_of(&settings, "copy-on-read", false, implicit);
         facts.file = Some(file);
-        let entry = Entry { facts, storage: None, file: None, path: None, holds: Holds::default() };
+        let entry =
+            Entry { facts, storage: None, file: None, path: None, watch: None, holds: Holds::default() };
         let node = NodeHandle::new(CopyOnReadNode::new(below));
         self.pending.push(Pending { name: name.clone(), node, entry });
         Ok(name)
@@ -356,7 +359,8 @@ impl<'a> Opening<'a> {
         };
         let mut facts = facts_of(&settings, format.as_str(), open.read_only, implicit);
         facts.file = Some(file);
-        let entry = Entry { facts, storage: None, file: None, path: None, holds: Holds::default() };
+        let entry =
+            Entry { facts, storage: None, file: None, path: None, watch: None, holds: Holds::default() };
         self.pending.push(Pending { name: name.clone(), node, entry });
         Ok((name, backing))
     }

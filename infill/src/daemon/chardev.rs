@@ -81,11 +81,19 @@ impl Words for Mode {
 #[derive(Debug, PartialEq, Eq)]
 enum Device {
     Stdio,
-    Socket { address: Address, server: bool, wait: bool },
+    Socket { place: Place, server: bool, wait: bool },
+}
+
+/// Where a socket is.
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    Address(Address),
+    /// Passed by whoever started the daemon.
+    Passed(i32),
 }
 
 /// Options of sockets that QEMU knows and that would change what is sent.
-const REFUSED: &[&str] = &["websocket", "tls-creds", "tls-authz", "fd", "abstract", "to", "logfile", "mux"];
+const REFUSED: &[&str] = &["websocket", "tls-creds", "tls-authz", "abstract", "to", "logfile", "mux"];
 /// Options that change nothing here: hosts are numbers or names in any family, and nothing is delayed.
 const HARMLESS: &[&str] =
     &["delay", "nodelay", "tight", "ipv4", "ipv6", "logappend", "reconnect", "reconnect-ms", "signal"];
@@ -127,6 +135,7 @@ impl Device {
         }
         options.ignore(HARMLESS);
         let (path, host, port) = (options.take("path"), options.take("host"), options.take("port"));
+        let fd = options.take("fd");
         let server = options.switch("server")?.unwrap_or(false);
         let wait = options.switch("wait")?;
         if wait.is_some() && !server {
@@ -134,38 +143,50 @@ impl Device {
                 "'wait' option is incompatible with socket in client connect mode",
             ));
         }
-        let address = match (path, host, port) {
-            (Some(path), None, None) => Address::Unix(path.into()),
-            (None, host, Some(port)) => {
+        let place = match (path, host, port, fd) {
+            (None, None, None, Some(fd)) => {
+                let number =
+                    fd.parse().map_err(|_| QmpError::generic(format!("Unable to parse FD number {fd}")))?;
+                if !server {
+                    return Err(QmpError::generic(
+                        "'fd' of chardev sockets is not supported in client mode: give server=on",
+                    ));
+                }
+                Place::Passed(number)
+            }
+            (Some(path), None, None, None) => Place::Address(Address::Unix(path.into())),
+            (None, host, Some(port), None) => {
                 let host = host.unwrap_or_default();
                 let number = port.parse().map_err(|_| {
                     QmpError::generic(format!(
                         "address resolution failed for {host}:{port}: a port is a number from 0 to 65535"
                     ))
                 })?;
-                Address::Tcp { host, port: number }
+                Place::Address(Address::Tcp { host, port: number })
             }
-            (None, Some(_), None) => return Err(QmpError::generic("chardev: socket: no port given")),
-            (None, None, None) => {
-                return Err(QmpError::generic("chardev: socket: give path, or host and port"));
+            (None, Some(_), None, None) => return Err(QmpError::generic("chardev: socket: no port given")),
+            (None, None, None, None) => {
+                return Err(QmpError::generic("chardev: socket: give path, or host and port, or fd"));
             }
-            (Some(_), _, _) => {
+            _ => {
                 return Err(QmpError::generic("None or one of 'path', 'fd' or 'host' option required."));
             }
         };
-        Ok(Device::Socket { address, server, wait: wait.unwrap_or(true) })
+        Ok(Device::Socket { place, server, wait: wait.unwrap_or(true) })
     }
 
     async fn open(self) -> Result<Chardev, QmpError> {
-        let Device::Socket { address, server, wait } = self else { return Ok(Chardev::Stdio) };
-        if !server {
-            let connection = connector(&address).connect().await;
-            return match connection {
-                Ok(connection) => Ok(Chardev::Client(connection)),
-                Err(error) => Err(QmpError::generic(format!("Failed to connect to '{address}': {error}"))),
-            };
-        }
-        let listener = bind(&address)?;
+        let Device::Socket { place, server, wait } = self else { return Ok(Chardev::Stdio) };
+        let listener = match place {
+            Place::Passed(number) => inherit(number)?,
+            Place::Address(address) if server => bind(&address)?,
+            Place::Address(address) => {
+                let connection = connector(&address).connect().await;
+                return connection.map(Chardev::Client).map_err(|error| {
+                    QmpError::generic(format!("Failed to connect to '{address}': {error}"))
+                });
+            }
+        };
         let first = match wait {
             true => Some(listener.accept().await.map_err(|error| QmpError::generic(error.to_string()))?),
             false => None,
@@ -183,6 +204,11 @@ pub fn bind(address: &Address) -> Result<Listener, QmpError> {
         };
         QmpError::generic(format!("Failed to {what} {address}: {}", error.message()))
     })
+}
+
+/// Listens at a socket that the process was started with.
+pub fn inherit(number: i32) -> Result<Listener, QmpError> {
+    Listener::inherited(number).map_err(|error| QmpError::generic(error.message()))
 }
 
 /// Standard input and output as a connection.
@@ -271,19 +297,21 @@ mod tests {
     #[test]
     fn a_socket_is_described_in_the_new_and_the_old_way() {
         let unix = |server, wait| {
-            let address = Address::Unix("/s,1".into());
-            Ok(("a".to_owned(), Device::Socket { address, server, wait }))
+            let place = Place::Address(Address::Unix("/s,1".into()));
+            Ok(("a".to_owned(), Device::Socket { place, server, wait }))
         };
         assert_eq!(read("socket,id=a,path=/s,,1,server=on,wait=off"), unix(true, false));
         assert_eq!(read("backend=socket,path=/s,,1,id=a,server,nowait"), unix(true, false));
         assert_eq!(read("socket,id=a,path=/s,,1,server=on"), unix(true, true));
         assert_eq!(read("socket,id=a,path=/s,,1"), unix(false, true));
-        let address = Address::Tcp { host: "127.0.0.1".into(), port: 7 };
-        let tcp = Device::Socket { address, server: true, wait: false };
+        let place = Place::Address(Address::Tcp { host: "127.0.0.1".into(), port: 7 });
+        let tcp = Device::Socket { place, server: true, wait: false };
         assert_eq!(
             read("socket,id=a,host=127.0.0.1,port=7,server=on,wait=off,nodelay"),
             Ok(("a".into(), tcp))
         );
+        let passed = Device::Socket { place: Place::Passed(7), server: true, wait: false };
+        assert_eq!(read("socket,fd=7,server=on,wait=off,id=a"), Ok(("a".into(), passed)));
         assert_eq!(read("stdio,id=m,signal=off"), Ok(("m".into(), Device::Stdio)));
     }
 

@@ -146,10 +146,11 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
   --chardev stdio,id=<id>
   --chardev socket,id=<id>,path=<path>[,server=on|off][,wait=on|off]
   --chardev socket,id=<id>,host=<host>,port=<port>[,server=on|off][,wait=on|off]
+  --chardev socket,id=<id>,fd=<fd>,server=on[,wait=on|off]
                          add a character device
 
   --export [type=]nbd,id=<id>,node-name=<node-name>[,name=<export-name>]
-           [,description=<text>][,writable=on|off]
+           [,description=<text>][,writable=on|off][,allocation-depth=on|off]
                          export a block node over NBD (requires --nbd-server)
 
   --monitor [chardev=]name[,mode=control]
@@ -158,6 +159,7 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
   --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>
                [,max-connections=<n>]
   --nbd-server addr.type=unix,addr.path=<path>[,max-connections=<n>]
+  --nbd-server addr.type=fd,addr.str=<fd>[,max-connections=<n>]
                          start the NBD server
 
   --object help          list the types of objects

@@ -10,9 +10,10 @@ use std::rc::Rc;
 use event_listener::Event as Signal;
 use infill_io::Reactor;
 use infill_job::{Events, Jobs};
-use infill_nbd::OnLost;
+use infill_nbd::{OnLost, SourceState, SourceWatch};
 use infill_qmp::command::{Command, NAMES};
 use infill_qmp::{BlockdevOptions, Members, ObjectOptions, QmpError, encode};
+use infill_storage::rt;
 use serde_json::{Value, json};
 
 use super::exports::Exported;
@@ -181,11 +182,28 @@ impl Control {
     }
 
     /// `blockdev-add`, `--blockdev`.
-    pub async fn blockdev_add(&self, options: BlockdevOptions) -> Result<(), QmpError> {
+    pub async fn blockdev_add(self: &Rc<Self>, options: BlockdevOptions) -> Result<(), QmpError> {
         if options.node_name.is_none() {
             return Err(QmpError::generic("'node-name' must be specified for the root node"));
         }
-        self.blockdevs.add(options).await.map(drop).map_err(|error| refused(&error))
+        let added = self.blockdevs.add(options).await.map(drop).map_err(|error| refused(&error));
+        for (node, watch) in self.blockdevs.take_source_watches() {
+            rt::spawn(self.clone().tell_source(node, watch));
+        }
+        added
+    }
+
+    /// Tells when the server of an NBD node is lost and when it is back, until the node is closed.
+    async fn tell_source(self: Rc<Self>, node: String, mut watch: SourceWatch) {
+        while let Some(state) = watch.next().await {
+            match state {
+                SourceState::Connected => self.tell("__INFILL_SOURCE_BACK", json!({ "node-name": node })),
+                SourceState::Lost(error) => {
+                    let reason = error.to_string();
+                    self.tell("__INFILL_SOURCE_LOST", json!({ "node-name": node, "reason": reason }));
+                }
+            }
+        }
     }
 
     /// `object-add`, `--object`.

@@ -12,7 +12,7 @@ use infill_qmp::{BlockExportOptions, NbdServerOptions, QmpError, RemoveMode, Soc
 use infill_storage::rt;
 use serde_json::{Value, json};
 
-use super::chardev::bind;
+use super::chardev::{bind, inherit};
 use super::control::{Control, refused};
 use crate::blockdev::Access;
 use crate::listen::Listening;
@@ -74,16 +74,11 @@ impl Control {
             Some(most) => limits.connections_max.min(most as usize),
             None => limits.connections_max,
         };
-        let address = match &options.addr {
-            SocketAddress::Inet { host, port } => Address::Tcp { host: host.clone(), port: *port },
-            SocketAddress::Unix { path } => Address::Unix(path.into()),
-            SocketAddress::Fd { .. } => {
-                return Err(QmpError::generic(
-                    "addresses of type fd are not supported yet: give type unix or inet",
-                ));
-            }
+        let listener = match &options.addr {
+            SocketAddress::Inet { host, port } => bind(&Address::Tcp { host: host.clone(), port: *port })?,
+            SocketAddress::Unix { path } => bind(&Address::Unix(path.into()))?,
+            SocketAddress::Fd { number } => inherit(*number)?,
         };
-        let listener = bind(&address)?;
         let server = Server::new(self.exported.registry.clone(), limits);
         let server = if self.exported.open.get() {
             NbdServer::Serving(Listening::start(listener, server, self.reactors.clone(), most))
@@ -154,7 +149,12 @@ impl Control {
         let access = if *writable { Access::Writer } else { Access::Reader };
         let node = self.blockdevs().claim(node_name, &user(id), access).map_err(|error| refused(&error))?;
         let description = options.description.clone().unwrap_or_default();
-        let export = Export { description, writable: *writable, ..Export::new(name.clone(), node) };
+        let export = Export {
+            description,
+            writable: *writable,
+            allocation_depth: options.allocation_depth,
+            ..Export::new(name.clone(), node)
+        };
         if let Err(error) = self.exported.registry.add(export) {
             self.blockdevs().release(node_name, &user(id));
             return Err(QmpError::generic(match error {

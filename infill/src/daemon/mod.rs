@@ -4,6 +4,10 @@
 //! queue of its own, and is cut off when it does not read), a client that is served before every option was carried out,
 //! an end that leaves something acknowledged and not synced.
 //!
+//! # Events of our own
+//! `__INFILL_JOB_PROGRESS`, `__INFILL_JOB_DURABLE`, and `__INFILL_SOURCE_LOST` and `__INFILL_SOURCE_BACK`, which tell of a
+//! node (`node-name`: its server has gone or is back) or of a job (`id`: it has met an error of its source, or got on).
+//!
 //! # Order of the beginning
 //! Options are carried out one after the other, as they stand. Sockets listen from their option on and are served after
 //! the last one; the pid file is written just before.

@@ -186,7 +186,11 @@ impl Stream {
 
 impl Work for Stream {
     async fn run(&mut self, job: &Job) -> IoResult<()> {
-        self.fill.run(job).await
+        // Over nothing there is nothing to do, and no progress to tell.
+        match self.top.backing().is_some_and(BackingSlot::is_some) {
+            true => self.fill.run(job).await,
+            false => Ok(()),
+        }
     }
 
     async fn prepare(&mut self, job: &Job) -> IoResult<()> {
