@@ -29,8 +29,8 @@ use serde_json::json;
 const ROUNDS: usize = 50;
 /// Size of the disks, in bytes. Not a multiple of a cluster.
 const DISK_BYTES: usize = (2 << 20) - 1536;
-/// Size of the storage that forgets, in bytes. It cannot grow, so it has room for clusters that are given back late.
-const STORAGE_BYTES: usize = 16 << 20;
+/// Size of the storage that forgets, in bytes. It cannot grow, and has little to spare.
+const STORAGE_BYTES: usize = 4 << 20;
 /// What a power cut tears nothing smaller than, in bytes.
 const SECTOR_BYTES: usize = 512;
 
