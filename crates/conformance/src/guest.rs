@@ -59,6 +59,19 @@ pub enum GuestOp {
     Sync,
 }
 
+impl GuestOp {
+    /// Whether it touches no sector in part.
+    pub fn is_of_whole_sectors(&self) -> bool {
+        match self {
+            GuestOp::Read { at, len }
+            | GuestOp::Write { at, len, .. }
+            | GuestOp::Zero { at, len, .. }
+            | GuestOp::Discard { at, len } => (at | len).is_multiple_of(SECTOR_BYTES),
+            GuestOp::Sync => true,
+        }
+    }
+}
+
 /// The node broke a promise.
 #[derive(Clone, Debug)]
 pub enum Violation {
@@ -282,6 +295,8 @@ impl Guest {
             GuestOp::Discard { at, len } => (at, Change::Discard(len)),
             GuestOp::Read { .. } | GuestOp::Sync => return self.apply(op).await.map(|()| None),
         };
+        let (first, last) = (at / SECTOR_BYTES, (at + change.len()) / SECTOR_BYTES);
+        let _sectors = self.sectors.shared(first, last).await;
         let ticket = lock(&self.model).begin(at, &change);
         let node = &self.node;
         let run = async {
@@ -317,10 +332,7 @@ impl Guest {
         when: String,
         run: impl FnOnce() -> F,
     ) -> Result<(), Violation> {
-        let len = match &change {
-            Change::Write(data) => data.len() as u64,
-            Change::Zero(len) | Change::Discard(len) => *len,
-        };
+        let len = change.len();
         let whole = at.is_multiple_of(SECTOR_BYTES) && len.is_multiple_of(SECTOR_BYTES);
         let (first, last) = (at / SECTOR_BYTES, (at + len).div_ceil(SECTOR_BYTES));
         let _sectors = if whole {
@@ -375,20 +387,34 @@ impl Guest {
     }
 }
 
-/// Largest piece in which a whole disk is read.
-const PIECE_BYTES: u64 = 1 << 20;
+/// Pieces in which a whole disk is read: small enough that the allocator keeps them at hand.
+const PIECE_BYTES: u64 = 64 << 10;
 
-/// All bytes of a node, read in the class of a job.
-pub async fn read_all(node: &NodeHandle) -> Result<Vec<u8>, Violation> {
-    let (len, mut out) = (node.len(), Vec::new());
-    while (out.len() as u64) < len {
-        let at = out.len() as u64;
+/// Reads a whole node in the class of a job, piece by piece; `see` is told each one with its first byte.
+pub(crate) async fn read_pieces(
+    node: &NodeHandle,
+    mut see: impl FnMut(u64, &[u8]) -> Result<(), Violation>,
+) -> Result<(), Violation> {
+    let (len, mut at) = (node.len(), 0);
+    while at < len {
         let piece = node.read_vec(&Ctx::FILL, at, (len - at).min(PIECE_BYTES) as usize).await;
         let piece = piece.map_err(|error| Violation::Failed {
             when: format!("a read of the whole disk at byte {at:#x}"),
             error: error.to_string(),
         })?;
-        out.extend_from_slice(&piece);
+        see(at, &piece)?;
+        at += piece.len() as u64;
     }
+    Ok(())
+}
+
+/// All bytes of a node, read in the class of a job.
+pub async fn read_all(node: &NodeHandle) -> Result<Vec<u8>, Violation> {
+    let mut out = Vec::with_capacity(node.len() as usize);
+    read_pieces(node, |_, piece| {
+        out.extend_from_slice(piece);
+        Ok(())
+    })
+    .await?;
     Ok(out)
 }

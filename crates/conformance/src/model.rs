@@ -113,8 +113,10 @@ pub enum Change {
     Discard(u64),
 }
 
+#[expect(clippy::len_without_is_empty, reason = "an empty change is none")]
 impl Change {
-    fn len(&self) -> u64 {
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
         match self {
             Change::Write(data) => data.len() as u64,
             Change::Zero(len) | Change::Discard(len) => *len,
@@ -190,8 +192,8 @@ impl fmt::Display for Mismatch {
 #[derive(Debug)]
 pub struct Model {
     sectors: Vec<Sector>,
-    /// Sizes that a crash may leave, in bytes, with the instant of the change; the last one is the size now.
-    sizes: Vec<(u64, u64)>,
+    /// Sizes that a crash may leave, in bytes, and when the change to each was over; the last one is the size now.
+    sizes: Vec<(u64, Option<u64>)>,
     clock: u64,
     /// Raised by everything that takes away from what a crash may leave.
     strictness: u64,
@@ -210,7 +212,7 @@ impl Model {
         });
         Model {
             sectors: sectors.collect(),
-            sizes: vec![(size, 0)],
+            sizes: vec![(size, Some(0))],
             clock: 0,
             strictness: 0,
             reads: BTreeMap::new(),
@@ -305,17 +307,26 @@ impl Model {
             }
             prune(sector);
         }
-        let stable = self.sizes.iter().rposition(|(_, since)| *since < ticket.0).unwrap_or(0);
+        let stable =
+            self.sizes.iter().rposition(|(_, end)| end.is_some_and(|end| end < ticket.0)).unwrap_or(0);
         self.sizes.drain(..stable);
     }
 
-    /// The disk has become longer or shorter, in one step.
-    pub fn resized(&mut self, size: u64) {
+    /// The disk is asked to become longer or shorter.
+    pub fn begin_resize(&mut self, size: u64) {
         assert!(size.is_multiple_of(SECTOR_BYTES), "the model's disk is made of whole sectors");
-        let now = self.tick();
+        self.tick();
         let fresh = Entry { value: Value::Zero, begin: 0, end: Some(0), weak: false, stable: true };
         self.sectors.resize(((size / SECTOR_BYTES) as usize).max(1), vec![fresh]);
-        self.sizes.push((size, now));
+        self.sizes.push((size, None));
+    }
+
+    /// It has the size that it was asked to have last.
+    pub fn end_resize(&mut self) {
+        let now = self.tick();
+        if let Some((_, end)) = self.sizes.last_mut() {
+            *end = Some(now);
+        }
     }
 
     /// A read is asked for.
@@ -360,14 +371,24 @@ impl Model {
         self.reads.remove(&ticket.id);
     }
 
+    /// Whether a crash at this moment may leave a disk of `size` bytes.
+    pub fn check_crash_size(&self, size: u64) -> Result<(), Mismatch> {
+        if self.sizes.iter().any(|(allowed, _)| *allowed == size) {
+            return Ok(());
+        }
+        let allowed = self.sizes.iter().map(|(size, _)| format!("{size} bytes")).collect();
+        Err(Mismatch { at: size, found: format!("a disk of {size} bytes"), allowed })
+    }
+
+    /// Whether the disk of a crash at this moment may have `content` at byte `at`, whole sectors (P1, P2).
+    pub fn check_crash_at(&self, at: u64, content: &[u8]) -> Result<(), Mismatch> {
+        self.check(at, content, |sector| sector.iter().collect())
+    }
+
     /// Whether the disk of a crash at this moment may have `content`, whole (P1, P2).
     pub fn check_crash(&self, content: &[u8]) -> Result<(), Mismatch> {
-        let size = content.len() as u64;
-        if !self.sizes.iter().any(|(allowed, _)| *allowed == size) {
-            let allowed = self.sizes.iter().map(|(size, _)| format!("{size} bytes")).collect();
-            return Err(Mismatch { at: size, found: format!("a disk of {size} bytes"), allowed });
-        }
-        self.check(content, |sector| sector.iter().collect())
+        self.check_crash_size(content.len() as u64)?;
+        self.check_crash_at(0, content)
     }
 
     /// Whether the disk may show `content`, whole, now.
@@ -376,15 +397,18 @@ impl Model {
             let allowed = vec![format!("{} bytes", self.size())];
             return Err(Mismatch { at: 0, found: format!("a disk of {} bytes", content.len()), allowed });
         }
-        self.check(content, |sector| live(sector).collect())
+        self.check(0, content, |sector| live(sector).collect())
     }
 
     fn check<'a>(
         &'a self,
+        at: u64,
         content: &[u8],
         candidates: impl Fn(&'a Sector) -> Vec<&'a Entry>,
     ) -> Result<(), Mismatch> {
-        for (index, (sector, found)) in self.sectors.iter().zip(content.chunks(SECTOR)).enumerate() {
+        let first = (at / SECTOR_BYTES) as usize;
+        let sectors = self.sectors.iter().enumerate().skip(first);
+        for ((index, sector), found) in sectors.zip(content.chunks(SECTOR)) {
             let right = match sector.as_slice() {
                 [only] => only.value.shows(0, found),
                 _ => candidates(sector).iter().any(|entry| entry.value.shows(0, found)),
@@ -535,8 +559,10 @@ mod tests {
         flush(&mut model);
         assert!(model.check_crash(&content([0, 0])).is_ok());
         assert!(model.check_crash(&content([1, 0])).is_ok());
-        model.resized(2048);
-        assert!(model.check_crash(&content([0, 0])).is_ok());
+        model.begin_resize(2048);
+        flush(&mut model);
+        assert!(model.check_crash(&content([0, 0])).is_ok(), "the flush began before the change was over");
+        model.end_resize();
         flush(&mut model);
         assert!(model.check_crash(&content([0, 0])).is_err());
         assert!(model.check_crash(&[content([1, 0]), vec![0; 1024]].concat()).is_ok());

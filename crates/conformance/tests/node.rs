@@ -4,16 +4,56 @@ use infill_conformance::Format;
 use infill_conformance::node_suite::{Subject, run};
 use infill_conformance::stack::{Below, Top};
 
-#[test]
-fn memory_over_every_base() {
-    for unit in [512, 4096, 65536] {
-        for below in [Below::Nothing, Below::Raw, Below::Shorter, Below::Longer] {
-            run(Subject::new(Top::Memory(unit), below), 1..4);
-        }
+/// Everything that an overlay may lie on.
+const BELOW: &[Below] = &[
+    Below::Nothing,
+    Below::Raw,
+    Below::Image(Format::QCOW2_512),
+    Below::Image(Format::QCOW2_SUBCLUSTERS_16K),
+    Below::Image(Format::QED),
+    Below::Nbd,
+    Below::Shorter,
+    Below::Longer,
+];
+
+fn over_every_base(top: Top, seeds: std::ops::Range<u64>) {
+    for below in BELOW {
+        run(Subject::new(top, *below), seeds.clone());
     }
 }
 
 #[test]
 fn raw() {
     run(Subject::new(Top::Image(Format::Raw), Below::Nothing), 1..8);
+}
+
+#[test]
+fn memory_over_every_base() {
+    for unit in [512, 4096, 65536] {
+        over_every_base(Top::Memory(unit), 1..3);
+    }
+}
+
+#[test]
+fn qed_over_every_base() {
+    over_every_base(Top::Image(Format::QED), 1..4);
+    over_every_base(Top::Image(Format::QED_64K), 1..3);
+}
+
+#[test]
+fn qcow2_over_every_base() {
+    over_every_base(Top::Image(Format::QCOW2_4K), 1..3);
+    over_every_base(Top::Image(Format::QCOW2), 1..2);
+    over_every_base(Top::Image(Format::QCOW2_512), 1..2);
+}
+
+#[test]
+fn qcow2_with_subclusters_over_every_base() {
+    over_every_base(Top::Image(Format::QCOW2_SUBCLUSTERS), 1..3);
+    over_every_base(Top::Image(Format::QCOW2_SUBCLUSTERS_16K), 1..3);
+}
+
+#[test]
+fn qcow2_version_2_over_every_base() {
+    over_every_base(Top::Image(Format::QCOW2_V2), 1..3);
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use infill_base::Limits;
+use infill_conformance::stack::over_nbd;
 use infill_conformance::storage_suite::{LEN, StorageTraits, run};
 use infill_io::{FileOptions, FileStorage, Reactors};
 use infill_node::{MemoryOverlay, NodeHandle, NodeStorage, RawNode};
@@ -54,6 +55,17 @@ fn a_file_through_the_page_cache_and_around_it() {
             })
             .await;
         });
+    }
+}
+
+#[test]
+fn an_nbd_export_through_our_server_and_client() {
+    for seed in 1..4 {
+        World::new(seed).run(run(FIXED, || async move {
+            let disk = SimDisk::with(Media::new(LEN), DiskOptions { seed, ..DiskOptions::default() });
+            let node = NodeHandle::new(RawNode::new(StorageHandle::new(disk), false));
+            over_nbd(node, true, seed).await.expect("connects")
+        }));
     }
 }
 

@@ -13,6 +13,7 @@
 //!
 //! Everything follows from [`Plan::seed`]: a run is repeated by it.
 
+mod creation;
 mod judge;
 mod life;
 
@@ -24,7 +25,8 @@ use rustc_hash::FxHashSet;
 
 use crate::{Format, Mix, Violation};
 
-pub use judge::{Sample, Tally};
+pub use creation::creation;
+pub use judge::{BACKING_NAME, Sample, Tally};
 
 /// What a run does.
 #[derive(Clone)]
@@ -49,10 +51,14 @@ pub struct Plan {
     pub mix: Mix,
     /// Whether the disk grows on the way.
     pub grows: bool,
+    /// Whether operations of the disk fail now and then.
+    pub faults: bool,
     /// Media states that are looked at at each boundary (a few more where they are targeted).
     pub states_per_point: usize,
     /// Every how many states one is kept for the referee; 0 is never.
     pub sample_every: u64,
+    /// Whether the order of writes is asserted too; without it only what the states show counts.
+    pub rules: bool,
     /// What lies between the format and the disk: a way to plant faults below the format.
     pub storage: fn(StorageHandle) -> StorageHandle,
 }
@@ -60,7 +66,7 @@ pub struct Plan {
 impl Plan {
     /// The usual run of a format.
     pub fn new(format: Format, seed: u64) -> Plan {
-        let size = 1 << 20;
+        let size = format.crash_size();
         Plan {
             format,
             seed,
@@ -72,9 +78,61 @@ impl Plan {
             ops: 12,
             mix: Mix::GUEST,
             grows: false,
+            faults: false,
             states_per_point: 4,
             sample_every: 0,
+            rules: true,
             storage: |storage| storage,
+        }
+    }
+
+    /// A run whose every number follows from the seed.
+    pub fn varied(format: Format, seed: u64) -> Plan {
+        let plan = Plan::new(format, seed);
+        let rng = &mut Rng::new(seed ^ 0x5eed);
+        let backing = match rng.below(5) {
+            0 => None,
+            1 => Some(plan.size / 2 + 700),
+            2 => Some(plan.size + 40_000),
+            _ => Some(plan.size),
+        };
+        let mix = Mix {
+            read: rng.range(5, 40),
+            write: rng.range(20, 80),
+            zero: rng.below(25),
+            discard: rng.below(25),
+            sync: rng.range(2, 20),
+            fua_per_mille: rng.below(200),
+        };
+        let faults = rng.per_mille(250);
+        Plan {
+            faults,
+            backing: backing.filter(|_| format.is_overlay()),
+            lives: rng.range(1, 5) as usize,
+            sessions: rng.range(1, 4) as usize,
+            guests: rng.range(1, 8) as usize,
+            ops: rng.range(4, 24) as usize,
+            mix,
+            grows: !faults && format.is_overlay() && rng.per_mille(250),
+            ..plan
+        }
+    }
+}
+
+impl Plan {
+    /// A short run in which every kind of operation has its turn and the disk itself is well: to look for a planted
+    /// mistake.
+    pub fn short(format: Format, seed: u64) -> Plan {
+        Plan {
+            lives: 1,
+            sessions: 2,
+            guests: 5,
+            ops: 14,
+            states_per_point: 2,
+            faults: false,
+            grows: seed.is_multiple_of(2),
+            mix: Mix { zero: 14, discard: 12, sync: 14, ..Mix::GUEST },
+            ..Plan::varied(format, seed)
         }
     }
 }
