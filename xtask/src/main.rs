@@ -1,9 +1,11 @@
-//! Developer tasks: `cargo xtask test [--install] [--only STEP]…`.
+//! Developer tasks: `cargo xtask test [--install] [--only STEP]…` and `cargo xtask fuzz [TARGET]… [--seconds N]`.
 //!
-//! `test` is everything that has to pass before a change lands: tools, format, lints, documentation, licences, and every
-//! test (unit, property, crash, conformance, interop). It ends with one line, `N passed, N failed`.
+//! `test` is everything that has to pass before a change lands: tools, format, lints, documentation, licences, every
+//! test (unit, property, crash, conformance, interop), and a short run of every fuzz target. It ends with one line,
+//! `N passed, N failed`.
 #![forbid(unsafe_code)]
 
+mod fuzz;
 mod tools;
 
 use std::io::{BufRead, BufReader};
@@ -11,7 +13,11 @@ use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-const USAGE: &str = "usage: cargo xtask test [--install] [--only tools|fmt|clippy|doc|deny|tests]...";
+const USAGE: &str = "usage: cargo xtask test [--install] [--only tools|fmt|clippy|doc|deny|tests|shuttle|fuzz]...\n\
+                     \x20      cargo xtask fuzz [TARGET]... [--seconds N]";
+
+/// How long each fuzz target runs in a test run, in seconds.
+const FUZZ_SECONDS: u32 = 10;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -26,9 +32,30 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &[String]) -> Result<bool> {
-    let Some(("test", options)) = args.split_first().map(|(verb, rest)| (verb.as_str(), rest)) else {
-        bail!("{USAGE}")
-    };
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    std::env::set_current_dir(root).with_context(|| format!("cannot work in {root}"))?;
+    match args.split_first().map(|(verb, rest)| (verb.as_str(), rest)) {
+        Some(("test", options)) => test(options),
+        Some(("fuzz", options)) => fuzz_targets(options).map(|()| true),
+        _ => bail!("{USAGE}"),
+    }
+}
+
+fn fuzz_targets(options: &[String]) -> Result<()> {
+    let (mut seconds, mut only) = (FUZZ_SECONDS, Vec::new());
+    let mut options = options.iter();
+    while let Some(option) = options.next() {
+        match option.as_str() {
+            "--seconds" => {
+                seconds = options.next().context(USAGE)?.parse().context("--seconds takes a number")?
+            }
+            target => only.push(target),
+        }
+    }
+    fuzz::run(&only, seconds)
+}
+
+fn test(options: &[String]) -> Result<bool> {
     let (mut install, mut only) = (false, Vec::new());
     let mut options = options.iter();
     while let Some(option) = options.next() {
@@ -53,6 +80,12 @@ fn run(args: &[String]) -> Result<bool> {
             &[],
         )?;
     }
+    if wanted("clippy") {
+        // Apart from the product, but not apart from its rules.
+        let bench = ["clippy", "--manifest-path", "benches-compare/Cargo.toml", "--all-targets"];
+        let deny = ["--", "-D", "warnings"];
+        score.step("lints of the comparison", &[&bench[..], &deny].concat(), &[])?;
+    }
     if wanted("doc") {
         let docs = ["doc", "--workspace", "--no-deps", "--profile", "ci"];
         score.step("documentation", &docs, &[("RUSTDOCFLAGS", "-D warnings")])?;
@@ -61,7 +94,15 @@ fn run(args: &[String]) -> Result<bool> {
         score.step("licences", &["deny", "--offline", "check", "licenses", "bans", "sources"], &[])?;
     }
     if wanted("tests") {
-        score.tests()?;
+        score.tests(&["test", "--workspace", "--profile", "ci", "--no-fail-fast"])?;
+    }
+    if wanted("shuttle") {
+        // Threads under a scheduler that tries many orders: needs another build of the lock module.
+        let node = ["test", "-p", "infill-node", "--features", "shuttle", "--test", "interleavings"];
+        score.tests(&[&node[..], &["--profile", "ci"]].concat())?;
+    }
+    if wanted("fuzz") {
+        score.count("fuzz", fuzz::run(&[], FUZZ_SECONDS));
     }
     println!("{} passed, {} failed", score.passed, score.failed);
     Ok(score.failed == 0)
@@ -92,9 +133,19 @@ impl Score {
         Ok(())
     }
 
-    /// Runs every test and adds up what the test programs say.
-    fn tests(&mut self) -> Result<()> {
-        let args = ["test", "--workspace", "--profile", "ci", "--no-fail-fast"];
+    /// Counts a check that is not a cargo command.
+    fn count(&mut self, name: &str, outcome: Result<()>) {
+        match outcome {
+            Ok(()) => self.passed += 1,
+            Err(error) => {
+                println!("== {name}: FAILED: {error:#}");
+                self.failed += 1;
+            }
+        }
+    }
+
+    /// Runs tests and adds up what the test programs say.
+    fn tests(&mut self, args: &[&str]) -> Result<()> {
         println!("== tests: cargo {}", args.join(" "));
         let mut child =
             Command::new(cargo()).args(args).stdout(Stdio::piped()).spawn().context("cannot run cargo")?;
