@@ -42,6 +42,8 @@ pub enum Command {
         #[arg(value_name = "OPTIONS", allow_hyphen_values = true, trailing_var_arg = true)]
         arguments: Vec<std::ffi::OsString>,
     },
+    /// Show the whole story on this machine, in a minute: a disk that is used while its data arrives.
+    Demo,
     /// Print a script that completes this command line in a shell.
     Completions {
         /// The shell.

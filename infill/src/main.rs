@@ -10,6 +10,7 @@ mod args;
 mod blockdev;
 mod commands;
 mod daemon;
+mod demo;
 mod listen;
 mod monitor;
 mod out;
@@ -73,6 +74,10 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Serve(args) => commands::serve::main(args),
         Command::Stream(args) => commands::stream::main(args),
         Command::Daemon { arguments } => daemon::main(arguments),
+        Command::Demo => {
+            demo::main()?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "infill", &mut script);
