@@ -185,6 +185,38 @@ fn cargo() -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    /// All Rust sources under `dir`, joined.
+    fn sources(dir: &Path, into: &mut String) {
+        for entry in std::fs::read_dir(dir).unwrap().flatten() {
+            let path = entry.path();
+            if path.is_dir() && path.file_name().is_none_or(|name| name != "target") {
+                sources(&path, into);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                into.push_str(&std::fs::read_to_string(path).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn every_promise_names_a_test_that_there_is() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let mut all = String::new();
+        sources(&root.join("crates"), &mut all);
+        sources(&root.join("infill"), &mut all);
+        let promises = std::fs::read_to_string(root.join("docs/semantics.md")).unwrap();
+        let mut rows = 0;
+        for line in promises.lines().filter(|line| line.starts_with("| ") && line.contains('`')) {
+            let (_, names) = line.trim_end_matches(" |").rsplit_once(" | ").unwrap();
+            for name in names.split(", ").map(|name| name.trim_matches('`')) {
+                assert!(all.contains(&format!("fn {name}(")), "no test is called {name}: {line}");
+            }
+            rows += 1;
+        }
+        assert!(rows > 20, "the promises were not found");
+    }
+
     #[test]
     fn counts_are_read_from_the_closing_line() {
         let line = "test result: FAILED. 12 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.1s";
