@@ -11,7 +11,9 @@
 //!
 //! Every 100 ms the p90 of guest misses is compared with the floor, the smallest sample of the last 10 s; where it is
 //! over max(2 × floor, floor + 1 ms), the window halves (down to one request), else it grows. The guest's FLUSH, read
-//! and write latencies, which also bound what is in local writes at a time, do the same to the *pace* (bytes per second), since they share the local disk, not the link.
+//! and write latencies, which also bound what is in local writes at a time, do the same to the *pace* (bytes per second),
+//! since they share the local disk, not the link. A guest that is as slow under a fill that is held far back does not
+//! suffer from it: then window and pace grow all the same, and it is tried again after 10 s.
 //! Neither takes the fill below `min_rate`. The round trip is measured anew every 10 s with nothing else in flight: a
 //! minimum that was taken behind the fill's own queue would drift up without end.
 
@@ -43,6 +45,8 @@ const WINDOW_BYTES_START: u64 = 64 << 10;
 const RATE_SPAN_MIN: Duration = Duration::from_millis(10);
 /// Rates of which the largest counts.
 const RATES_KEPT: usize = 10;
+/// A fill that is held back to this part of what it could do is not what makes guests slow.
+const CALM_PART: f64 = 1.0 / 8.0;
 /// How far control may take the window down, as a part of what the link gives.
 const SCALE_MIN: f64 = 1.0 / 256.0;
 
@@ -67,18 +71,65 @@ impl Floor {
     }
 }
 
-/// One kind of guest request: its floor, and whether it suffers.
+/// A moving average, and when it was last moved.
 #[derive(Debug, Default)]
-struct Watch(Floor);
+struct Usual(Option<(Duration, Duration)>);
+
+impl Usual {
+    fn note(&mut self, now: Duration, sample: Duration) {
+        let before = self.get(now);
+        self.0 = Some((now, before.map_or(sample, |before| (before * 3 + sample) / 4)));
+    }
+
+    fn get(&self, now: Duration) -> Option<Duration> {
+        self.0.filter(|(at, _)| *at + FLOOR_AGE >= now).map(|(_, average)| average)
+    }
+}
+
+/// One kind of guest request: its floor, and what the fill has to do with it.
+///
+/// Latencies above the floor need not be the fill's doing: the machine may be busy, requests large, a copy-up distant.
+/// So the p90 under a fill that is held far back is compared with the p90 under one that is not. Where holding it back
+/// has not helped, it is let go again; after a while it is tried anew.
+#[derive(Debug, Default)]
+struct Watch {
+    floor: Floor,
+    /// The p90 while the fill was held far back, and while it was not.
+    calm: Usual,
+    loud: Usual,
+}
+
+/// What a guest meets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Meets {
+    /// What it would meet without the fill.
+    Usual,
+    /// It is slow, and so it is whatever the fill does.
+    SlowAnyway,
+    /// Worse than without.
+    Suffers,
+}
 
 impl Watch {
-    /// Takes the samples of one tick; `Some(true)` if they are too slow, `None` if there are none.
-    fn suffers(&mut self, now: Duration, samples: &mut [Duration]) -> Option<bool> {
+    /// Takes the samples of one tick, in which the fill was held far back (`calm`) or not; `None` if there are none.
+    fn look(&mut self, now: Duration, samples: &mut [Duration], calm: bool) -> Option<Meets> {
         samples.sort_unstable();
-        self.0.note(now, *samples.first()?);
+        self.floor.note(now, *samples.first()?);
         let p90 = samples[(samples.len() - 1) * 9 / 10];
-        let floor = self.0.get()?;
-        Some(p90 > (2 * floor).max(floor + Duration::from_millis(1)))
+        let side = if calm { &mut self.calm } else { &mut self.loud };
+        side.note(now, p90);
+        let floor = self.floor.get()?;
+        if p90 <= (2 * floor).max(floor + Duration::from_millis(1)) {
+            return Some(Meets::Usual);
+        }
+        let anyway = match (self.calm.get(now), self.loud.get(now)) {
+            (Some(usual), _) if !calm => p90 <= usual + usual / 2,
+            (Some(usual), Some(loud)) => loud <= usual + usual / 2,
+            // Held back for long: let it show again whether it is the fill.
+            (Some(_), None) => true,
+            (None, _) => false,
+        };
+        Some(if anyway { Meets::SlowAnyway } else { Meets::Suffers })
     }
 }
 
@@ -265,8 +316,8 @@ impl Control {
     pub(crate) fn tick(&mut self, now: Duration, mut seen: Seen) {
         let had_misses = !seen.misses.is_empty();
         let polite = self.last_rate > self.min_rate as f64;
-        match self.misses.suffers(now, &mut seen.misses) {
-            Some(true) if polite => {
+        match self.misses.look(now, &mut seen.misses, self.window_scale <= CALM_PART) {
+            Some(Meets::Suffers) if polite => {
                 self.start_window = None;
                 self.window_scale = (self.window_scale / 2.0).max(SCALE_MIN);
             }
@@ -276,19 +327,24 @@ impl Control {
             }
             None => {}
         }
+        let calm = self.pace.is_some_and(|pace| pace <= self.rate() * CALM_PART);
         let local = [
-            self.syncs.suffers(now, &mut seen.syncs),
-            self.writes.suffers(now, &mut seen.writes),
+            self.syncs.look(now, &mut seen.syncs, calm),
+            self.writes.look(now, &mut seen.writes, calm),
             // A read that missed has been looked at above.
-            if had_misses { None } else { self.reads.suffers(now, &mut seen.reads) },
+            if had_misses { None } else { self.reads.look(now, &mut seen.reads, calm) },
         ];
-        if local.contains(&Some(true)) {
+        if local.contains(&Some(Meets::SlowAnyway)) {
+            // It was not the fill that made them slow.
+            self.too_fast = f64::MAX;
+        }
+        if local.contains(&Some(Meets::Suffers)) {
             if polite {
                 let now = self.pace.unwrap_or(f64::MAX).min(self.last_rate);
                 (self.pace, self.too_fast) = (Some(now / 2.0), now);
             }
         } else if let Some(pace) = self.pace {
-            let grow = match (local.contains(&Some(false)), pace < self.too_fast * 0.7) {
+            let grow = match (local.iter().any(Option::is_some), pace < self.too_fast * 0.7) {
                 (false, _) => 2.0,
                 (true, true) => 1.25,
                 (true, false) => 1.02,
@@ -342,8 +398,10 @@ mod tests {
         assert_eq!(control.window(now), full);
         control.tick(now, misses(3 * MS));
         assert!(control.window(now) <= full / 2 + 1);
+        // The less the fill does, the better: down to one request.
         for _ in 0..20 {
-            control.tick(now, misses(3 * MS));
+            let part = control.window_scale;
+            control.tick(now, misses(2 * MS + MS / 2 + (100 * MS).mul_f64(part)));
         }
         assert_eq!(control.window(now), REQUEST_BYTES_MIN);
         for _ in 0..40 {
@@ -352,6 +410,27 @@ mod tests {
             control.tick(now, misses(MS));
         }
         assert_eq!(control.window(now), full);
+    }
+
+    #[test]
+    fn a_guest_that_is_slow_whatever_the_fill_does_does_not_hold_it_back() {
+        let (mut control, mut now) = settled();
+        let (mut link, mut disk) = (0, 0);
+        for tick in 0..200 {
+            now += TICK;
+            control.set_last(Some(now), None);
+            // A floor of 1 ms, and a tenth of the requests far above it.
+            let samples = || (0..10).map(|nth| if nth == 9 { MS } else { 20 * MS }).collect::<Vec<_>>();
+            control.tick(now, Seen { misses: samples(), syncs: samples(), ..Seen::default() });
+            for _ in 0..100 {
+                control.answered(now, 25_000 / 100, MS, false, true);
+            }
+            if tick >= 100 {
+                link += u64::from(control.window_scale > CALM_PART);
+                disk += u64::from(control.pace() == 0 || control.pace() > 5_000_000);
+            }
+        }
+        assert!(link > 80 && disk > 80, "of 100 ticks the link was used in {link}, the disk in {disk}");
     }
 
     #[test]
@@ -366,7 +445,8 @@ mod tests {
         control.set_min_rate(1_000_000);
         let mut now = now;
         for _ in 0..50 {
-            control.tick(now, Seen { syncs: vec![MS, 90 * MS, 90 * MS], ..Seen::default() });
+            let slow = 3 * MS + (MS * 4).mul_f64(control.pace.map_or(25.0, |pace| pace / 1e6));
+            control.tick(now, Seen { syncs: vec![MS, slow, slow], ..Seen::default() });
             // The fill does what it may.
             for _ in 0..20 {
                 now += MS;
