@@ -1,7 +1,7 @@
 //! What a whole chain reads as, from what each layer says of itself.
 
 use futures_util::future::LocalBoxFuture;
-use infill_base::{Ctx, Extent, ExtentKind, Extents, IoResult, push_extent};
+use infill_base::{Ctx, ErrorKind, Extent, ExtentKind, Extents, IoError, IoResult, push_extent};
 
 use crate::NodeHandle;
 
@@ -14,6 +14,15 @@ pub struct MappedExtent {
     pub depth: usize,
     /// Whether any layer holds it: false where it is absent all the way down.
     pub present: bool,
+}
+
+impl MappedExtent {
+    /// The part that lies in `[start, end)`, which it meets.
+    fn within(&self, start: u64, end: u64) -> MappedExtent {
+        let (from, to) = (self.extent.start.max(start), self.extent.end().min(end));
+        let host = self.extent.host.map(|host| host + (from - self.extent.start));
+        MappedExtent { extent: Extent { start: from, len: to - from, host, ..self.extent }, ..*self }
+    }
 }
 
 /// The runs of `[at, at + len)` with the layer that decides each. May stop early as [`Extents`] says.
@@ -39,6 +48,8 @@ fn map_layer(
                 break (below, extents);
             }
         };
+        let to = extents.last().map_or(at, Extent::end);
+        let mut known = Vec::new();
         for extent in extents {
             let below = match &below {
                 Some(below) if extent.kind == ExtentKind::Absent => below,
@@ -51,9 +62,20 @@ fn map_layer(
             let end = extent.end().min(below.len()).max(extent.start);
             let mut next = extent.start;
             while next < end {
-                let part = map_layer(below.clone(), cx, next, end - next, depth + 1).await?;
-                next = part.last().map_or(end, |last| last.extent.end());
-                out.extend(part);
+                if known.last().is_none_or(|last: &MappedExtent| last.extent.end() <= next) {
+                    // All that is left, not this run alone: one answer of a distant layer serves many runs.
+                    let left = to.min(below.len()).max(end) - next;
+                    known = map_layer(below.clone(), cx, next, left, depth + 1).await?;
+                    if known.last().is_none_or(|last| last.extent.end() <= next) {
+                        let why = "a layer of the chain gave no extents";
+                        return Err(IoError::new(ErrorKind::Io, why).at(next, left));
+                    }
+                }
+                let first = known.partition_point(|mapped| mapped.extent.end() <= next);
+                for mapped in known[first..].iter().take_while(|mapped| mapped.extent.start < end) {
+                    out.push(mapped.within(next, end));
+                    next = mapped.extent.end().min(end);
+                }
             }
             if next < extent.end() {
                 // Behind the end of the layer below: zeroes that nobody holds.

@@ -109,9 +109,14 @@ impl StreamCursor {
         let (from, to) = (self.next, last.end());
         let below = self.node.backing().and_then(|slot| slot.node());
         let mut pieces = VecDeque::new();
-        for extent in own.iter().filter(|extent| extent.kind == ExtentKind::Absent) {
-            let needs = self.needs(cx, below.as_ref(), extent.start, extent.end()).await?;
-            plan(self.node.populate_unit(), extent.start, extent.end(), &needs, &mut pieces);
+        let absent: Vec<_> = own.iter().filter(|extent| extent.kind == ExtentKind::Absent).collect();
+        if let (Some(first), Some(last)) = (absent.first(), absent.last()) {
+            // One question for all of them: a busy guest leaves thousands of runs, and the source may be distant.
+            let needs = self.needs(cx, below.as_ref(), first.start, last.end()).await?;
+            for extent in absent {
+                let needs = within(&needs, extent.start, extent.end());
+                plan(self.node.populate_unit(), extent.start, extent.end(), &needs, &mut pieces);
+            }
         }
         let work: u64 = pieces.iter().map(|piece| piece.len()).sum();
         self.pending.extend(pieces);
@@ -120,7 +125,8 @@ impl StreamCursor {
         Ok(())
     }
 
-    /// What an absent run needs, as (end, need) in ascending order up to `end`; neighbours differ.
+    /// What would be needed of `[start, end)` if all of it were absent, as (end, need) in ascending order up to `end`;
+    /// neighbours differ.
     async fn needs(
         &self,
         cx: &Ctx,
@@ -183,6 +189,13 @@ impl FillPiece {
     }
 }
 
+/// The part of `needs` that lies in `[start, end)`.
+fn within(needs: &[(u64, Need)], start: u64, end: u64) -> Vec<(u64, Need)> {
+    let first = needs.partition_point(|(to, _)| *to <= start);
+    let last = needs.partition_point(|(to, _)| *to < end);
+    needs[first..needs.len().min(last + 1)].iter().map(|(to, need)| ((*to).min(end), *need)).collect()
+}
+
 /// Turns the needs of one absent run into pieces of whole units. A unit whose bytes need different things is copied.
 fn plan(unit: u64, start: u64, end: u64, needs: &[(u64, Need)], pieces: &mut VecDeque<FillPiece>) {
     let mut emit = |from: u64, to: u64, need: Need| match (need, pieces.back_mut()) {
@@ -210,11 +223,14 @@ fn plan(unit: u64, start: u64, end: u64, needs: &[(u64, Need)], pieces: &mut Vec
 
 #[cfg(test)]
 mod tests {
+    use bytes::BytesMut;
     use futures_util::FutureExt;
-    use infill_base::{WriteFlags, ZeroFlags};
+    use infill_base::{Extent, Extents, Gather, Limits, WriteFlags, ZeroFlags};
+    use infill_storage::sync::Arc;
+    use infill_storage::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
-    use crate::MemoryOverlay;
+    use crate::{MemoryOverlay, Node, NodeInfo};
 
     fn pieces(mut cursor: StreamCursor) -> Vec<FillPiece> {
         std::iter::from_fn(|| cursor.next(&Ctx::FILL, u64::MAX).now_or_never().unwrap().unwrap()).collect()
@@ -223,6 +239,56 @@ mod tests {
     fn fill(node: &NodeHandle, at: u64, len: usize) {
         let data = vec![7; len];
         node.write(&Ctx::GUEST, at, data, WriteFlags::empty()).now_or_never().unwrap().unwrap();
+    }
+
+    /// A full disk that counts how often it is asked for extents.
+    struct Distant(Arc<AtomicU64>);
+
+    impl Node for Distant {
+        fn limits(&self) -> Limits {
+            Limits::default()
+        }
+        fn len(&self) -> u64 {
+            1 << 20
+        }
+        fn info(&self) -> NodeInfo {
+            NodeHandle::new(MemoryOverlay::new(0, 4096, None)).info()
+        }
+        async fn read(&self, _: &Ctx, _: u64, buf: BytesMut) -> IoResult<BytesMut> {
+            Ok(buf)
+        }
+        async fn write(&self, _: &Ctx, _: u64, _: Gather, _: WriteFlags) -> IoResult<()> {
+            Ok(())
+        }
+        async fn write_zeroes(&self, _: &Ctx, _: u64, _: u64, _: ZeroFlags) -> IoResult<()> {
+            Ok(())
+        }
+        async fn discard(&self, _: &Ctx, _: u64, _: u64) -> IoResult<()> {
+            Ok(())
+        }
+        async fn sync(&self, _: &Ctx) -> IoResult<()> {
+            Ok(())
+        }
+        async fn extents(&self, _: &Ctx, at: u64, len: u64) -> IoResult<Extents> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(vec![Extent::new(at, len, ExtentKind::Data)])
+        }
+    }
+
+    #[test]
+    fn a_distant_source_is_asked_once_for_all_the_runs_that_a_busy_guest_leaves() {
+        let asked = Arc::new(AtomicU64::new(0));
+        let source = NodeHandle::new(Distant(asked.clone()));
+        let middle = NodeHandle::new(MemoryOverlay::new(1 << 20, 4096, Some(source)));
+        let top = NodeHandle::new(MemoryOverlay::new(1 << 20, 4096, Some(middle.clone())));
+        let place = |nth: u64| nth * (16 << 10);
+        for nth in 0..64 {
+            fill(if nth % 2 == 0 { &top } else { &middle }, place(nth), 4096);
+        }
+        let pieces = pieces(StreamCursor::new(&top, false));
+        let copied: u64 = pieces.iter().map(FillPiece::len).sum();
+        assert_eq!((pieces.len(), copied), (32, (1 << 20) - 32 * 4096));
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
     }
 
     #[test]
