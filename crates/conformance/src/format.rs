@@ -111,18 +111,22 @@ impl Format {
         Format::ALL.iter().find(|(known, _)| *known == name).map(|(_, format)| *format)
     }
 
+    /// The same without a planted mistake.
+    pub fn sound(&self) -> Format {
+        match *self {
+            Format::Raw => Format::Raw,
+            Format::Qcow2(shape) => Format::Qcow2(Qcow2Shape { fault: None, ..shape }),
+            Format::Qed(shape) => Format::Qed(QedShape { fault: None, ..shape }),
+        }
+    }
+
     /// Its name, as [`Format::parse`] takes it.
     pub fn name(&self) -> String {
-        let (plain, fault) = match *self {
-            Format::Raw => (Format::Raw, None),
-            Format::Qcow2(shape) => {
-                let fault = shape.fault.map(|fault| format!("{fault:?}"));
-                (Format::Qcow2(Qcow2Shape { fault: None, ..shape }), fault)
-            }
-            Format::Qed(shape) => {
-                let fault = shape.fault.map(|fault| format!("{fault:?}"));
-                (Format::Qed(QedShape { fault: None, ..shape }), fault)
-            }
+        let plain = self.sound();
+        let fault = match self {
+            Format::Raw => None,
+            Format::Qcow2(shape) => shape.fault.map(|fault| format!("{fault:?}")),
+            Format::Qed(shape) => shape.fault.map(|fault| format!("{fault:?}")),
         };
         let name = Format::ALL.iter().find(|(_, known)| *known == plain).map_or("unnamed", |(name, _)| name);
         fault.map_or(name.to_string(), |fault| format!("{name} with {fault}"))

@@ -14,6 +14,7 @@ use rustc_hash::FxHashSet;
 use super::Plan;
 use crate::format::failed;
 use crate::guest::{read_all, read_pieces};
+use crate::layout::Layout;
 use crate::model::Model;
 use crate::order::Order;
 use crate::payload::{BACKING_OP, SectorKind, payload, sector_kind};
@@ -89,6 +90,8 @@ struct State {
 #[derive(Clone)]
 pub(super) struct Judge {
     plan: Plan,
+    /// The format without a planted mistake.
+    sound: Format,
     pub model: Arc<Mutex<Model>>,
     pub backing: Option<Bytes>,
     backing_storage: Option<StorageHandle>,
@@ -140,7 +143,9 @@ impl Judge {
             heir: None,
             order: None,
         };
+        let sound = plan.format.sound();
         Judge {
+            sound,
             plan: plan.clone(),
             model: Arc::new(Mutex::new(model)),
             backing,
@@ -266,8 +271,8 @@ impl Judge {
     }
 
     /// Opens an image with its backing.
-    async fn open(&self, storage: &StorageHandle) -> Result<(NodeHandle, bool), Violation> {
-        let node = self.plan.format.open(storage).await.map_err(|error| failed("opening", &error))?;
+    async fn open(&self, format: Format, storage: &StorageHandle) -> Result<(NodeHandle, bool), Violation> {
+        let node = format.open(storage).await.map_err(|error| failed("opening", &error))?;
         let backed = node.info().backing.is_some();
         if backed {
             let Some(slot) = node.backing() else {
@@ -291,10 +296,17 @@ impl Judge {
         let disk = SimDisk::with(media, options);
         let storage = StorageHandle::new(disk.clone());
         World::new(seed).run(async {
-            if !self.plan.format.is_marked_dirty(&disk.media()) {
+            if let Some(layout) = Layout::parse(self.sound, &disk.media())
+                && let Some(what) = layout.map_err(Violation::Broken)?.contradiction()
+            {
+                return Err(Violation::Broken(format!("the metadata contradicts itself: {what}")));
+            }
+            if !self.sound.is_marked_dirty(&disk.media()) {
                 self.check(&storage, "the check before opening").await?;
             }
-            let (node, backed) = self.open(&storage).await?;
+            // What is only looked at is opened without the planted mistake; what is used on goes on with it.
+            let format = if then.use_on { self.plan.format } else { self.sound };
+            let (node, backed) = self.open(format, &storage).await?;
             if detached && backed {
                 return Err(Violation::Broken(
                     "the stream had completed, the header names the backing".into(),
@@ -314,7 +326,7 @@ impl Judge {
     }
 
     async fn check(&self, storage: &StorageHandle, when: &str) -> Result<(), Violation> {
-        let report = self.plan.format.check(storage, Repair::Nothing).await;
+        let report = self.sound.check(storage, Repair::Nothing).await;
         let report = report.map_err(|error| failed(when, &error))?;
         if report.corruptions + report.check_errors > 0 {
             let words = report.messages.iter().take(4).cloned().collect::<Vec<_>>().join("; ");
@@ -334,7 +346,7 @@ impl Judge {
         let size = content.len() as u64;
         let model = Arc::new(Mutex::new(Model::new(size, &Bytes::copy_from_slice(content))));
         let guest = Guest::new(node, model);
-        let unit = self.plan.format.unit_bytes();
+        let unit = self.sound.unit_bytes();
         let mut generator = Generator::new(Rng::new(seed), Mix::GUEST, size, unit, 1);
         for _ in 0..OPS_AFTER_CRASH {
             guest.apply(generator.next_op()).await?;
@@ -343,16 +355,16 @@ impl Judge {
         let closed = guest.node().close(&Ctx::GUEST).await;
         closed.map_err(|error| failed("closing after a crash", &error))?;
         self.check(storage, "the check after going on").await?;
-        let repaired = self.plan.format.check(storage, Repair::Leaks).await;
+        let repaired = self.sound.check(storage, Repair::Leaks).await;
         let repaired = repaired.map_err(|error| failed("giving leaks back", &error))?;
-        let again = self.plan.format.check(storage, Repair::Nothing).await;
+        let again = self.sound.check(storage, Repair::Nothing).await;
         let again = again.map_err(|error| failed("the check after giving leaks back", &error))?;
-        let leaks = if self.plan.format.is_tight() { 0 } else { repaired.leaks };
+        let leaks = if self.sound.is_tight() { 0 } else { repaired.leaks };
         if again.leaks != leaks || again.corruptions > 0 {
             let words = again.messages.iter().take(4).cloned().collect::<Vec<_>>().join("; ");
             return Err(Violation::Broken(format!("after giving leaks back the check finds: {words}")));
         }
-        let (node, _) = self.open(storage).await?;
+        let (node, _) = self.open(self.sound, storage).await?;
         guest.on_node(node).compare_all().await
     }
 }
