@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
-use infill_base::{Ctx, IoResult, WriteFlags, is_zero};
+use infill_base::{Ctx, IoResult, WriteFlags, align_down, is_zero};
 use infill_nbd::{ClientOptions, Export, Exports, NbdStorage, Server, ServerLimits};
 use infill_node::{BackingRef, MemoryOverlay, NodeHandle, RawNode};
 use infill_sim::{DiskOptions, Media, Rng, SimDisk};
@@ -67,12 +67,12 @@ fn disk(name: &str, seed: u64, media: Media) -> SimDisk {
     SimDisk::with(media, options)
 }
 
-/// Content of `len` bytes: payload that says that it is the backing's, with zeroes in it.
+/// Content of `len` bytes: payload that says that it is the backing's, with zeroes in it. No word is torn by them.
 pub fn base_content(len: u64, rng: &mut Rng) -> Bytes {
     let mut content = payload(BACKING_OP, 0, len as usize).to_vec();
     for _ in 0..len / (32 << 10) {
-        let at = rng.below(len);
-        let end = (at + rng.below(24 << 10)).min(len);
+        let at = align_down(rng.below(len), 8);
+        let end = (at + align_down(rng.below(24 << 10), 8)).min(len);
         content[at as usize..end as usize].fill(0);
     }
     content.into()

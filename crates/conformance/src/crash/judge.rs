@@ -17,7 +17,8 @@ use crate::guest::{read_all, read_pieces};
 use crate::layout::Layout;
 use crate::model::Model;
 use crate::order::Order;
-use crate::payload::{BACKING_OP, SectorKind, payload, sector_kind};
+use crate::payload::{SectorKind, sector_kind};
+use crate::stack::base_content;
 use crate::{Format, Generator, Guest, GuestOp, Mix, Violation};
 
 /// How much was looked at.
@@ -120,7 +121,7 @@ impl Judge {
         seen: FxHashSet<u64>,
         born: Option<(Media, Vec<u8>, bool)>,
     ) -> Judge {
-        let backing = plan.backing.map(|len| backing_content(len, &mut Rng::new(plan.seed)));
+        let backing = plan.backing.map(|len| base_content(len, &mut Rng::new(plan.seed)));
         let (media, model, detached) = match born {
             Some((media, content, detached)) => {
                 (media, Model::new(content.len() as u64, &content.into()), detached)
@@ -367,17 +368,6 @@ impl Judge {
         let (node, _) = self.open(self.sound, storage).await?;
         guest.on_node(node).compare_all().await
     }
-}
-
-/// Content of a backing: payload that names it, with runs of zeroes in it.
-fn backing_content(len: u64, rng: &mut Rng) -> Bytes {
-    let mut content = payload(BACKING_OP, 0, len as usize).to_vec();
-    for _ in 0..len / (64 << 10) {
-        let at = rng.below(len);
-        let end = (at + rng.below(24 << 10)).min(len);
-        content[at as usize..end as usize].fill(0);
-    }
-    content.into()
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

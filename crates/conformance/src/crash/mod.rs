@@ -92,7 +92,7 @@ impl Plan {
         let rng = &mut Rng::new(seed ^ 0x5eed);
         let backing = match rng.below(5) {
             0 => None,
-            1 => Some(plan.size / 2 + 700),
+            1 => Some(plan.size / 2 + 704),
             2 => Some(plan.size + 40_000),
             _ => Some(plan.size),
         };
