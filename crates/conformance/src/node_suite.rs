@@ -42,6 +42,8 @@ pub struct Subject {
     pub below: Below,
     /// Size of the disk, in bytes.
     pub size: u64,
+    /// What the overlay's storage wants its requests to be multiples of, in bytes.
+    pub align: u32,
 }
 
 impl Subject {
@@ -51,7 +53,7 @@ impl Subject {
             Top::Memory(unit) => unit,
             Top::Image(format) => format.unit_bytes(),
         };
-        Subject { top, below, size: (20 * unit).max(512 << 10) + 3 * 512 }
+        Subject { top, below, size: (20 * unit).max(512 << 10) + 3 * 512, align: 1 }
     }
 
     fn discards(&self) -> Discards {
@@ -99,6 +101,19 @@ pub fn run(subject: Subject, seeds: std::ops::Range<u64>) {
     }
 }
 
+/// Runs the generated operations alone, aligned as the node wants them: for one that hands the blocks of its storage
+/// on to its callers.
+///
+/// # Panics
+/// As [`run`].
+pub fn run_generated(subject: Subject, seeds: std::ops::Range<u64>) {
+    for seed in seeds {
+        if let Err(violation) = World::new(seed).run(generated(subject, seed)) {
+            panic!("{:?} over {:?}, seed {seed}: {violation}", subject.top, subject.below);
+        }
+    }
+}
+
 const CX: Ctx = Ctx::GUEST;
 
 fn broken(what: impl Into<String>) -> Violation {
@@ -111,7 +126,7 @@ fn ok<T>(when: &str, result: IoResult<T>) -> Result<T, Violation> {
 
 /// The stack, opened, with a guest that knows its content.
 async fn open(subject: Subject, seed: u64) -> Result<(Stack, Guest), Violation> {
-    let stack = Stack::build(subject.top, subject.below, subject.size, seed).await?;
+    let stack = Stack::build(subject.top, subject.below, subject.size, subject.align, seed).await?;
     let model = Arc::new(Mutex::new(Model::new(subject.size, &stack.content)));
     let guest = Guest::new(stack.open().await?, model);
     guest.compare_all().await?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
-use infill_base::{Ctx, IoResult, WriteFlags, align_down, is_zero};
+use infill_base::{Ctx, IoResult, Limits, WriteFlags, align_down, is_zero};
 use infill_nbd::{ClientOptions, Export, Exports, NbdStorage, Server, ServerLimits};
 use infill_node::{BackingRef, MemoryOverlay, NodeHandle, RawNode};
 use infill_sim::{DiskOptions, Media, Rng, SimDisk};
@@ -80,7 +80,9 @@ pub fn base_content(len: u64, rng: &mut Rng) -> Bytes {
 
 impl Stack {
     /// A new overlay of `size` bytes over a new base.
-    pub async fn build(top: Top, below: Below, size: u64, seed: u64) -> Result<Stack, Violation> {
+    ///
+    /// The overlay's disk takes requests of multiples of `align` bytes only.
+    pub async fn build(top: Top, below: Below, size: u64, align: u32, seed: u64) -> Result<Stack, Violation> {
         let mut rng = Rng::new(seed);
         let base_len = match below {
             Below::Nothing => 0,
@@ -107,7 +109,15 @@ impl Stack {
         };
         let mut shown = content.to_vec();
         shown.resize(size as usize, 0);
-        let medium = disk("overlay", seed + 1, Media::new(0));
+        let limits = Limits { request_align: align, memory_align: align, ..Limits::default() };
+        let options = DiskOptions {
+            name: "overlay".into(),
+            seed: seed + 1,
+            latency: LATENCY,
+            limits,
+            ..DiskOptions::default()
+        };
+        let medium = SimDisk::with(Media::new(0), options);
         if let Top::Image(format) = top {
             let named = BackingRef { filename: BASE_NAME.into(), format: Some("raw".into()) };
             let named = base.as_ref().map(|_| named);
