@@ -81,7 +81,7 @@ pub fn run(program: &str, args: &[&str]) -> String {
 pub fn fails(program: &str, args: &[&str]) -> String {
     let output = output(program, args);
     assert!(!output.status.success(), "{program} {args:?} succeeds");
-    String::from_utf8_lossy(&output.stderr).into_owned()
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
 /// Waits for a condition of another process, with a limit.

@@ -168,8 +168,13 @@ async fn reconnect(shared: &Shared, retry: &mut Retry) -> Option<Open> {
             Either::Left((Ok(open), _)) => match shared.same_source(&open.agreed) {
                 Ok(()) => return Some(open),
                 Err(failed) => {
-                    // The wrong source: its own error is better than being held for ever.
-                    shared.stop_holding(&IoError::from(failed.clone()));
+                    // The wrong source. For those who read, the right one may come back, as after any other loss.
+                    // Those who write have writes that it will never get: they are told.
+                    let error = IoError::from(failed.clone());
+                    tracing::warn!(storage = %shared.name, %error, "not connected again");
+                    if !shared.options.read_only {
+                        shared.stop_holding(&error);
+                    }
                     failed
                 }
             },
