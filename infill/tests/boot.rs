@@ -42,25 +42,37 @@ ExecStart=/usr/local/sbin/infill-guest
 WantedBy=multi-user.target
 ";
 
-/// Where Debian's packages come from on this machine.
+/// The release that the guest runs.
+const SUITE: &str = "bookworm";
+
+/// Where that release's packages come from on this machine.
 fn mirror() -> String {
     let listed = std::fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten().flatten();
     let files = listed.map(|entry| entry.path()).chain(["/etc/apt/sources.list".into()]);
-    for file in files {
-        let Ok(lines) = std::fs::read_to_string(&file) else { continue };
-        for line in lines.lines().map(str::trim) {
-            let words: Vec<_> = line.split_whitespace().collect();
-            let uri = match words.as_slice() {
-                ["deb", options, uri, ..] if options.starts_with('[') => uri,
-                ["URIs:", uri, ..] | ["deb", uri, ..] => uri,
-                _ => continue,
-            };
-            if !uri.contains("security") {
-                return (*uri).to_owned();
-            }
+    let texts = files.filter_map(|file| std::fs::read_to_string(file).ok());
+    let found = texts.flat_map(|text| [stanza_mirror(&text), line_mirror(&text)]).flatten().next();
+    found.unwrap_or_else(|| panic!("no mirror of {SUITE} in /etc/apt: add a source entry"))
+}
+
+/// From a source entry of several lines.
+fn stanza_mirror(text: &str) -> Option<String> {
+    text.split("\n\n").find_map(|stanza| {
+        let field = |name: &str| stanza.lines().find_map(|line| line.strip_prefix(name));
+        field("Suites:")?.split_whitespace().any(|suite| suite == SUITE).then_some(())?;
+        Some(field("URIs:")?.split_whitespace().next()?.to_owned())
+    })
+}
+
+/// From a source entry of one line.
+fn line_mirror(text: &str) -> Option<String> {
+    text.lines().find_map(|line| {
+        let mut words = line.strip_prefix("deb ")?.split_whitespace().peekable();
+        if words.peek()?.starts_with('[') {
+            words.find(|word| word.ends_with(']'))?;
         }
-    }
-    panic!("no Debian mirror in /etc/apt: add a source entry")
+        let uri = words.next()?;
+        (words.next()? == SUITE).then(|| uri.to_owned())
+    })
 }
 
 /// The guest's root file system on ext4 in a raw file; made once, and kept between runs.
@@ -74,7 +86,7 @@ fn base_image() -> PathBuf {
     let (root, partial) = (cache.join("root"), cache.join("base.raw.partial"));
     let _ = std::fs::remove_dir_all(&root);
     let packages = "--include=systemd-sysv,udev";
-    run("debootstrap", &["--variant=minbase", packages, "bookworm", text(&root), &mirror()]);
+    run("debootstrap", &["--variant=minbase", packages, SUITE, text(&root), &mirror()]);
     std::fs::write(root.join("usr/local/sbin/infill-guest"), GUEST_SCRIPT).unwrap();
     run("chmod", &["755", text(&root.join("usr/local/sbin/infill-guest"))]);
     std::fs::write(root.join("etc/systemd/system/infill-guest.service"), GUEST_UNIT).unwrap();

@@ -84,7 +84,7 @@ fn seed(name: &str, corpus: &Path, root: &Path) -> Result<()> {
             ("narrow", "refcount_bits=1,cluster_size=512"),
             ("wide", "refcount_bits=64,cluster_size=4k"),
         ],
-        "qed" => &[("small", "cluster_size=4k,table_size=1"), ("wide", "cluster_size=4k,table_size=4")],
+        "qed" => &[("small", "cluster_size=4k,table_size=2"), ("wide", "cluster_size=4k,table_size=4")],
         _ => &[],
     };
     for (file, options) in images {

@@ -32,19 +32,19 @@ pub const CLOSE_TIME: Duration = Duration::from_secs(5);
 /// The limits of one server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ServerLimits {
-    /// See [`HANDSHAKE_TIME`].
+    /// See `HANDSHAKE_TIME`.
     pub handshake_time: Duration,
-    /// See [`OPTIONS_MAX`].
+    /// See `OPTIONS_MAX`.
     pub options_max: u32,
-    /// See [`CONNECTIONS_MAX`].
+    /// See `CONNECTIONS_MAX`.
     pub connections_max: usize,
-    /// See [`REQUESTS_IN_FLIGHT_MAX`].
+    /// See `REQUESTS_IN_FLIGHT_MAX`.
     pub requests_in_flight_max: usize,
-    /// See [`BYTES_IN_FLIGHT_MAX`]. One request is always let in, however large.
+    /// See `BYTES_IN_FLIGHT_MAX`. One request is always let in, however large.
     pub bytes_in_flight_max: u64,
-    /// See [`BYTES_IN_FLIGHT_TOTAL`].
+    /// See `BYTES_IN_FLIGHT_TOTAL`.
     pub bytes_in_flight_total: u64,
-    /// See [`CLOSE_TIME`].
+    /// See `CLOSE_TIME`.
     pub close_time: Duration,
 }
 
