@@ -15,7 +15,7 @@ use crate::peers::{Daemon, NbdClient, Process, Who, run};
 use crate::table::{Row, Table, median, percentile};
 
 const LINK_BITS: f64 = 200e6;
-const DISK: u64 = 64 << 30;
+const DISK: u64 = 256 << 30;
 const WATCH: Duration = Duration::from_secs(8);
 /// Where the guest reads: far ahead of the stream.
 const READ_FROM: u64 = 16 << 30;
@@ -125,7 +125,7 @@ fn measure(setup: &Setup, who: Who, link: &Link, image: &PathBuf) -> Result<Figu
 pub fn cold_reads(setup: &Setup, table: &mut Table) -> Result<()> {
     let link = Link::new().context("network namespaces with tbf are needed: run as root")?;
     let mut command = Command::new("ip");
-    command.args(["netns", "exec", &link.names[0], "nbdkit", "-f", "-p", "10809", "pattern", "64G"]);
+    command.args(["netns", "exec", &link.names[0], "nbdkit", "-f", "-p", "10809", "pattern", "256G"]);
     let _source = Process::start(&mut command)?;
     let image = setup.dir.join("link.qcow2");
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
