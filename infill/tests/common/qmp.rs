@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::common::{INFILL, Process, text, wait_for_socket};
+use super::common::{INFILL, Process, text, wait_for_socket, wait_until};
 
 /// Which daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,12 +51,24 @@ pub struct Qmp {
 impl Qmp {
     /// Connects and reads the greeting.
     pub fn greeted(socket: &Path) -> (Qmp, Value) {
-        let stream = UnixStream::connect(socket).unwrap();
+        // The competitor serves one client at a time, and turns others away: whoever looked whether it listens may not
+        // be gone yet.
+        let mut greeted = None;
+        wait_until("the monitor greets", || {
+            greeted = Qmp::try_greeted(socket);
+            greeted.is_some()
+        });
+        greeted.expect("it has greeted")
+    }
+
+    fn try_greeted(socket: &Path) -> Option<(Qmp, Value)> {
+        let stream = UnixStream::connect(socket).ok()?;
         stream.set_read_timeout(Some(ANSWER_LIMIT)).unwrap();
         let reader = BufReader::new(stream.try_clone().unwrap());
         let mut qmp = Qmp { stream, reader, events: VecDeque::new(), seen: Vec::new() };
-        let greeting = qmp.message().unwrap();
-        (qmp, greeting)
+        qmp.reader.fill_buf().ok()?;
+        let greeting = qmp.message()?;
+        Some((qmp, greeting))
     }
 
     /// Connects and negotiates.
