@@ -5,7 +5,7 @@ use std::fmt;
 
 use infill_storage::sync::{Arc, Mutex, lock};
 
-use crate::NodeHandle;
+use crate::{Edge, NodeHandle};
 
 /// The graph refuses a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,7 +36,21 @@ impl std::error::Error for GraphError {}
 struct Entry {
     node: NodeHandle,
     children: Vec<String>,
-    users: Vec<String>,
+    users: Vec<User>,
+}
+
+#[derive(Debug)]
+struct User {
+    /// For messages, and to find it again.
+    who: String,
+    /// Where it points at the node, if it can be made to point elsewhere.
+    edge: Option<Edge>,
+}
+
+impl User {
+    fn fixed(who: impl Into<String>) -> User {
+        User { who: who.into(), edge: None }
+    }
 }
 
 /// Named nodes. Cloning shares the graph.
@@ -60,7 +74,7 @@ impl Graph {
         }
         for child in &children {
             if let Some(entry) = entries.get_mut(child) {
-                entry.users.push(format!("node '{name}'"));
+                entry.users.push(User::fixed(format!("node '{name}'")));
             }
         }
         entries.insert(name.into(), Entry { node, children, users: Vec::new() });
@@ -71,6 +85,12 @@ impl Graph {
     pub fn get(&self, name: &str) -> Result<NodeHandle, GraphError> {
         let entries = lock(&self.0);
         entries.get(name).map(|entry| entry.node.clone()).ok_or_else(|| GraphError::Unknown(name.into()))
+    }
+
+    /// The name of a node.
+    pub fn name_of(&self, node: &NodeHandle) -> Option<String> {
+        let entries = lock(&self.0);
+        entries.iter().find(|(_, entry)| entry.node.is_same(node)).map(|(name, _)| name.clone())
     }
 
     /// All nodes in the order of their names.
@@ -87,14 +107,59 @@ impl Graph {
     pub fn claim(&self, name: &str, user: &str) -> Result<NodeHandle, GraphError> {
         let mut entries = lock(&self.0);
         let entry = entries.get_mut(name).ok_or_else(|| GraphError::Unknown(name.into()))?;
-        entry.users.push(user.into());
+        entry.users.push(User::fixed(user));
         Ok(entry.node.clone())
+    }
+
+    /// Notes `user` as a user of the node who can be given another one ([`Graph::move_users`]).
+    pub fn claim_edge(&self, name: &str, user: &str) -> Result<Edge, GraphError> {
+        let mut entries = lock(&self.0);
+        let entry = entries.get_mut(name).ok_or_else(|| GraphError::Unknown(name.into()))?;
+        let edge = Edge::new(entry.node.clone());
+        entry.users.push(User { who: user.into(), edge: Some(edge.clone()) });
+        Ok(edge)
+    }
+
+    /// The users of `name` that [`Graph::move_users`] would move. Refused where one is neither among `staying` nor able to.
+    pub fn movable(&self, name: &str, staying: &[String]) -> Result<Vec<String>, GraphError> {
+        let entries = lock(&self.0);
+        let entry = entries.get(name).ok_or_else(|| GraphError::Unknown(name.into()))?;
+        let going = || entry.users.iter().filter(|user| !staying.contains(&user.who));
+        let fixed: Vec<_> = going().filter(|user| user.edge.is_none()).map(|user| user.who.clone()).collect();
+        match fixed.is_empty() {
+            true => Ok(going().map(|user| user.who.clone()).collect()),
+            false => Err(GraphError::InUse(name.into(), fixed)),
+        }
+    }
+
+    /// Gives the users of `from`, all but `staying`, the node `to` instead. Who exchanges them holds `from`
+    /// ([`NodeHandle::hold_changes`]) meanwhile, and both read the same.
+    pub fn move_users(&self, from: &str, to: &str, staying: &[String]) -> Result<(), GraphError> {
+        self.movable(from, staying)?;
+        let mut entries = lock(&self.0);
+        let node = match entries.get(to) {
+            Some(entry) => entry.node.clone(),
+            None => return Err(GraphError::Unknown(to.into())),
+        };
+        let Some(entry) = entries.get_mut(from) else { return Err(GraphError::Unknown(from.into())) };
+        let (stay, go): (Vec<_>, Vec<_>) =
+            entry.users.drain(..).partition(|user| staying.contains(&user.who) || user.edge.is_none());
+        entry.users = stay;
+        for user in &go {
+            if let Some(edge) = &user.edge {
+                edge.point_at(node.clone());
+            }
+        }
+        if let Some(entry) = entries.get_mut(to) {
+            entry.users.extend(go);
+        }
+        Ok(())
     }
 
     /// Takes one claim of `user` back.
     pub fn release(&self, name: &str, user: &str) {
         if let Some(entry) = lock(&self.0).get_mut(name)
-            && let Some(at) = entry.users.iter().position(|other| other == user)
+            && let Some(at) = entry.users.iter().position(|other| other.who == user)
         {
             entry.users.remove(at);
         }
@@ -102,7 +167,9 @@ impl Graph {
 
     /// Who uses the node.
     pub fn users(&self, name: &str) -> Vec<String> {
-        lock(&self.0).get(name).map(|entry| entry.users.clone()).unwrap_or_default()
+        let entries = lock(&self.0);
+        let users = entries.get(name).map(|entry| entry.users.iter().map(|user| user.who.clone()).collect());
+        users.unwrap_or_default()
     }
 
     /// There is an edge from `parent` to `child` from now on (a stream has put another backing there).
@@ -117,7 +184,7 @@ impl Graph {
             entry.children.push(child.into());
         }
         if let Some(entry) = entries.get_mut(child) {
-            entry.users.push(format!("node '{parent}'"));
+            entry.users.push(User::fixed(format!("node '{parent}'")));
         }
         Ok(())
     }
@@ -139,7 +206,8 @@ impl Graph {
         let mut entries = lock(&self.0);
         let entry = entries.get(name).ok_or_else(|| GraphError::Unknown(name.into()))?;
         if !entry.users.is_empty() {
-            return Err(GraphError::InUse(name.into(), entry.users.clone()));
+            let users = entry.users.iter().map(|user| user.who.clone()).collect();
+            return Err(GraphError::InUse(name.into(), users));
         }
         let Some(entry) = entries.remove(name) else { return Err(GraphError::Unknown(name.into())) };
         drop(entries);

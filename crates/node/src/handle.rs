@@ -7,6 +7,7 @@ use futures_util::future::LocalBoxFuture;
 use infill_base::{Ctx, ExtentKind, Extents, Gather, IoResult, Limits, WriteFlags, ZeroFlags};
 use infill_storage::{Storage, rt};
 
+use crate::changes::{self, Change, ChangeKind, Changes, Held, InFlight, Watcher, Watching};
 use crate::fetch::FetchTable;
 use crate::latency::{LatencyBoard, LatencyKind};
 use crate::{BackingRef, BackingSlot, Node, NodeInfo, Populated};
@@ -87,6 +88,7 @@ struct Cell<D: ?Sized> {
     /// One single-flight table for everybody who has this node as backing (I4).
     fetches: FetchTable,
     latency: LatencyBoard,
+    changes: Changes,
     driver: D,
 }
 
@@ -118,6 +120,7 @@ impl NodeHandle {
         NodeHandle(Arc::new(Cell {
             fetches: FetchTable::default(),
             latency: LatencyBoard::default(),
+            changes: Changes::default(),
             driver: node,
         }))
     }
@@ -180,17 +183,39 @@ impl NodeHandle {
 
     /// See [`Node::write`].
     pub async fn write(&self, cx: &Ctx, at: u64, data: impl Into<Gather>, flags: WriteFlags) -> IoResult<()> {
-        self.timed(cx, LatencyKind::Write, self.0.driver.write(cx, at, data.into(), flags)).await
+        self.enter().await.write(cx, at, data.into(), flags).await
     }
 
     /// See [`Node::write_zeroes`].
     pub async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
-        self.timed(cx, LatencyKind::Write, self.0.driver.write_zeroes(cx, at, len, flags)).await
+        self.enter().await.write_zeroes(cx, at, len, flags).await
     }
 
     /// See [`Node::discard`].
     pub async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
-        self.0.driver.discard(cx, at, len).await
+        self.enter().await.discard(cx, at, len).await
+    }
+
+    /// Counts a change in, once nobody holds the node.
+    pub(crate) async fn enter(&self) -> Entered<'_> {
+        Entered { node: self, _in_flight: self.0.changes.enter().await }
+    }
+
+    pub(crate) fn changes(&self) -> &Changes {
+        &self.0.changes
+    }
+
+    /// Keeps new changes (writes, zeroes, discards, resizes) out and waits until none is in flight. They wait until the
+    /// [`Held`] is dropped. Reads and populates go on. A change may wait for a source that is away, so
+    /// callers wait with a limit; giving up opens the node again.
+    pub async fn hold_changes(&self) -> Held {
+        changes::hold(self).await
+    }
+
+    /// Has `watcher` see every change that is not done when this returns. Holds changes for a moment, as
+    /// [`NodeHandle::hold_changes`] does.
+    pub async fn watch(&self, watcher: Arc<dyn Watcher>) -> Watching {
+        self.hold_changes().await.watch(watcher)
     }
 
     /// See [`Node::sync`].
@@ -220,7 +245,12 @@ impl NodeHandle {
 
     /// See [`Node::resize`].
     pub async fn resize(&self, cx: &Ctx, len: u64) -> IoResult<()> {
-        self.0.driver.resize(cx, len).await
+        let _in_flight = self.0.changes.enter().await;
+        self.0.driver.resize(cx, len).await?;
+        for (_, watcher) in self.0.changes.watchers().iter().flat_map(|list| list.iter()) {
+            watcher.resized(len);
+        }
+        Ok(())
     }
 
     /// See [`Node::close`].
@@ -238,6 +268,42 @@ impl NodeHandle {
         let end = rt::now();
         self.0.latency.record(kind, end, end.saturating_sub(start));
         result
+    }
+}
+
+/// A change that has counted itself in at its node.
+pub(crate) struct Entered<'a> {
+    node: &'a NodeHandle,
+    _in_flight: InFlight<'a>,
+}
+
+impl Entered<'_> {
+    pub(crate) async fn write(&self, cx: &Ctx, at: u64, data: Gather, flags: WriteFlags) -> IoResult<()> {
+        let cell = &*self.node.0;
+        let Some(watchers) = cell.changes.watchers() else {
+            return self.node.timed(cx, LatencyKind::Write, cell.driver.write(cx, at, data, flags)).await;
+        };
+        let change = Change { at, len: data.len() as u64, what: ChangeKind::Write(data.clone()) };
+        let perform = changes::watched(watchers, cx, change, cell.driver.write(cx, at, data, flags));
+        self.node.timed(cx, LatencyKind::Write, Box::pin(perform)).await
+    }
+
+    pub(crate) async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
+        let cell = &*self.node.0;
+        let perform = cell.driver.write_zeroes(cx, at, len, flags);
+        let Some(watchers) = cell.changes.watchers() else {
+            return self.node.timed(cx, LatencyKind::Write, perform).await;
+        };
+        let what = ChangeKind::Zero { may_unmap: flags.contains(ZeroFlags::MAY_UNMAP) };
+        let perform = changes::watched(watchers, cx, Change { at, len, what }, perform);
+        self.node.timed(cx, LatencyKind::Write, Box::pin(perform)).await
+    }
+
+    pub(crate) async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        let cell = &*self.node.0;
+        let perform = cell.driver.discard(cx, at, len);
+        let Some(watchers) = cell.changes.watchers() else { return perform.await };
+        changes::watched(watchers, cx, Change { at, len, what: ChangeKind::Discard }, perform).await
     }
 }
 

@@ -13,6 +13,9 @@
 #![forbid(unsafe_code)]
 
 mod backing;
+mod changes;
+mod dirty;
+mod edge;
 mod fetch;
 mod filter;
 pub mod generic;
@@ -29,6 +32,9 @@ use bytes::{Bytes, BytesMut};
 use infill_base::{Ctx, ErrorKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags};
 
 pub use backing::{BackingSlot, Below, COPY_ON_READ_BYTES_MAX, CopyOnRead, Fetched, LinkGuard};
+pub use changes::{Change, ChangeKind, Held, Kept, Watcher, Watching};
+pub use dirty::DirtyMap;
+pub use edge::{Edge, Port, Through};
 pub use filter::CopyOnReadNode;
 pub use graph::{Graph, GraphError};
 pub use handle::{NodeHandle, NodeStorage, WeakNode};

@@ -107,6 +107,13 @@ pub enum Command {
         /// The node.
         node_name: String,
     },
+    /// `blockdev-snapshot`.
+    BlockdevSnapshot {
+        /// The node that is kept as it is.
+        node: String,
+        /// The node that takes its place.
+        overlay: String,
+    },
     /// `query-named-block-nodes`.
     QueryNamedBlockNodes {
         /// Without the nodes below each.
@@ -161,6 +168,7 @@ pub const NAMES: &[&str] = &[
     "quit",
     "blockdev-add",
     "blockdev-del",
+    "blockdev-snapshot",
     "query-named-block-nodes",
     "query-block",
     "nbd-server-start",
@@ -205,7 +213,6 @@ pub const UNBUILT: &[&str] = &[
     "blockdev-mirror",
     "blockdev-reopen",
     "blockdev-set-active",
-    "blockdev-snapshot",
     "blockdev-snapshot-delete-internal-sync",
     "blockdev-snapshot-internal-sync",
     "blockdev-snapshot-sync",
@@ -284,6 +291,9 @@ impl Command {
             "query-block-jobs" => Command::QueryBlockJobs,
             "nbd-server-stop" => Command::NbdServerStop,
             "blockdev-del" => Command::BlockdevDel { node_name: arguments.str("node-name")? },
+            "blockdev-snapshot" => {
+                Command::BlockdevSnapshot { node: arguments.str("node")?, overlay: arguments.str("overlay")? }
+            }
             "query-named-block-nodes" => {
                 Command::QueryNamedBlockNodes { flat: arguments.opt_bool("flat")?.unwrap_or(false) }
             }

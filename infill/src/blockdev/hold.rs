@@ -53,6 +53,11 @@ impl Holds {
         Ok(())
     }
 
+    /// How `user` uses it.
+    pub fn of(&self, user: &str) -> Option<Access> {
+        self.0.iter().find(|(other, _)| other == user).map(|(_, access)| *access)
+    }
+
     /// Takes one hold of `user` back; the last one gives the lock back.
     pub fn give_back(&mut self, user: &str, file: Option<&FileStorage>) {
         if let Some(at) = self.0.iter().position(|(other, _)| other == user) {

@@ -9,6 +9,7 @@
 //! * Nodes that a description contains, or a header names, belong to their parent and go with it; nodes that have been
 //!   added by name stay until they are deleted.
 
+mod exchange;
 mod format;
 mod hold;
 mod info;
@@ -28,7 +29,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use infill_base::Ctx;
 use infill_io::FileStorage;
 use infill_nbd::{OnLost, SourceWatch};
-use infill_node::{Graph, NodeHandle};
+use infill_node::{Edge, Graph, NodeHandle};
 use infill_qmp::BlockdevOptions;
 use infill_storage::sync::{Mutex, lock};
 use infill_storage::{RangeLock, StorageHandle, rt};
@@ -84,6 +85,13 @@ pub struct NodeFacts {
     pub cache_no_flush: bool,
     /// Whether it belongs to its parent, and goes with it.
     pub implicit: bool,
+}
+
+impl NodeFacts {
+    /// Whether it passes everything on to the node that it lies on.
+    pub fn is_filter(&self) -> bool {
+        self.driver == "copy-on-read"
+    }
 }
 
 /// What is known of a node beside the graph.
@@ -215,16 +223,25 @@ impl Blockdevs {
     /// Notes a user of the node (for messages: `export 'e0'`), who reads it, or also writes. Refused where that would
     /// disturb another user.
     pub fn claim(&self, name: &str, user: &str, access: Access) -> Result<NodeHandle> {
-        let node = self.0.graph.get(name)?;
+        self.hold(name, user, access)?;
+        Ok(self.0.graph.claim(name, user)?)
+    }
+
+    /// As [`Blockdevs::claim`], for a user who goes along when another node takes the place of this one
+    /// ([`Blockdevs::replace`]).
+    pub fn claim_edge(&self, name: &str, user: &str, access: Access) -> Result<Edge> {
+        self.hold(name, user, access)?;
+        Ok(self.0.graph.claim_edge(name, user)?)
+    }
+
+    fn hold(&self, name: &str, user: &str, access: Access) -> Result<()> {
+        self.0.graph.get(name)?;
         let mut entries = lock(&self.0.entries);
         let entry = entries.get_mut(name).ok_or_else(|| unknown(name))?;
         if access.writes() && entry.facts.read_only {
             bail!("Block node '{name}' is read-only");
         }
-        entry.holds.take(name, user, access, entry.file.as_deref())?;
-        drop(entries);
-        self.0.graph.claim(name, user)?;
-        Ok(node)
+        entry.holds.take(name, user, access, entry.file.as_deref())
     }
 
     /// Takes one claim of `user` back.
@@ -315,17 +332,14 @@ impl Blockdevs {
         let old = {
             let mut entries = lock(&self.0.entries);
             let entry = entries.get_mut(top).ok_or_else(|| unknown(top))?;
-            std::mem::replace(&mut entry.facts.backing, new.clone())
+            if entry.facts.backing == new {
+                return Ok(());
+            }
+            entry.facts.backing.take()
         };
-        if old == new {
-            return Ok(());
-        }
         let user = format!("node '{top}'");
         if let Some(new) = &new {
-            self.0.graph.attach(top, new)?;
-            if let Some(entry) = lock(&self.0.entries).get_mut(new) {
-                entry.holds.take(new, &user, Access::Stable, entry.file.as_deref())?;
-            }
+            self.back(top, new)?;
         }
         let Some(old) = old else { return Ok(()) };
         self.0.graph.detach(top, &old);

@@ -164,6 +164,9 @@ impl Control {
             Command::QueryBlockJobs => return Ok(self.query_block_jobs()),
             Command::BlockdevAdd(options) => self.blockdev_add(*options).await?,
             Command::BlockdevDel { node_name } => self.blockdev_del(&node_name).await?,
+            Command::BlockdevSnapshot { node, overlay } => {
+                self.blockdevs.snapshot(&node, &overlay).await.map_err(|error| refused(&error))?;
+            }
             Command::NbdServerStart(options) => self.nbd_server_start(&options)?,
             Command::NbdServerStop => self.nbd_server_stop().await?,
             Command::BlockExportAdd(options) => self.block_export_add(options)?,

@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use infill_io::{Address, Listener};
 use infill_nbd::{Export, ExportError, Exports, Removal, Server, ServerLimits};
+use infill_node::Edge;
 use infill_qmp::{BlockExportOptions, NbdServerOptions, QmpError, RemoveMode, SocketAddress};
 use infill_storage::rt;
 use serde_json::{Value, json};
@@ -27,7 +28,8 @@ enum NbdServer {
 
 /// One export.
 struct Entry {
-    node: String,
+    /// The node, which jobs may exchange.
+    edge: Edge,
     name: String,
     shutting_down: bool,
 }
@@ -147,13 +149,14 @@ impl Control {
         }
         let name = options.export_name().to_owned();
         let access = if *writable { Access::Writer } else { Access::Reader };
-        let node = self.blockdevs().claim(node_name, &user(id), access).map_err(|error| refused(&error))?;
+        let edge =
+            self.blockdevs().claim_edge(node_name, &user(id), access).map_err(|error| refused(&error))?;
         let description = options.description.clone().unwrap_or_default();
         let export = Export {
             description,
             writable: *writable,
             allocation_depth: options.allocation_depth,
-            ..Export::new(name.clone(), node)
+            ..Export::new(name.clone(), edge.clone())
         };
         if let Err(error) = self.exported.registry.add(export) {
             self.blockdevs().release(node_name, &user(id));
@@ -162,7 +165,7 @@ impl Control {
                 other => other.to_string(),
             }));
         }
-        let entry = Entry { node: node_name.clone(), name, shutting_down: false };
+        let entry = Entry { edge, name, shutting_down: false };
         self.exported.entries.borrow_mut().insert(options.id, entry);
         Ok(())
     }
@@ -208,7 +211,9 @@ impl Control {
     /// The last request of the export has ended.
     fn export_is_gone(&self, id: &str) {
         let Some(entry) = self.exported.entries.borrow_mut().remove(id) else { return };
-        self.blockdevs().release(&entry.node, &user(id));
+        if let Some(node) = self.blockdevs().graph().name_of(&entry.edge.node()) {
+            self.blockdevs().release(&node, &user(id));
+        }
         self.tell("BLOCK_EXPORT_DELETED", json!({ "id": id }));
     }
 
@@ -217,7 +222,7 @@ impl Control {
         let entries = self.exported.entries.borrow();
         let told = entries.iter().map(|(id, entry)| {
             json!({
-                "node-name": entry.node,
+                "node-name": self.blockdevs().graph().name_of(&entry.edge.node()),
                 "shutting-down": entry.shutting_down,
                 "type": "nbd",
                 "id": id,

@@ -8,7 +8,7 @@ use std::fmt;
 
 use event_listener::{Event, EventListener};
 use infill_base::{align_down, align_up};
-use infill_node::NodeHandle;
+use infill_node::{Edge, Through};
 use infill_storage::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use infill_storage::sync::{Arc, Mutex, lock};
 
@@ -27,8 +27,9 @@ pub struct Export {
     pub name: String,
     /// For people; empty where there is none.
     pub description: String,
-    /// What is offered.
-    pub node: NodeHandle,
+    /// What is offered: whoever has the edge may put another node there, which is then served to the clients that are
+    /// connected too.
+    pub node: Edge,
     /// Whether clients may write. The node must be writable too.
     pub writable: bool,
     /// Whether the context `qemu:allocation-depth` is offered.
@@ -37,11 +38,11 @@ pub struct Export {
 
 impl Export {
     /// A read-only export without a description.
-    pub fn new(name: impl Into<String>, node: NodeHandle) -> Export {
+    pub fn new(name: impl Into<String>, node: impl Into<Edge>) -> Export {
         Export {
             name: name.into(),
             description: String::new(),
-            node,
+            node: node.into(),
             writable: false,
             allocation_depth: false,
         }
@@ -276,7 +277,7 @@ fn check(export: &Export) -> Result<(), ExportError> {
             ));
         }
     }
-    let limits = export.node.limits();
+    let limits = export.node.node_limits();
     if export.writable && !limits.writable {
         return refused(format!("the export '{}' is to be writable, but its node is read-only", export.name));
     }
@@ -292,7 +293,7 @@ fn check(export: &Export) -> Result<(), ExportError> {
 impl Export {
     /// Size and flags as a client of `mode` is told.
     pub(super) fn info(&self, mode: Mode) -> ExportInfo {
-        let limits = self.node.limits();
+        let limits = self.node.node_limits();
         let mut flags = TransmissionFlags::HAS_FLAGS
             | TransmissionFlags::SEND_FLUSH
             | TransmissionFlags::SEND_FUA
@@ -311,7 +312,7 @@ impl Export {
 
     /// Sizes of requests.
     pub(super) fn block_sizes(&self) -> Info {
-        let limits = self.node.limits();
+        let limits = self.node.node_limits();
         let preferred = limits.preferred_bytes.clamp(BLOCK_BYTES_PREFERRED_MIN, PAYLOAD_BYTES_MAX);
         let preferred = align_up(preferred.into(), limits.request_align.max(1).into()) as u32;
         Info::BlockSize {

@@ -5,6 +5,7 @@
 
 use bytes::{Buf, BytesMut};
 use infill_base::{ErrorKind, Gather, IoError, IoResult};
+use infill_node::Through;
 use infill_storage::stream::{Connection, StreamRead, StreamWrite};
 
 use super::exports::{Attached, Exports};
@@ -253,7 +254,7 @@ impl Haggle<'_> {
     fn export_name(&mut self, name: &str) -> IoResult<Next> {
         let refused = |why: &str| IoError::new(ErrorKind::NotFound, format!("the export '{name}' {why}"));
         let export = self.exports.attach(name).ok_or_else(|| refused("is not known"))?;
-        if export.export().node.limits().request_align > BLOCK_BYTES_ASSUMED {
+        if export.export().node.node_limits().request_align > BLOCK_BYTES_ASSUMED {
             return Err(refused("needs a client that asks for block sizes"));
         }
         let info = export.export().info(self.mode);
@@ -295,7 +296,7 @@ impl Haggle<'_> {
         // Told to everybody: who does not understand it ignores it.
         self.reply(option, &OptionReply::Info(export.export().block_sizes()));
         let asked = wanted.contains(&INFO_BLOCK_SIZE);
-        if go && !asked && export.export().node.limits().request_align > BLOCK_BYTES_ASSUMED {
+        if go && !asked && export.export().node.node_limits().request_align > BLOCK_BYTES_ASSUMED {
             let why = "this export has a large minimum block size: ask for block sizes";
             self.refuse(option, OptionError::BlockSizeRequired, why);
             return Next::Option;

@@ -3,10 +3,10 @@
 use bytes::Bytes;
 use futures_util::future::try_join_all;
 use infill_base::{
-    Class, Ctx, ErrorKind, ExtentKind, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags, align_down,
+    Class, Ctx, ErrorKind, ExtentKind, Gather, IoError, IoResult, WriteFlags, ZeroFlags, align_down,
     aligned_buffer, range_end,
 };
-use infill_node::NodeHandle;
+use infill_node::{Port, Through};
 
 use super::handshake::Contexts;
 use super::outbox::{Answer, Body, Charge, Failure, Piece};
@@ -24,15 +24,13 @@ const HOLE_BYTES_MIN: u64 = 32 << 10;
 
 /// What a client uses, as it was agreed on.
 pub(super) struct Target {
-    pub node: NodeHandle,
+    pub node: Port,
     pub size: u64,
     pub writable: bool,
     pub mode: Mode,
     pub contexts: Contexts,
-    /// The node's limits when the client came: what of them is asked here does not change while it is open.
-    pub limits: Limits,
-    /// Whether the node has a map of its own in memory, so that holes are told without I/O.
-    pub knows_holes: bool,
+    /// What the client was told that requests are multiples of, in bytes.
+    pub request_align: u64,
 }
 
 /// A request that may be done.
@@ -93,7 +91,7 @@ impl Target {
             let why = format!("the range ends behind the end of the export ({} bytes)", self.size);
             return Err(Failure::new(kind, why));
         }
-        let align = u64::from(self.limits.request_align.max(1));
+        let align = self.request_align;
         if !header.offset.is_multiple_of(align) || !header.len.is_multiple_of(align) {
             return invalid(&format!("offset and length must be multiples of {align}"));
         }
@@ -143,7 +141,7 @@ impl Target {
             Command::WriteZeroes => self.write_zeroes(cx, at, len, header.flags).await?,
             Command::BlockStatus => {
                 let one = header.flags.contains(CommandFlags::REQ_ONE);
-                let status = block_status(&self.node, cx, self.contexts, at, len, one).await?;
+                let status = block_status(&self.node.node(), cx, self.contexts, at, len, one).await?;
                 return Ok(Body::Status(status));
             }
             // Done already, not let through by `check`, or an end of the session.
@@ -154,14 +152,15 @@ impl Target {
 
     /// Pieces that the node takes at once, as (first byte, length).
     fn pieces(&self, at: u64, len: u64) -> impl Iterator<Item = (u64, u64)> + use<> {
-        let most = align_down(self.limits.max_transfer, self.limits.request_align.max(1).into());
+        let most = align_down(self.node.limits().max_transfer, self.request_align);
         split(at, len, most)
     }
 
     /// Whether a read is answered by data alone.
     fn is_plain_read(&self, header: &RequestHeader) -> bool {
         let whole = self.mode == Mode::Simple || header.flags.contains(CommandFlags::DF);
-        whole || !self.knows_holes || header.len < SPARSE_READ_BYTES_MIN
+        // Only where the node has a map of its own in memory are holes told without I/O.
+        whole || header.len < SPARSE_READ_BYTES_MIN || self.node.node().backing().is_none()
     }
 
     /// A read that tells holes as holes.
@@ -180,7 +179,7 @@ impl Target {
     async fn read_data(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Gather> {
         let mut data = Gather::new();
         for (at, len) in self.pieces(at, len) {
-            let buf = aligned_buffer(len as usize, self.limits.memory_align as usize);
+            let buf = aligned_buffer(len as usize, self.node.limits().memory_align as usize);
             data.push(self.node.read(cx, at, buf).await?.freeze());
         }
         Ok(data)

@@ -52,15 +52,14 @@ enum End {
 /// Serves an agreed connection to its end.
 pub(super) async fn transmit(agreed: Agreed, limits: &ServerLimits, total: &Permits) -> IoResult<()> {
     let Agreed { export, info, mode, contexts, mut reader, mut writer, received } = agreed;
-    let node = export.export().node.clone();
+    let node = export.export().node.port();
     let session = Session {
         target: Target {
             size: info.size,
             writable: export.export().writable,
             mode,
             contexts,
-            limits: node.limits(),
-            knows_holes: node.backing().is_some(),
+            request_align: node.limits().request_align.max(1).into(),
             node,
         },
         limits,

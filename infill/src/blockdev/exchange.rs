@@ -1,0 +1,112 @@
+//! One node in the place of another, while its users run: snapshots, and the end of jobs that move a disk.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use infill_base::Ctx;
+use infill_node::{Held, NodeHandle};
+use infill_storage::rt;
+use infill_storage::sync::lock;
+
+use super::{Access, Blockdevs, unknown};
+
+/// How long guest writes that are in flight are waited for before an exchange gives up. New ones wait meanwhile.
+const HOLD_TIME: Duration = Duration::from_secs(5);
+
+/// Holds the changes of `node`, or says why that cannot be done now.
+pub async fn hold(name: &str, node: &NodeHandle) -> Result<Held> {
+    rt::timeout(HOLD_TIME, node.hold_changes()).await.ok_or_else(|| {
+        anyhow!(
+            "guest writes to '{name}' that have begun did not end within {HOLD_TIME:?}; does one wait for a source that \
+             is away? Try again when it is back"
+        )
+    })
+}
+
+impl Blockdevs {
+    /// Puts `to` in the place of `from` for all its users but `staying` (exports, filters): nothing has changed if it is
+    /// refused. The caller holds the changes of `from`, and both read the same.
+    pub fn replace(&self, from: &str, to: &str, staying: &[String]) -> Result<()> {
+        let moving = self.0.graph.movable(from, staying)?;
+        let (old, new) = (self.0.graph.get(from)?.limits(), self.0.graph.get(to)?.limits());
+        if new.request_align > old.request_align {
+            bail!(
+                "'{to}' takes requests in multiples of {} bytes, the users of '{from}' make them in multiples of {}",
+                new.request_align,
+                old.request_align
+            );
+        }
+        let mut entries = lock(&self.0.entries);
+        let access = |user: &String| entries.get(from).and_then(|entry| entry.holds.of(user));
+        let holds: Vec<_> =
+            moving.iter().map(|user| (user, access(user).unwrap_or(Access::Reader))).collect();
+        let entry = entries.get_mut(to).ok_or_else(|| unknown(to))?;
+        let mut taken = Ok(());
+        for (at, (user, access)) in holds.iter().enumerate() {
+            taken = match access.writes() && entry.facts.read_only {
+                true => Err(anyhow!("Block node '{to}' is read-only, and {user} writes")),
+                false => entry.holds.take(to, user, *access, entry.file.as_deref()),
+            };
+            if taken.is_err() {
+                for (user, _) in &holds[..at] {
+                    entry.holds.give_back(user, entry.file.as_deref());
+                }
+                break;
+            }
+        }
+        taken?;
+        if let Some(entry) = entries.get_mut(from) {
+            for user in &moving {
+                entry.holds.give_back(user, entry.file.as_deref());
+            }
+        }
+        drop(entries);
+        Ok(self.0.graph.move_users(from, to, staying)?)
+    }
+
+    /// `blockdev-snapshot`: puts `overlay`, which has no backing yet, on `name`, for all users of `name`.
+    pub async fn snapshot(&self, name: &str, overlay: &str) -> Result<()> {
+        let _turn = self.0.turn.exclusive(0, 1).await;
+        let find = |name: &str| {
+            self.0.graph.get(name).map_err(|_| anyhow!("Cannot find device='{name}' nor node-name='{name}'"))
+        };
+        let (node, top) = (find(name)?, find(overlay)?);
+        if !self.0.graph.users(overlay).is_empty() {
+            bail!("The overlay is already in use");
+        }
+        if self.facts(overlay)?.backing.is_some() {
+            bail!("The overlay already has a backing image");
+        }
+        let Some(slot) = top.backing().filter(|_| self.facts(overlay).is_ok_and(|facts| !facts.is_filter()))
+        else {
+            bail!("The overlay does not support backing images");
+        };
+        if self.chain(name).iter().any(|layer| layer == overlay) {
+            bail!("Making '{overlay}' an overlay of '{name}' would create a cycle");
+        }
+        let held = hold(name, &node).await?;
+        // What was acknowledged so far is asked to be stable later, of the overlay.
+        if !node.info().read_only {
+            node.sync(&Ctx::GUEST).await.with_context(|| format!("syncing '{name}'"))?;
+        }
+        slot.replace(Some(node.clone())).await;
+        if let Err(error) = self.replace(name, overlay, &[]) {
+            slot.replace(None).await;
+            return Err(error);
+        }
+        self.back(overlay, name)?;
+        drop(held);
+        Ok(())
+    }
+
+    /// Notes in the graph that `overlay` lies on `below` from now on.
+    pub(super) fn back(&self, overlay: &str, below: &str) -> Result<()> {
+        self.0.graph.attach(overlay, below)?;
+        let mut entries = lock(&self.0.entries);
+        let entry = entries.get_mut(below).ok_or_else(|| unknown(below))?;
+        entry.holds.take(below, &format!("node '{overlay}'"), Access::Stable, entry.file.as_deref())?;
+        let entry = entries.get_mut(overlay).ok_or_else(|| unknown(overlay))?;
+        entry.facts.backing = Some(below.to_owned());
+        Ok(())
+    }
+}
