@@ -1,10 +1,11 @@
 //! Network block devices: the protocol's messages ([`proto`]), a [`Server`] of nodes, and a client that is a storage
-//! ([`NbdStorage`]), with the URIs of exports ([`NbdUri`]).
+//! ([`NbdStorage`]), with the URIs of exports ([`NbdUri`]) and TLS for both sides ([`ServerTls`], [`ClientCredentials`]).
 #![forbid(unsafe_code)]
 
 mod client;
 pub mod proto;
 mod server;
+mod tls;
 mod uri;
 
 #[cfg(any(test, feature = "fuzzing"))]
@@ -13,4 +14,5 @@ pub use client::{ClientOptions, NbdStorage, OnLost, SourceState, SourceWatch};
 #[cfg(any(test, feature = "fuzzing"))]
 pub use server::fuzz::fuzz_server;
 pub use server::{Export, ExportError, ExportStatus, Exports, Removal, RemoveMode, Server, ServerLimits};
-pub use uri::{DEFAULT_PORT, NbdUri, ServerAddress, UriError};
+pub use tls::{ClientCredentials, ClientTls, ServerTls, TlsError, X509};
+pub use uri::{DEFAULT_PORT, NbdUri, ServerAddress, UriError, UriTls};

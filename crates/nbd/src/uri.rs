@@ -1,7 +1,9 @@
-//! URIs of NBD exports: `nbd://HOST[:PORT]/EXPORT` and `nbd+unix:///EXPORT?socket=PATH`.
+//! URIs of NBD exports: `nbd://HOST[:PORT]/EXPORT` and `nbd+unix:///EXPORT?socket=PATH`, and `nbds` in the place of `nbd`
+//! for TLS.
 //!
-//! Source: the NBD URI specification, and RFC 3986 for what a URI is. What asks for TLS is refused, never weakened;
-//! parameters that are not known are refused by name.
+//! Source: the NBD URI specification, and RFC 3986 for what a URI is; `tls-certificates=DIR` is libnbd's. `nbd` means in
+//! the clear and `nbds` means TLS, and neither is ever taken for the other: parameters of TLS without it are refused, as
+//! are parameters that are not known.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -23,6 +25,25 @@ pub struct NbdUri {
     pub server: ServerAddress,
     /// The export's name; may be empty.
     pub export: String,
+    /// TLS, if it is asked for.
+    pub tls: Option<UriTls>,
+}
+
+/// What a URI says of TLS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UriTls {
+    /// The directory of credentials.
+    pub certificates: Option<PathBuf>,
+    /// What the server's certificate must be for, where that is not the host.
+    pub hostname: Option<String>,
+    /// Whether the server's certificate is verified.
+    pub verify_peer: bool,
+}
+
+impl Default for UriTls {
+    fn default() -> UriTls {
+        UriTls { certificates: None, hostname: None, verify_peer: true }
+    }
 }
 
 /// How a server is reached.
@@ -73,15 +94,14 @@ fn parse(text: &str) -> Result<NbdUri, String> {
         return Err(format!("it has {} bytes, at most {URI_BYTES_MAX} are read", text.len()));
     }
     let (scheme, rest) = text.split_once(':').ok_or("it has no scheme; write nbd://HOST/EXPORT")?;
-    let unix = match scheme.to_ascii_lowercase().as_str() {
-        "nbd" => false,
-        "nbd+unix" => true,
-        "nbds" | "nbds+unix" => {
-            return Err(format!(
-                "{scheme} means TLS, which is not supported; use nbd:// or nbd+unix:// on a network you trust"
-            ));
+    let (unix, secure) = match scheme.to_ascii_lowercase().as_str() {
+        "nbd" => (false, false),
+        "nbds" => (false, true),
+        "nbd+unix" => (true, false),
+        "nbds+unix" => (true, true),
+        _ => {
+            return Err(format!("the scheme {scheme:?} is not known; nbd, nbds, nbd+unix and nbds+unix are"));
         }
-        _ => return Err(format!("the scheme {scheme:?} is not known; nbd and nbd+unix are")),
     };
     let rest = rest.strip_prefix("//").ok_or_else(|| format!("// must follow {scheme}:"))?;
     if rest.contains('#') {
@@ -90,7 +110,7 @@ fn parse(text: &str) -> Result<NbdUri, String> {
     let (rest, query) = rest.split_once('?').map_or((rest, None), |(rest, query)| (rest, Some(query)));
     let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
     let export = decode_export(path)?;
-    let socket = query_socket(query.unwrap_or(""))?;
+    let Query { socket, tls } = Query::read(query.unwrap_or(""))?;
     let server = match (unix, socket) {
         (true, Some(socket)) if authority.is_empty() => ServerAddress::Unix(socket),
         (true, Some(_)) => {
@@ -102,7 +122,14 @@ fn parse(text: &str) -> Result<NbdUri, String> {
         (false, Some(_)) => return Err("the parameter socket belongs to nbd+unix".into()),
         (false, None) => decode_authority(authority)?,
     };
-    Ok(NbdUri { server, export })
+    let tls = match tls {
+        Some((name, _)) if !secure => {
+            return Err(format!("the parameter {name} is about TLS, which {scheme} is without; write nbds"));
+        }
+        Some((_, tls)) => Some(tls),
+        None => secure.then(UriTls::default),
+    };
+    Ok(NbdUri { server, export, tls })
 }
 
 fn decode_export(path: &str) -> Result<String, String> {
@@ -116,33 +143,76 @@ fn decode_export(path: &str) -> Result<String, String> {
     Ok(export)
 }
 
-fn query_socket(query: &str) -> Result<Option<PathBuf>, String> {
-    let mut socket = None;
-    for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
-        let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-        if key != "socket" {
-            return Err(match key.starts_with("tls-") {
-                true => format!("the parameter {key} is about TLS, which is not supported"),
-                false => format!("the parameter {key:?} is not known"),
-            });
+/// What stands behind the question mark.
+#[derive(Default)]
+struct Query {
+    socket: Option<PathBuf>,
+    /// With the name of the first parameter that is about it.
+    tls: Option<(String, UriTls)>,
+}
+
+impl Query {
+    fn read(query: &str) -> Result<Query, String> {
+        let mut read = Query::default();
+        let mut seen: Vec<&str> = Vec::new();
+        for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
+            let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+            if seen.contains(&key) {
+                return Err(format!("the parameter {key} is there twice"));
+            }
+            read.take(key, decode(value)?)?;
+            seen.push(key);
         }
-        let value = decode(value)?;
-        if value.is_empty() {
-            return Err("the parameter socket names no file".into());
-        }
-        if value.contains(&0) {
-            return Err("sockets without a file (a name that begins with NUL) are not supported".into());
-        }
-        if socket.replace(PathBuf::from(OsString::from_vec(value))).is_some() {
-            return Err("the parameter socket is there twice".into());
-        }
+        Ok(read)
     }
-    Ok(socket)
+
+    fn take(&mut self, key: &str, value: Vec<u8>) -> Result<(), String> {
+        if key == "socket" {
+            if value.contains(&0) {
+                return Err("sockets without a file (a name that begins with NUL) are not supported".into());
+            }
+            self.socket = Some(path(key, value)?);
+            return Ok(());
+        }
+        let tls = match key.starts_with("tls-") {
+            true => &mut self.tls.get_or_insert_with(|| (key.to_owned(), UriTls::default())).1,
+            false => return Err(format!("the parameter {key:?} is not known")),
+        };
+        let text = String::from_utf8_lossy(&value);
+        match key {
+            "tls-certificates" => tls.certificates = Some(path(key, value)?),
+            "tls-hostname" if !text.is_empty() => tls.hostname = Some(text.into_owned()),
+            "tls-verify-peer" => {
+                tls.verify_peer = match &*text {
+                    "1" | "true" | "yes" | "on" => true,
+                    "0" | "false" | "no" | "off" => false,
+                    _ => return Err(format!("the parameter {key} is 0 or 1, found {text:?}")),
+                };
+            }
+            "tls-type" if text == "x509" => {}
+            "tls-type" => return Err(format!("TLS of the type {text:?} is not supported; x509 is")),
+            "tls-psk-file" | "tls-username" => {
+                return Err(format!("the parameter {key} is about pre-shared keys, which are not supported"));
+            }
+            _ => return Err(format!("the parameter {key}={text} is not known")),
+        }
+        Ok(())
+    }
+}
+
+fn path(key: &str, value: Vec<u8>) -> Result<PathBuf, String> {
+    match value.is_empty() {
+        true => Err(format!("the parameter {key} names no file")),
+        false => Ok(PathBuf::from(OsString::from_vec(value))),
+    }
 }
 
 fn decode_authority(authority: &str) -> Result<ServerAddress, String> {
     if authority.contains('@') {
-        return Err("it names a user, which only TLS could use".into());
+        return Err(
+            "it names a user, which only TLS with pre-shared keys could use, and that is not supported"
+                .into(),
+        );
     }
     let (host, port) = match authority.strip_prefix('[') {
         Some(rest) => {
@@ -202,9 +272,10 @@ fn encode(f: &mut fmt::Formatter<'_>, bytes: &[u8], also: &[u8]) -> fmt::Result 
 
 impl fmt::Display for NbdUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let secure = if self.tls.is_some() { "s" } else { "" };
         match &self.server {
             ServerAddress::Tcp { host, port } => {
-                f.write_str("nbd://")?;
+                write!(f, "nbd{secure}://")?;
                 match host.contains(':') {
                     true => write!(f, "[{host}]")?,
                     false => encode(f, host.as_bytes(), b"")?,
@@ -213,13 +284,28 @@ impl fmt::Display for NbdUri {
                     write!(f, ":{port}")?;
                 }
             }
-            ServerAddress::Unix(_) => f.write_str("nbd+unix://")?,
+            ServerAddress::Unix(_) => write!(f, "nbd{secure}+unix://")?,
         }
         f.write_str("/")?;
         encode(f, self.export.as_bytes(), b"/:@!$&'()*+,;=")?;
+        let mut mark = "?";
+        let mut parameter = |key: &str, value: &[u8]| {
+            write!(f, "{}{key}=", std::mem::replace(&mut mark, "&"))?;
+            encode(f, value, b"/:@!$'()*,;")
+        };
         if let ServerAddress::Unix(path) = &self.server {
-            f.write_str("?socket=")?;
-            encode(f, Path::as_os_str(path).as_bytes(), b"/:@!$'()*,;")?;
+            parameter("socket", Path::as_os_str(path).as_bytes())?;
+        }
+        if let Some(tls) = &self.tls {
+            if let Some(path) = &tls.certificates {
+                parameter("tls-certificates", Path::as_os_str(path).as_bytes())?;
+            }
+            if let Some(hostname) = &tls.hostname {
+                parameter("tls-hostname", hostname.as_bytes())?;
+            }
+            if !tls.verify_peer {
+                parameter("tls-verify-peer", b"0")?;
+            }
         }
         Ok(())
     }
@@ -230,11 +316,15 @@ mod tests {
     use super::*;
 
     fn tcp(host: &str, port: u16, export: &str) -> NbdUri {
-        NbdUri { server: ServerAddress::Tcp { host: host.into(), port }, export: export.into() }
+        NbdUri { server: ServerAddress::Tcp { host: host.into(), port }, export: export.into(), tls: None }
     }
 
     fn unix(path: &str, export: &str) -> NbdUri {
-        NbdUri { server: ServerAddress::Unix(path.into()), export: export.into() }
+        NbdUri { server: ServerAddress::Unix(path.into()), export: export.into(), tls: None }
+    }
+
+    fn secure(uri: NbdUri, tls: UriTls) -> NbdUri {
+        NbdUri { tls: Some(tls), ..uri }
     }
 
     #[test]
@@ -251,6 +341,19 @@ mod tests {
             ("NBD://[::1]:99/a/b", tcp("::1", 99, "a/b")),
             ("nbd+unix://?socket=/tmp/s", unix("/tmp/s", "")),
             ("nbd+unix:///?socket=/tmp/a%20b", unix("/tmp/a b", "")),
+            ("nbds://h/x", secure(tcp("h", 10809, "x"), UriTls::default())),
+            ("nbds+unix:///x?socket=s&tls-type=x509", secure(unix("s", "x"), UriTls::default())),
+            (
+                "nbds+unix:///x?tls-certificates=/d%20e&socket=s&tls-hostname=a.b&tls-verify-peer=0",
+                secure(
+                    unix("s", "x"),
+                    UriTls {
+                        certificates: Some("/d e".into()),
+                        hostname: Some("a.b".into()),
+                        verify_peer: false,
+                    },
+                ),
+            ),
         ] {
             assert_eq!(text.parse::<NbdUri>().unwrap(), uri, "{text}");
         }
@@ -262,6 +365,15 @@ mod tests {
             tcp("::1", 10809, "a b?c#d%e/ü"),
             tcp("host", 1, ""),
             unix("/tmp/with space & ?#+=%/sock", "//x"),
+            secure(tcp("host", 1, ""), UriTls::default()),
+            secure(
+                unix("/s", "x"),
+                UriTls {
+                    certificates: Some("/a&b=c".into()),
+                    hostname: Some("::1".into()),
+                    verify_peer: false,
+                },
+            ),
         ] {
             assert_eq!(uri.to_string().parse::<NbdUri>().unwrap(), uri, "{uri}");
         }
@@ -270,8 +382,16 @@ mod tests {
     #[test]
     fn what_is_wrong_is_refused_with_its_reason() {
         for (text, reason) in [
-            ("nbds://host/x", "TLS"),
-            ("nbds+unix:///x?socket=s", "TLS"),
+            ("nbds://host/x?tls-type=psk", "\"psk\" is not supported"),
+            ("nbds://host/x?tls-type=anon", "\"anon\" is not supported"),
+            ("nbds://host/x?tls-psk-file=f", "pre-shared keys"),
+            ("nbds://host/x?tls-verify-peer=2", "0 or 1"),
+            ("nbds://host/x?tls-hostname=", "not known"),
+            ("nbds://host/x?tls-foo=1", "not known"),
+            ("nbds://host/x?tls-certificates=", "names no file"),
+            ("nbds://host/x?tls-certificates=a&tls-certificates=b", "twice"),
+            ("nbds+unix:///x", "socket=PATH"),
+            ("nbd://host/x?tls-hostname=h", "which nbd is without"),
             ("nbd+vsock://1/x", "not known"),
             ("nbd:host", "// must follow"),
             ("nbd+unix:///x", "socket=PATH"),
@@ -280,7 +400,6 @@ mod tests {
             ("nbd+unix:///x?socket=%00abstract", "without a file"),
             ("nbd+unix://host/x?socket=s", "takes no host"),
             ("nbd://host/x?socket=s", "belongs to nbd+unix"),
-            ("nbd://host/x?tls-type=psk", "TLS"),
             ("nbd://host/x?speed=1", "not known"),
             ("nbd://user@host/x", "user"),
             ("nbd:///x", "no host"),

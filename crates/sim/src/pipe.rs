@@ -128,7 +128,10 @@ impl StreamWrite for Writer {
                     let (now, later) = left.split_at(left.len().min(state.capacity - state.bytes.len()));
                     state.bytes.extend(now);
                     left = later;
-                    state.wake();
+                    // Nothing was sent: whoever is woken (also this sender, polled before) would only look again.
+                    if !now.is_empty() {
+                        state.wake();
+                    }
                     if left.is_empty() {
                         return Poll::Ready(Ok(()));
                     }
@@ -149,6 +152,8 @@ impl StreamWrite for Writer {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use infill_storage::rt;
 
     use super::*;
@@ -178,6 +183,16 @@ mod tests {
                 assert_eq!(read_to_end(there).await, expected);
             });
         }
+    }
+
+    #[test]
+    fn a_sender_that_waits_for_room_lets_the_clock_go_on() {
+        block_on(async {
+            let (mut here, mut there) = pipe(10);
+            let send = here.writer.write_all(Gather::from(vec![0; 11]));
+            assert!(rt::timeout(Duration::from_secs(1), send).await.is_none());
+            assert_eq!(there.reader.read(BytesMut::with_capacity(100)).await.unwrap().len(), 10);
+        });
     }
 
     #[test]

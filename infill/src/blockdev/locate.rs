@@ -27,6 +27,9 @@ pub fn locate(name: &str) -> Result<Located> {
         })),
         Name::Nbd(uri) => {
             let uri: NbdUri = uri.parse()?;
+            if uri.tls.is_some() {
+                bail!("{name}: TLS is not supported yet: use nbd:// or nbd+unix:// on a network you trust");
+            }
             let server = match uri.server {
                 ServerAddress::Tcp { host, port } => SocketAddress::Inet { host, port },
                 ServerAddress::Unix(path) => SocketAddress::Unix { path: path.display().to_string() },

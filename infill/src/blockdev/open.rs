@@ -567,7 +567,7 @@ pub fn uri_of(address: &Address, export: &str) -> String {
         Address::Tcp { host, port } => ServerAddress::Tcp { host: host.clone(), port: *port },
         Address::Unix(path) => ServerAddress::Unix(path.clone()),
     };
-    NbdUri { server, export: export.to_owned() }.to_string()
+    NbdUri { server, export: export.to_owned(), tls: None }.to_string()
 }
 
 fn file_identity(path: &Path) -> Result<Identity> {

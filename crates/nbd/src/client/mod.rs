@@ -24,6 +24,11 @@
 //!   server refuses what is sent again, acknowledged writes are lost, and nothing at all is answered any more. A sync that
 //!   fails because the source is away has lost nothing; it may be asked for again.
 //!
+//! # TLS
+//! With credentials ([`ClientOptions::tls`]) STARTTLS is the first thing that is asked, on every connection; a server that
+//! refuses it, or whose certificate is not accepted, is not spoken with. An encrypted connection that ends without the
+//! server's close_notify was lost, as any other.
+//!
 //! # What the protocol cannot give
 //! A connection that is lost says nothing about what the server still does with requests that it has read. A server
 //! that is alive, and slow enough to carry out an old write after a newer one from the next connection, breaks the order;
@@ -60,6 +65,7 @@ use infill_storage::sync::Arc;
 use infill_storage::{RangeLock, Storage, rt};
 
 use crate::proto::TransmissionFlags;
+use crate::tls::ClientTls;
 use negotiate::{Agreed, Failed};
 use shared::{Answer, Op, Room, Shared};
 use unsynced::Unsynced;
@@ -105,6 +111,8 @@ pub struct ClientOptions {
     pub on_lost: OnLost,
     /// How long the server may say nothing while requests are out, before it counts as lost. (`None`: for ever.)
     pub stall: Option<Duration>,
+    /// Credentials: with them, every connection is encrypted or is none. (Default: `None`, in the clear.)
+    pub tls: Option<ClientTls>,
     /// Acknowledged bytes that may be unsynced; at this bound the client syncs by itself.
     pub unsynced_bytes_max: u64,
 }
@@ -120,6 +128,7 @@ impl Default for ClientOptions {
             open_timeout: Duration::from_secs(2),
             on_lost: OnLost::Hold { limit: None },
             stall: Some(Duration::from_secs(30)),
+            tls: None,
             unsynced_bytes_max: UNSYNCED_BYTES,
         }
     }
@@ -195,7 +204,7 @@ impl NbdStorage {
         let name = options.name.clone();
         let name =
             name.unwrap_or_else(|| format!("nbd export {:?} at {}", options.export, connector.target()));
-        let open = supervise::connect(connector.as_ref(), &options.export, options.handshake_timeout).await;
+        let open = supervise::connect(connector.as_ref(), &options, options.handshake_timeout).await;
         let open = open.map_err(|failed| match failed {
             Failed::Broke(error) => OpenError::Malformed { format: "NBD", what: format!("{name}: {error}") },
             Failed::Lost(error) | Failed::Refused(error) => OpenError::Io(error.in_node(&name)),

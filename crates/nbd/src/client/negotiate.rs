@@ -7,13 +7,14 @@
 
 use bytes::BytesMut;
 use infill_base::{ErrorKind, IoError, MAX_TRANSFER_BYTES};
-use infill_storage::stream::{Connection, StreamRead, StreamWrite};
+use infill_storage::stream::Connection;
 
 use crate::proto::{
     CONTEXT_ALLOCATION, ClientFlags, ExportInfo, Greeting, HandshakeFlags, INFO_BLOCK_SIZE, INFO_DESCRIPTION,
     INFO_NAME, Info, Mode, OptionError, OptionReply, OptionReplyHeader, OptionRequest, ProtocolError,
     STRING_BYTES_MAX, TransmissionFlags,
 };
+use crate::tls::ClientTls;
 
 /// Most replies to one option. (The protocol knows four informations; others may come.)
 const REPLIES_MAX: usize = 64;
@@ -128,38 +129,40 @@ impl From<Failed> for IoError {
     }
 }
 
-fn hung_up() -> IoError {
-    IoError::new(ErrorKind::SourceLost, "the server hung up during the handshake")
-}
-
 fn broke(what: &'static str) -> Failed {
     Failed::Broke(ProtocolError::Malformed { what })
 }
 
 /// Agrees with the server on how `export` is used.
-pub(super) async fn negotiate(mut connection: Connection, export: &str) -> Result<Open, Failed> {
+pub(super) async fn negotiate(
+    connection: Connection,
+    export: &str,
+    tls: Option<&ClientTls>,
+) -> Result<Open, Failed> {
     if export.len() > STRING_BYTES_MAX || export.contains('\0') {
         let why = format!("the name of an export has at most {STRING_BYTES_MAX} bytes and no NUL");
         return Err(Failed::Refused(IoError::new(ErrorKind::InvalidInput, why)));
     }
-    let mut talk = Talk {
-        reader: connection.reader.as_mut(),
-        writer: connection.writer.as_mut(),
-        received: BytesMut::new(),
-    };
-    let agreed = talk.agree(export).await?;
-    let received = std::mem::take(&mut talk.received);
+    let mut talk = Talk { connection, received: BytesMut::new(), unheard: false };
+    let flags = talk.greet().await?;
+    if let Some(tls) = tls {
+        talk = talk.start_tls(tls, flags).await?;
+    }
+    let agreed = talk.agree(export, flags).await?;
+    let Talk { connection, received, .. } = talk;
     Ok(Open { connection, received, agreed })
 }
 
-struct Talk<'a> {
-    reader: &'a mut dyn StreamRead,
-    writer: &'a mut dyn StreamWrite,
+struct Talk {
+    connection: Connection,
     received: BytesMut,
+    /// TLS has begun, and the server has said nothing in it yet: it may still look at our certificate.
+    unheard: bool,
 }
 
-impl Talk<'_> {
-    async fn agree(&mut self, export: &str) -> Result<Agreed, Failed> {
+impl Talk {
+    /// The server's flags, as far as they are answered.
+    async fn greet(&mut self) -> Result<HandshakeFlags, Failed> {
         let greeting = self.message(Greeting::decode).await?;
         let fixed = greeting.flags.contains(HandshakeFlags::FIXED_NEWSTYLE);
         let no_zeroes = greeting.flags.contains(HandshakeFlags::NO_ZEROES);
@@ -169,6 +172,35 @@ impl Talk<'_> {
         let mut out = BytesMut::new();
         flags.encode(&mut out);
         self.send(out).await?;
+        Ok(greeting.flags)
+    }
+
+    /// STARTTLS, and from here on everything is encrypted.
+    async fn start_tls(mut self, tls: &ClientTls, flags: HandshakeFlags) -> Result<Talk, Failed> {
+        let refused = |why: &str| {
+            let why = format!("TLS is asked for (tls-creds, or an nbds URI), and the server has none: {why}");
+            Failed::Refused(IoError::new(ErrorKind::Unsupported, why))
+        };
+        if !flags.contains(HandshakeFlags::FIXED_NEWSTYLE) {
+            return Err(refused("it does not take options"));
+        }
+        match self.option(&OptionRequest::StartTls).await?.1 {
+            Ok(()) => {}
+            Err(Refusal { error: Some(OptionError::Shutdown), message }) => {
+                return Err(Refusal { error: Some(OptionError::Shutdown), message }.of_export(""));
+            }
+            Err(Refusal { message, error }) if message.is_empty() => {
+                return Err(refused(&format!("it refuses STARTTLS ({error:?})")));
+            }
+            Err(Refusal { message, .. }) => return Err(refused(&message)),
+        }
+        let connection = tls.connect(self.connection, self.received).await?;
+        Ok(Talk { connection, received: BytesMut::new(), unheard: true })
+    }
+
+    async fn agree(&mut self, export: &str, flags: HandshakeFlags) -> Result<Agreed, Failed> {
+        let fixed = flags.contains(HandshakeFlags::FIXED_NEWSTYLE);
+        let no_zeroes = flags.contains(HandshakeFlags::NO_ZEROES);
         if !fixed {
             let info = self.export_name(export, no_zeroes).await?;
             return self.check(Facts { info: Some(info), ..Facts::default() }, Mode::Simple, None);
@@ -331,8 +363,12 @@ impl Talk<'_> {
     }
 
     async fn send(&mut self, out: BytesMut) -> Result<(), Failed> {
-        let sent = self.writer.write_all(out.freeze().into()).await;
-        Ok(sent.map_err(|error| hung_up().caused_by(error))?)
+        let Err(error) = self.connection.writer.write_all(out.freeze().into()).await else { return Ok(()) };
+        // Over TLS, what it has said before it hung up tells why.
+        match self.receive().await {
+            Err(Failed::Lost(told)) if told.kind() == ErrorKind::NotPermitted => Err(Failed::Lost(told)),
+            _ => Err(Failed::Lost(self.hung_up().caused_by(error))),
+        }
     }
 
     /// The next message, as `decode` takes it.
@@ -348,14 +384,32 @@ impl Talk<'_> {
         }
     }
 
+    fn hung_up(&self) -> IoError {
+        let why = match self.unheard {
+            true => {
+                "the server hung up right behind the TLS handshake: it may want a certificate, or another one"
+            }
+            false => "the server hung up during the handshake",
+        };
+        IoError::new(ErrorKind::SourceLost, why)
+    }
+
     async fn receive(&mut self) -> Result<(), Failed> {
         let mut buf = std::mem::take(&mut self.received);
         buf.reserve(RECEIVE_BYTES);
         let before = buf.len();
-        self.received = self.reader.read(buf).await?;
+        self.received = match self.connection.reader.read(buf).await {
+            Ok(received) => received,
+            // Cut off without a word.
+            Err(error) if self.unheard && error.kind() != ErrorKind::NotPermitted => {
+                return Err(Failed::Lost(self.hung_up().caused_by(error)));
+            }
+            Err(error) => return Err(Failed::Lost(error)),
+        };
         if self.received.len() == before {
-            return Err(Failed::Lost(hung_up()));
+            return Err(Failed::Lost(self.hung_up()));
         }
+        self.unheard = false;
         Ok(())
     }
 }
@@ -387,7 +441,7 @@ impl Refusal {
         let (kind, why) = match self.error {
             Some(OptionError::TlsRequired) => (
                 ErrorKind::Unsupported,
-                "the server wants TLS, which is not supported; let it serve without, on a network you trust"
+                "the server wants TLS: give credentials (an nbds URI with tls-certificates=DIR, or tls-creds)"
                     .to_owned(),
             ),
             Some(OptionError::Unknown) => {

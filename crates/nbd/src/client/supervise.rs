@@ -20,10 +20,10 @@ use infill_base::{ErrorKind, IoError};
 use infill_storage::rt;
 use infill_storage::sync::Arc;
 
-use super::OnLost;
 use super::negotiate::{Agreed, Failed, Open, negotiate};
 use super::session::{Ended, Session};
 use super::shared::{Role, Shared};
+use super::{ClientOptions, OnLost};
 use crate::proto::TransmissionFlags;
 
 /// Pause before the second attempt to connect (the first comes at once).
@@ -41,16 +41,17 @@ const DEMAND_BACKOFF_MAX: Duration = Duration::from_secs(30);
 
 /// One attempt at a connection in the transmission phase, with its time limit.
 pub(super) async fn open(shared: &Shared, limit: Duration) -> Result<Open, Failed> {
-    connect(shared.connector.as_ref(), &shared.options.export, limit).await
+    connect(shared.connector.as_ref(), &shared.options, limit).await
 }
 
 /// As [`open`], before there is anything to share.
 pub(super) async fn connect(
     connector: &dyn infill_storage::stream::Connector,
-    export: &str,
+    options: &ClientOptions,
     limit: Duration,
 ) -> Result<Open, Failed> {
-    let attempt = async { negotiate(connector.connect().await?, export).await };
+    let attempt =
+        async { negotiate(connector.connect().await?, &options.export, options.tls.as_ref()).await };
     rt::timeout(limit, attempt).await.unwrap_or_else(|| {
         let why = format!("no connection was agreed on within {limit:?}");
         Err(Failed::Lost(IoError::new(ErrorKind::SourceLost, why)))

@@ -2,6 +2,9 @@
 //!
 //! What the client asks is answered in order, one option at a time. Its memory is bounded by the limits on an option's
 //! data and on a list; its time by the caller, who gives all of it one deadline.
+//!
+//! Where TLS is asked for, every option but STARTTLS and ABORT is refused until it has begun, so nothing that was said in
+//! the clear is kept. What a client sends behind STARTTLS is TLS, also what came before the answer.
 
 use bytes::{Buf, BytesMut};
 use infill_base::{ErrorKind, Gather, IoError, IoResult};
@@ -15,6 +18,7 @@ use crate::proto::{
     INFO_DESCRIPTION, INFO_NAME, Info, Mode, OPTION_BYTES_MAX, OptionError, OptionHeader, OptionReply,
     OptionRequest,
 };
+use crate::tls::ServerTls;
 
 /// Room for what a client sends during the handshake, in bytes.
 const RECEIVE_BYTES: usize = 4096;
@@ -22,6 +26,9 @@ const RECEIVE_BYTES: usize = 4096;
 const SKIPPED_OPTION_BYTES_MAX: u32 = 4 << 20;
 /// The smallest block size that clients which never asked for block sizes are known to keep to, in bytes.
 const BLOCK_BYTES_ASSUMED: u32 = 512;
+
+/// What a client is told that asks for anything before TLS.
+const WITHOUT_TLS: &str = "this server wants TLS: begin with STARTTLS";
 
 /// Metadata contexts, by the number that stands for each on the wire.
 pub(super) const CONTEXT_NAMES: [(u32, &str); 2] = [(0, CONTEXT_ALLOCATION), (1, CONTEXT_DEPTH)];
@@ -57,8 +64,11 @@ pub(super) struct Agreed {
 /// A connection before GO.
 struct Haggle<'a> {
     exports: &'a Exports,
-    reader: Box<dyn StreamRead>,
-    writer: Box<dyn StreamWrite>,
+    connection: Connection,
+    /// TLS that is asked for and has not begun.
+    tls: Option<&'a ServerTls>,
+    /// Whether it has begun.
+    secure: bool,
     received: BytesMut,
     /// Replies that are not sent yet.
     out: BytesMut,
@@ -74,8 +84,9 @@ struct Haggle<'a> {
 }
 
 /// What comes after an option.
-enum Next {
+enum Next<'a> {
     Option,
+    Tls(&'a ServerTls),
     Transmission(Attached, ExportInfo),
     End,
 }
@@ -85,12 +96,13 @@ pub(super) async fn handshake(
     connection: Connection,
     exports: &Exports,
     limits: &ServerLimits,
+    tls: Option<&ServerTls>,
 ) -> IoResult<Option<Agreed>> {
-    let Connection { reader, writer, .. } = connection;
     let mut haggle = Haggle {
         exports,
-        reader,
-        writer,
+        connection,
+        tls,
+        secure: false,
         received: BytesMut::with_capacity(RECEIVE_BYTES),
         out: BytesMut::new(),
         no_zeroes: false,
@@ -104,6 +116,12 @@ pub(super) async fn handshake(
     loop {
         match haggle.option().await? {
             Next::Option => haggle.flush().await?,
+            Next::Tls(tls) => {
+                haggle.flush().await?;
+                let Haggle { connection, received, .. } = haggle;
+                let connection = tls.accept(connection, received).await?;
+                haggle = Haggle { connection, received: BytesMut::new(), tls: None, secure: true, ..haggle };
+            }
             Next::End => {
                 // The client may be gone already, which is fine.
                 let _ = haggle.flush().await;
@@ -115,14 +133,14 @@ pub(super) async fn handshake(
                     Some((name, contexts)) if *name == export.export().name => *contexts,
                     _ => Contexts::default(),
                 };
-                let Haggle { reader, writer, received, mode, .. } = haggle;
+                let Haggle { connection: Connection { reader, writer, .. }, received, mode, .. } = haggle;
                 return Ok(Some(Agreed { export, info, mode, contexts, reader, writer, received }));
             }
         }
     }
 }
 
-impl Haggle<'_> {
+impl<'a> Haggle<'a> {
     async fn greet(&mut self) -> IoResult<()> {
         let flags = HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES;
         Greeting { flags }.encode(&mut self.out);
@@ -139,7 +157,7 @@ impl Haggle<'_> {
 
     async fn flush(&mut self) -> IoResult<()> {
         let out = self.out.split().freeze();
-        self.writer.write_all(Gather::from(out)).await
+        self.connection.writer.write_all(Gather::from(out)).await
     }
 
     /// Receives at least one byte more.
@@ -147,7 +165,7 @@ impl Haggle<'_> {
         let mut buf = std::mem::take(&mut self.received);
         buf.reserve(RECEIVE_BYTES);
         let before = buf.len();
-        self.received = self.reader.read(buf).await?;
+        self.received = self.connection.reader.read(buf).await?;
         if self.received.len() == before {
             return Err(IoError::new(ErrorKind::Io, "the client closed the connection during the handshake"));
         }
@@ -179,7 +197,7 @@ impl Haggle<'_> {
     }
 
     /// Takes one option, and puts its replies into `out`.
-    async fn option(&mut self) -> IoResult<Next> {
+    async fn option(&mut self) -> IoResult<Next<'a>> {
         let header = loop {
             if let Some(header) = OptionHeader::decode(&mut self.received)? {
                 break header;
@@ -192,12 +210,24 @@ impl Haggle<'_> {
         }
         let option = header.option;
         let Some(data) = self.option_data(header.len).await? else {
-            self.refuse(option, OptionError::TooBig, "the data of this option is too long");
+            match self.tls {
+                Some(_) => self.refuse(option, OptionError::TlsRequired, WITHOUT_TLS),
+                None => self.refuse(option, OptionError::TooBig, "the data of this option is too long"),
+            }
             return Ok(Next::Option);
         };
+        let export_name = OptionRequest::ExportName(String::new()).option();
         match OptionRequest::decode(option, &data) {
+            Ok(request @ (OptionRequest::StartTls | OptionRequest::Abort)) => self.answer(option, request),
+            _ if self.tls.is_some() && option == export_name => {
+                Err(IoError::new(ErrorKind::NotPermitted, format!("the client is refused: {WITHOUT_TLS}")))
+            }
+            _ if self.tls.is_some() => {
+                self.refuse(option, OptionError::TlsRequired, WITHOUT_TLS);
+                Ok(Next::Option)
+            }
             Ok(request) => self.answer(option, request),
-            Err(error) if option == OptionRequest::ExportName(String::new()).option() => Err(error.into()),
+            Err(error) if option == export_name => Err(error.into()),
             Err(error) => {
                 self.refuse(option, OptionError::Invalid, &error.to_string());
                 Ok(Next::Option)
@@ -213,7 +243,7 @@ impl Haggle<'_> {
         self.reply(option, &OptionReply::Error { error, message: message.to_owned() });
     }
 
-    fn answer(&mut self, option: u32, request: OptionRequest) -> IoResult<Next> {
+    fn answer(&mut self, option: u32, request: OptionRequest) -> IoResult<Next<'a>> {
         match request {
             OptionRequest::ExportName(name) => return self.export_name(&name),
             OptionRequest::Abort => {
@@ -222,6 +252,13 @@ impl Haggle<'_> {
             }
             OptionRequest::List => self.list(option),
             OptionRequest::Info { go, name, wanted } => return Ok(self.info(option, go, &name, &wanted)),
+            OptionRequest::StartTls if self.secure => {
+                self.refuse(option, OptionError::Invalid, "TLS has begun already");
+            }
+            OptionRequest::StartTls if let Some(tls) = self.tls => {
+                self.reply(option, &OptionReply::Ack);
+                return Ok(Next::Tls(tls));
+            }
             OptionRequest::StartTls => {
                 self.refuse(option, OptionError::Policy, "this server is not configured for TLS");
             }
@@ -251,7 +288,7 @@ impl Haggle<'_> {
     }
 
     /// There is no error reply: what fails ends the session.
-    fn export_name(&mut self, name: &str) -> IoResult<Next> {
+    fn export_name(&mut self, name: &str) -> IoResult<Next<'a>> {
         let refused = |why: &str| IoError::new(ErrorKind::NotFound, format!("the export '{name}' {why}"));
         let export = self.exports.attach(name).ok_or_else(|| refused("is not known"))?;
         if export.export().node.node_limits().request_align > BLOCK_BYTES_ASSUMED {
@@ -278,7 +315,7 @@ impl Haggle<'_> {
         self.options_for_list = self.options_for_list.max(exports.len() as u32 * OPTIONS_PER_EXPORT);
     }
 
-    fn info(&mut self, option: u32, go: bool, name: &str, wanted: &[u16]) -> Next {
+    fn info(&mut self, option: u32, go: bool, name: &str, wanted: &[u16]) -> Next<'a> {
         let Some(export) = self.exports.attach(name) else {
             let why = format!("there is no export named '{name}'");
             self.refuse(option, OptionError::Unknown, &why);

@@ -15,6 +15,10 @@
 //! own connection), hold memory beyond [`ServerLimits`], or end another's requests. What it sends against the rules is
 //! answered by the protocol's error where there is one and the stream goes on, and ends the connection where there is none.
 //!
+//! # TLS
+//! A server with credentials takes nobody without TLS, and answers nothing but that before it has begun. The handshake's
+//! deadline is one for both, so that TLS costs a client no more time.
+//!
 //! # How a connection ends
 //! Requests that change the disk are always run to their end, so that nothing of a client that is gone happens later than
 //! its successor's first request would see. Reads are given up when nobody is there to receive them, or after
@@ -36,6 +40,7 @@ use infill_storage::sync::Arc;
 use infill_storage::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use infill_storage::{Permits, rt};
 
+use crate::tls::ServerTls;
 pub use exports::{Export, ExportError, ExportStatus, Exports, Removal, RemoveMode};
 pub use limits::ServerLimits;
 
@@ -46,6 +51,7 @@ pub struct Server(Arc<Shared>);
 struct Shared {
     exports: Exports,
     limits: ServerLimits,
+    tls: Option<ServerTls>,
     connections: AtomicUsize,
     chosen: AtomicU64,
     /// Bytes in flight of all connections, beyond what each may always have.
@@ -62,12 +68,18 @@ impl Drop for Counted<'_> {
 }
 
 impl Server {
-    /// Offers `exports`, now and as they change.
+    /// Offers `exports`, now and as they change, in the clear.
     pub fn new(exports: Exports, limits: ServerLimits) -> Server {
+        Server::over(exports, limits, None)
+    }
+
+    /// Offers `exports`, now and as they change, to those who speak TLS; with `None` in the clear.
+    pub fn over(exports: Exports, limits: ServerLimits, tls: Option<ServerTls>) -> Server {
         let bytes = Permits::new(limits.bytes_in_flight_total);
         Server(Arc::new(Shared {
             exports,
             limits,
+            tls,
             connections: AtomicUsize::new(0),
             chosen: AtomicU64::new(0),
             bytes,
@@ -103,7 +115,8 @@ impl Server {
             return Err(IoError::new(ErrorKind::Busy, why));
         }
         let peer = connection.peer.clone();
-        let handshake = handshake::handshake(connection, &shared.exports, &shared.limits);
+        let handshake =
+            handshake::handshake(connection, &shared.exports, &shared.limits, shared.tls.as_ref());
         let agreed = match rt::timeout(shared.limits.handshake_time, handshake).await {
             Some(result) => result.map_err(|error| error.in_node(&peer))?,
             None => {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use infill_io::{Address, Listener, Reactors};
-use infill_nbd::{Exports, Server, ServerLimits};
+use infill_nbd::{Exports, Server, ServerLimits, ServerTls};
 use infill_storage::rt;
 
 /// No client may take longer than this, in seconds.
@@ -22,9 +22,14 @@ pub struct Served {
 
 impl Served {
     pub fn new(exports: Exports) -> Served {
+        Served::over(exports, None)
+    }
+
+    /// One that wants TLS, where there are credentials.
+    pub fn over(exports: Exports, tls: Option<ServerTls>) -> Served {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("nbd.sock");
-        let server = Server::new(exports, ServerLimits::default());
+        let server = Server::over(exports, ServerLimits::default(), tls);
         let reactors = Reactors::start(1).unwrap();
         let (address, accepted) = (Address::Unix(socket.clone()), server.clone());
         reactors.block_on(move || async move {
