@@ -23,6 +23,15 @@ pub trait Work: 'static {
     }
 }
 
+/// How a job that was *ready* ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Ending {
+    /// The target takes the source's place (`block-job-complete`).
+    Exchange,
+    /// Everything stays where it is; the target is the disk as of now (`block-job-cancel` without `force`).
+    Stay,
+}
+
 /// What `query-jobs` tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobInfo {
@@ -76,7 +85,7 @@ struct State {
     /// From here on it ends as it ends: cancel is taken and changes nothing.
     finalizing: bool,
     finalize_asked: bool,
-    complete_asked: bool,
+    complete_asked: Option<Ending>,
     busy: bool,
     speed: u64,
     offset: u64,
@@ -112,7 +121,7 @@ impl Job {
             cancelled: false,
             finalizing: false,
             finalize_asked: false,
-            complete_asked: false,
+            complete_asked: None,
             busy: false,
             speed: options.speed,
             offset: 0,
@@ -235,7 +244,7 @@ impl Job {
         }
         if !force && state.status == JobStatus::Ready {
             drop(state);
-            return self.complete();
+            return self.end(Ending::Stay);
         }
         drop(state);
         self.cancel()
@@ -243,9 +252,13 @@ impl Job {
 
     /// `job-complete`, `block-job-complete`.
     pub fn complete(&self) -> Result<(), JobError> {
+        self.end(Ending::Exchange)
+    }
+
+    fn end(&self, ending: Ending) -> Result<(), JobError> {
         let mut state = self.state();
         self.take_verb(&state, JobVerb::Complete)?;
-        state.complete_asked = true;
+        state.complete_asked.get_or_insert(ending);
         self.0.changed.notify(usize::MAX);
         Ok(())
     }
@@ -452,7 +465,18 @@ impl Job {
 
     /// Whether a ready job was asked to end.
     pub fn should_complete(&self) -> bool {
+        self.ending().is_some()
+    }
+
+    /// How a ready job was asked to end.
+    pub fn ending(&self) -> Option<Ending> {
         self.state().complete_asked
+    }
+
+    /// Whether it was cancelled, while it still can be.
+    pub fn is_cancelled(&self) -> bool {
+        let state = self.state();
+        state.cancelled && !state.finalizing
     }
 
     // ---- life ----

@@ -68,8 +68,14 @@ pub trait Watcher: Send + Sync + 'static {
     }
 
     /// After a change that has succeeded, before its asker is told, who waits for this. An error is told to the asker.
-    fn after<'a>(&'a self, cx: &'a Ctx, change: &'a Change) -> Option<LocalBoxFuture<'a, IoResult<()>>> {
-        let _ = (cx, change);
+    /// `kept` is what [`Watcher::before`] gave.
+    fn after<'a>(
+        &'a self,
+        cx: &'a Ctx,
+        change: &'a Change,
+        kept: &'a mut Kept,
+    ) -> Option<LocalBoxFuture<'a, IoResult<()>>> {
+        let _ = (cx, change, kept);
         None
     }
 
@@ -248,23 +254,23 @@ pub(crate) async fn watched(
     change: Change,
     perform: LocalBoxFuture<'_, IoResult<()>>,
 ) -> IoResult<()> {
-    let mut kept = Vec::new();
+    let mut kept: Vec<Kept> = Vec::new();
     for (_, watcher) in watchers.iter() {
-        if let Some(before) = watcher.before(cx, &change) {
-            kept.push(before.await?);
-        }
+        kept.push(match watcher.before(cx, &change) {
+            Some(before) => before.await?,
+            None => None,
+        });
     }
     // Told also when this is dropped in the middle.
     let landed = Landed { watchers: &watchers, at: change.at, len: change.len };
     let result = perform.await;
     drop(landed);
     result?;
-    for (_, watcher) in watchers.iter() {
-        if let Some(after) = watcher.after(cx, &change) {
+    for ((_, watcher), kept) in watchers.iter().zip(&mut kept) {
+        if let Some(after) = watcher.after(cx, &change, kept) {
             after.await?;
         }
     }
-    drop(kept);
     Ok(())
 }
 

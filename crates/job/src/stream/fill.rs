@@ -18,9 +18,9 @@ use infill_node::generic::{FillPiece, StreamCursor};
 use infill_node::{Fetched, LatencyKind, NodeHandle, Populated};
 use infill_storage::rt;
 
-use super::control::{Control, REQUEST_BYTES_MAX, REQUEST_BYTES_MIN, Seen, TICK};
-use super::rate::Pace;
+use crate::control::{Control, REQUEST_BYTES_MAX, REQUEST_BYTES_MIN, Seen, TICK};
 use crate::job::Job;
+use crate::rate::Pace;
 use crate::state::{ErrorAction, OnError, Operation};
 
 /// Bytes that the fill holds in memory: asked for, being gathered and being written.

@@ -17,9 +17,7 @@
 //! A lost source is waited for. Other read errors are tried again a few times; then, and for write errors at once,
 //! `on-error` decides.
 
-mod control;
 mod fill;
-mod rate;
 
 use std::time::Duration;
 

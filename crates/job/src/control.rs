@@ -219,7 +219,8 @@ impl Control {
         self.last_miss.is_some_and(|at| at + span >= now)
     }
 
-    fn rate(&self) -> f64 {
+    /// The best rate seen lately, in bytes per second.
+    pub(crate) fn rate(&self) -> f64 {
         self.rates.iter().copied().fold(0.0, f64::max)
     }
 

@@ -1,0 +1,253 @@
+//! The mirror job: a second node that holds what the first one does, while guests write to it.
+//!
+//! # Order of the end (P4)
+//! 1. What is left is copied until little is left, and the target is synced.
+//! 2. The source's changes are held; the last blocks are copied; the target is synced.
+//! 3. [`MirrorOptions::on_exchange`] gives the source's users the target (not where the job was asked to leave them).
+//! 4. Changes go on, on the target; then the event.
+//!
+//! In *background* mode a guest's write is marked and copied later; in *write-blocking* mode the guest is answered when
+//! the target has it too. A target that fails then marks the blocks, and the job's policy decides: the guest's write has
+//! succeeded.
+
+use std::time::Duration;
+
+use futures_util::future::LocalBoxFuture;
+use infill_base::{Ctx, ErrorKind, IoError, IoResult, align_down};
+use infill_node::{BackingSlot, Change, Held, Kept, NodeHandle, Watcher, Watching};
+use infill_storage::sync::Arc;
+use infill_storage::{RangeGuard, rt};
+
+use super::{BLOCK_BYTES, Copier, CopyPolicy, Failed, Goal, Scope, Transfer};
+use crate::error::JobError;
+use crate::job::{Ending, Job, Work};
+use crate::manager::{Claim, JobOptions, Jobs};
+use crate::state::{JobType, OnError};
+use crate::stream::FILL_MIN_RATE;
+
+/// How long guest writes in flight are waited for before the job tries again later; new ones wait meanwhile.
+const HOLD_TIME: Duration = Duration::from_secs(1);
+/// How often that is tried.
+const HOLD_ATTEMPTS_MAX: u32 = 30;
+/// How long guests are left alone between two attempts.
+const HOLD_PAUSE: Duration = Duration::from_secs(1);
+
+/// What a mirror copies first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MirrorSync {
+    /// Everything that the disk reads as.
+    Full,
+    /// What the top layer holds.
+    Top,
+    /// Only what is written from now on.
+    Nothing,
+}
+
+/// When a guest's write is on the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum CopyMode {
+    /// Later.
+    #[default]
+    Background,
+    /// Before the guest is answered.
+    WriteBlocking,
+}
+
+/// Gives the users of the source the target, while nothing changes on the source; an error ends the job.
+pub type OnExchange = Box<dyn FnOnce(&Held) -> LocalBoxFuture<'static, IoResult<()>>>;
+
+/// What a mirror takes.
+pub struct MirrorOptions {
+    /// The disk.
+    pub source: NodeHandle,
+    /// Where it is copied to.
+    pub target: NodeHandle,
+    /// What is copied first.
+    pub sync: MirrorSync,
+    /// When guests' writes are on the target.
+    pub copy_mode: CopyMode,
+    /// Whether zeroes may become holes there.
+    pub unmap: bool,
+    /// What is done about errors of the source.
+    pub on_source_error: OnError,
+    /// What is done about errors of the target.
+    pub on_target_error: OnError,
+    /// Bytes per second below which politeness towards guests does not take it.
+    pub min_rate: u64,
+    /// Called when the target takes the source's place.
+    pub on_exchange: Option<OnExchange>,
+}
+
+impl MirrorOptions {
+    /// The defaults.
+    pub fn new(source: NodeHandle, target: NodeHandle) -> MirrorOptions {
+        MirrorOptions {
+            source,
+            target,
+            sync: MirrorSync::Full,
+            copy_mode: CopyMode::Background,
+            unmap: true,
+            on_source_error: OnError::default(),
+            on_target_error: OnError::default(),
+            min_rate: FILL_MIN_RATE,
+            on_exchange: None,
+        }
+    }
+}
+
+/// Starts a mirror on this thread's reactor (`blockdev-mirror`).
+pub fn start(jobs: &Jobs, job: JobOptions, options: MirrorOptions) -> Result<Job, JobError> {
+    let MirrorOptions { source, target, sync, copy_mode, unmap, on_exchange, .. } = options;
+    if source.is_same(&target) {
+        return Err(JobError::generic("Can't mirror node into itself"));
+    }
+    if !target.limits().writable {
+        return Err(JobError::generic(format!(
+            "{} is read-only: a mirror writes to it",
+            target.info().filename
+        )));
+    }
+    if target.len() != source.len() {
+        return Err(JobError::generic("Source and target image have different sizes"));
+    }
+    let claim = jobs.claim(&job.id, &target, Vec::new())?;
+    let below = source.backing().and_then(BackingSlot::node);
+    let scope = match (sync, below) {
+        (MirrorSync::Nothing, _) => Scope::Nothing,
+        (MirrorSync::Top, Some(below)) => Scope::Above(below),
+        (MirrorSync::Top, None) | (MirrorSync::Full, _) => Scope::Full,
+    };
+    let transfer = Transfer::new(source, target, scope, unmap);
+    let policy = CopyPolicy {
+        on_source_error: options.on_source_error,
+        on_target_error: options.on_target_error,
+        min_rate: options.min_rate,
+    };
+    let copier = Copier::new(transfer.clone(), policy);
+    let work = Mirror { transfer, copier, copy_mode, watching: None, on_exchange, _claim: claim };
+    jobs.start(JobType::Mirror, job, work)
+}
+
+struct Mirror {
+    transfer: Arc<Transfer>,
+    copier: Copier,
+    copy_mode: CopyMode,
+    watching: Option<Watching>,
+    on_exchange: Option<OnExchange>,
+    _claim: Claim,
+}
+
+impl Work for Mirror {
+    async fn run(&mut self, job: &Job) -> IoResult<()> {
+        let blocking = self.copy_mode == CopyMode::WriteBlocking;
+        let watcher = Arc::new(Follow { transfer: self.transfer.clone(), blocking });
+        self.watching = Some(hold(&self.transfer.source).await?.watch(watcher));
+        self.copier.run(job, Goal::Converged).await?;
+        job.become_ready();
+        self.copier.run(job, Goal::Asked).await
+    }
+
+    async fn prepare(&mut self, job: &Job) -> IoResult<()> {
+        let held = settle(&mut self.copier, &self.transfer, job).await?;
+        job.tell_durable();
+        if job.ending() == Some(Ending::Exchange)
+            && let Some(on_exchange) = self.on_exchange.take()
+        {
+            on_exchange(&held).await?;
+        }
+        self.watching = None;
+        drop(held);
+        self.copier.take_ignored()
+    }
+}
+
+/// Holds the changes of `node`; tried again for a while where guest writes that have begun do not end.
+pub(super) async fn hold(node: &NodeHandle) -> IoResult<Held> {
+    for _ in 0..HOLD_ATTEMPTS_MAX {
+        if let Some(held) = rt::timeout(HOLD_TIME, node.hold_changes()).await {
+            return Ok(held);
+        }
+        rt::sleep(HOLD_PAUSE).await;
+    }
+    let why = "guest writes that have begun do not end; does one wait for a source that is away?";
+    Err(IoError::new(ErrorKind::Busy, why).in_node(node.info().filename))
+}
+
+/// Copies the rest. When this returns, source and target are the same, on stable storage, and nothing changes.
+pub(super) async fn settle(copier: &mut Copier, transfer: &Transfer, job: &Job) -> IoResult<Held> {
+    copier.run(job, Goal::Converged).await?;
+    // What can be done before guests are held is done before.
+    transfer.target.sync(&Ctx::FILL).await?;
+    copier.run(job, Goal::Converged).await?;
+    let held = hold(&transfer.source).await?;
+    copier.hurry(true);
+    copier.run(job, Goal::Empty).await?;
+    copier.hurry(false);
+    transfer.target.sync(&Ctx::FILL).await?;
+    Ok(held)
+}
+
+/// Sees what guests write to the source.
+pub(super) struct Follow {
+    pub(super) transfer: Arc<Transfer>,
+    pub(super) blocking: bool,
+}
+
+/// From before a guest's write until the target has it too.
+struct Open {
+    transfer: Arc<Transfer>,
+    at: u64,
+    len: u64,
+    done: bool,
+    _range: RangeGuard,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        if !self.done {
+            self.transfer.mark(self.at, self.len);
+        }
+    }
+}
+
+impl Watcher for Follow {
+    fn before<'a>(&'a self, _: &'a Ctx, change: &'a Change) -> Option<LocalBoxFuture<'a, IoResult<Kept>>> {
+        self.blocking.then(|| -> LocalBoxFuture<'a, IoResult<Kept>> {
+            Box::pin(async move {
+                let transfer = self.transfer.clone();
+                let at = align_down(change.at, BLOCK_BYTES);
+                let end =
+                    change.at.saturating_add(change.len).next_multiple_of(BLOCK_BYTES).min(transfer.len);
+                let len = end.saturating_sub(at);
+                let range = transfer.ranges.exclusive(at, at + len).await;
+                let open: Kept = Some(Box::new(Open { transfer, at, len, done: false, _range: range }));
+                Ok(open)
+            })
+        })
+    }
+
+    fn landed(&self, at: u64, len: u64) {
+        if !self.blocking {
+            self.transfer.mark(at, len);
+        }
+    }
+
+    fn after<'a>(
+        &'a self,
+        cx: &'a Ctx,
+        _: &'a Change,
+        kept: &'a mut Kept,
+    ) -> Option<LocalBoxFuture<'a, IoResult<()>>> {
+        let open = kept.as_mut()?.downcast_mut::<Open>()?;
+        Some(Box::pin(async move {
+            let copied: Result<(), Failed> = open.transfer.copy_held(cx, open.at, open.len).await;
+            if copied.is_ok() {
+                open.transfer.cold.clear(open.at, open.len);
+                open.transfer.hot.clear(open.at, open.len);
+                open.done = true;
+            }
+            // The guest's own write has succeeded. What the target lacks is marked, and the loop meets the error.
+            Ok(())
+        }))
+    }
+}

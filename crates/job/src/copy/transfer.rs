@@ -1,0 +1,262 @@
+//! What a copy knows of itself, shared with those who watch the source.
+
+use std::ops::Range;
+
+use event_listener::Event;
+use infill_base::{Ctx, ExtentKind, IoError, IoResult, WriteFlags, ZeroFlags};
+use infill_node::generic::{chain_extents, chain_map};
+use infill_node::{BackingSlot, DirtyMap, NodeHandle};
+use infill_storage::RangeLock;
+use infill_storage::sync::Arc;
+use infill_storage::sync::atomic::{AtomicU64, Ordering};
+
+use crate::state::Operation;
+
+/// What one bit of a copy's maps stands for: the smallest thing that is copied, in bytes.
+pub const BLOCK_BYTES: u64 = 4096;
+
+/// How much of the disk is mapped at a time, in bytes.
+const MAP_STRIDE_BYTES: u64 = 256 << 20;
+
+/// Layers that are followed below a node.
+const CHAIN_LAYERS_MAX: usize = 512;
+
+/// What of the source is copied at first.
+#[derive(Clone, Debug)]
+pub enum Scope {
+    /// All of the disk as it reads.
+    Full,
+    /// What the chain holds above this node (commit), or the top layer alone holds (with the node below it).
+    Above(NodeHandle),
+    /// Nothing; only what is marked by others.
+    Nothing,
+}
+
+/// One half of a copy failed.
+#[derive(Clone, Debug)]
+pub struct Failed {
+    /// Reading the source, or writing the target.
+    pub operation: Operation,
+    /// Why.
+    pub error: IoError,
+}
+
+fn read_failed(error: IoError) -> Failed {
+    Failed { operation: Operation::Read, error }
+}
+
+fn write_failed(error: IoError) -> Failed {
+    Failed { operation: Operation::Write, error }
+}
+
+/// A copy of one node to another.
+pub struct Transfer {
+    /// Where it is read.
+    pub source: NodeHandle,
+    /// Where it is written.
+    pub target: NodeHandle,
+    /// Bytes of the disk that are copied.
+    pub len: u64,
+    /// Blocks to be copied because they lie on the source.
+    pub cold: DirtyMap,
+    /// Blocks to be copied because they were changed since.
+    pub hot: DirtyMap,
+    /// Held for a range while it is written to the target.
+    pub ranges: RangeLock,
+    /// Fires when something was marked hot.
+    pub marked: Event,
+    /// Whether zeroes may become holes on the target.
+    unmap: bool,
+    scope: Scope,
+    walked: AtomicU64,
+    /// What was written to the target by the copy alone, for those who count.
+    pub written_bytes: AtomicU64,
+}
+
+impl std::fmt::Debug for Transfer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Transfer({:?} to {:?}: {:?}, {:?})", self.source, self.target, self.cold, self.hot)
+    }
+}
+
+impl Transfer {
+    /// Nothing is copied yet.
+    pub fn new(source: NodeHandle, target: NodeHandle, scope: Scope, unmap: bool) -> Arc<Transfer> {
+        let len = source.len();
+        let walked = AtomicU64::new(if matches!(scope, Scope::Nothing) { len } else { 0 });
+        Arc::new(Transfer {
+            cold: DirtyMap::new(len, BLOCK_BYTES),
+            hot: DirtyMap::new(len, BLOCK_BYTES),
+            ranges: RangeLock::new(),
+            marked: Event::new(),
+            source,
+            target,
+            len,
+            unmap,
+            scope,
+            walked,
+            written_bytes: AtomicU64::new(0),
+        })
+    }
+
+    /// Somebody has changed the range: it is copied at the end.
+    pub fn mark(&self, at: u64, len: u64) {
+        // In this order: between the two it is in both, never in none.
+        self.hot.mark(at, len);
+        self.cold.clear(at, len);
+        self.marked.notify(usize::MAX);
+    }
+
+    pub(crate) fn put_back(&self, at: u64, len: u64) {
+        self.hot.mark(at, len);
+    }
+
+    pub(crate) fn left_bytes(&self) -> u64 {
+        self.cold.dirty_bytes() + self.hot.dirty_bytes()
+    }
+
+    pub(crate) fn cold_bytes(&self) -> u64 {
+        self.cold.dirty_bytes()
+    }
+
+    pub(crate) fn unwalked_bytes(&self) -> u64 {
+        self.len - self.walked.load(Ordering::Relaxed).min(self.len)
+    }
+
+    /// The next piece to copy, of at most `max` bytes, from `next` on: cold ones first, hot ones when no cold one is to
+    /// come (`walked`).
+    pub(crate) fn take(&self, next: &mut u64, max: u64, walked: bool) -> Option<Range<u64>> {
+        let around = |map: &DirtyMap| map.take_next(*next, max).or_else(|| map.take_next(0, max));
+        let piece = around(&self.cold).or_else(|| if walked { around(&self.hot) } else { None })?;
+        *next = piece.end;
+        Some(piece)
+    }
+
+    /// Looks at the next part of the disk, and marks what is to be copied. `false` at the end.
+    ///
+    /// What reads as zero on both is nothing to do. Dropped in the middle, it has changed nothing.
+    pub(crate) async fn walk(&self) -> Result<bool, Failed> {
+        let at = self.walked.load(Ordering::Relaxed);
+        if at >= self.len {
+            return Ok(false);
+        }
+        let stride = MAP_STRIDE_BYTES.min(self.len - at);
+        let runs = self.runs(at, stride).await.map_err(read_failed)?;
+        let end = runs.last().map_or(at, |(run, _)| run.end);
+        if end <= at {
+            let why = IoError::new(infill_base::ErrorKind::Io, "the source gave no extents").at(at, stride);
+            return Err(read_failed(why));
+        }
+        let zero = self.target_zeroes(at, end).await.map_err(write_failed)?;
+        for (run, what) in runs {
+            match what {
+                What::Data => self.cold.mark(run.start, run.end - run.start),
+                What::Zero => {
+                    for part in without(&run, &zero) {
+                        self.cold.mark(part.start, part.end - part.start);
+                    }
+                }
+                What::Nothing => {}
+            }
+        }
+        self.walked.store(end, Ordering::Relaxed);
+        Ok(end < self.len)
+    }
+
+    /// What the source has from `at` on.
+    async fn runs(&self, at: u64, len: u64) -> IoResult<Vec<(Range<u64>, What)>> {
+        let depth = match &self.scope {
+            Scope::Nothing => return Ok(vec![(at..at + len, What::Nothing)]),
+            Scope::Full => usize::MAX,
+            Scope::Above(base) => depth_of(&self.source, base)?,
+        };
+        let mapped = chain_map(&self.source, &Ctx::FILL, at, len).await?;
+        let what = |mapped: &infill_node::generic::MappedExtent| match mapped.extent.kind {
+            _ if mapped.depth >= depth => What::Nothing,
+            ExtentKind::Data => What::Data,
+            // Absent: behind the end of a layer above the base, or where nothing lies below.
+            ExtentKind::Zero | ExtentKind::Absent => What::Zero,
+        };
+        Ok(mapped.iter().map(|run| (run.extent.start..run.extent.end(), what(run))).collect())
+    }
+
+    /// Where the target reads as zero already.
+    async fn target_zeroes(&self, at: u64, end: u64) -> IoResult<Vec<Range<u64>>> {
+        let end = end.min(self.target.len());
+        if at >= end {
+            return Ok(Vec::new());
+        }
+        let extents = chain_extents(&self.target, &Ctx::FILL, at, end - at).await?;
+        let zero = extents.iter().filter(|extent| extent.kind == ExtentKind::Zero);
+        Ok(zero.map(|extent| extent.start..extent.end()).collect())
+    }
+
+    /// Copies the range as it reads now, with nobody else writing it to the target meanwhile.
+    pub async fn copy(&self, cx: &Ctx, at: u64, len: u64) -> Result<(), Failed> {
+        let _range = self.ranges.exclusive(at, at + len).await;
+        self.copy_held(cx, at, len).await
+    }
+
+    /// As [`Transfer::copy`], for a caller who holds the range.
+    pub async fn copy_held(&self, cx: &Ctx, at: u64, len: u64) -> Result<(), Failed> {
+        let extents = chain_extents(&self.source, cx, at, len).await.map_err(read_failed)?;
+        for extent in extents {
+            if extent.kind == ExtentKind::Zero {
+                let flags = if self.unmap { ZeroFlags::MAY_UNMAP } else { ZeroFlags::empty() };
+                let zeroed = self.target.write_zeroes(cx, extent.start, extent.len, flags).await;
+                zeroed.map_err(write_failed)?;
+                continue;
+            }
+            let data =
+                self.source.read_vec(cx, extent.start, extent.len as usize).await.map_err(read_failed)?;
+            let written = self.target.write(cx, extent.start, data.freeze(), WriteFlags::empty()).await;
+            written.map_err(write_failed)?;
+            self.written_bytes.fetch_add(extent.len, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum What {
+    Data,
+    Zero,
+    Nothing,
+}
+
+/// How many layers `base` lies below `top`.
+fn depth_of(top: &NodeHandle, base: &NodeHandle) -> IoResult<usize> {
+    let below = |node: &NodeHandle| node.backing().and_then(BackingSlot::node);
+    let mut layers = std::iter::successors(Some(top.clone()), below).take(CHAIN_LAYERS_MAX);
+    layers.position(|layer| layer.is_same(base)).ok_or_else(|| {
+        let why = format!("{} is not in the chain of {} any more", base.info().filename, top.info().filename);
+        IoError::new(infill_base::ErrorKind::NotFound, why)
+    })
+}
+
+/// The parts of `run` that lie in none of `holes`, which are in order.
+fn without(run: &Range<u64>, holes: &[Range<u64>]) -> Vec<Range<u64>> {
+    let (mut parts, mut next) = (Vec::new(), run.start);
+    for hole in holes.iter().filter(|hole| hole.end > run.start && hole.start < run.end) {
+        if hole.start > next {
+            parts.push(next..hole.start);
+        }
+        next = next.max(hole.end);
+    }
+    if next < run.end {
+        parts.push(next..run.end);
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_zero_on_both_is_left_out() {
+        assert_eq!(without(&(10..50), &[0..12, 20..30, 45..60]), [12..20, 30..45]);
+        assert_eq!(without(&(10..50), &[0..10, 50..60]).first(), Some(&(10..50)));
+        assert!(without(&(10..50), &[0..30, 30..100]).is_empty());
+    }
+}
