@@ -12,8 +12,9 @@
 //! # When the server is lost
 //! * Requests are held ([`OnLost::Hold`], the default; a deadline in the request's context is kept) or fail
 //!   ([`OnLost::Fail`]). What was sent and not answered is sent again. Meanwhile the client connects again, and
-//!   compares size, request sizes, flags and names with those at open: another source is never used, and requests fail
-//!   with [`ErrorKind::SourceLost`] until the right one is back.
+//!   compares size, request sizes, flags and names with those at open: another source is never used. Nor is one of use
+//!   that breaks the protocol (answers short, for instance). Reads are held until the right one is back and keeps to the
+//!   protocol; requests to a *writable* storage fail meanwhile with [`ErrorKind::SourceLost`].
 //! * A server counts as lost when the connection ends, or breaks the protocol, or when requests are out and it says
 //!   nothing for [`ClientOptions::stall`]. (A network that swallows everything is told sooner by TCP's own probes.)
 //! * On a writable storage every acknowledged change is kept until a sync covers it, and sent again after a reconnect

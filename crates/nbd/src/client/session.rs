@@ -105,7 +105,7 @@ pub(super) struct Session {
     heard: Cell<Duration>,
     /// Something is in flight again.
     busy: Event,
-    answered: Cell<bool>,
+    served: Cell<bool>,
 }
 
 impl Drop for Session {
@@ -124,13 +124,13 @@ impl Session {
             in_flight: RefCell::default(),
             heard: Cell::new(rt::now()),
             busy: Event::new(),
-            answered: Cell::new(false),
+            served: Cell::new(false),
         }
     }
 
-    /// Whether the server has done anything for us.
-    pub(super) fn has_answered(&self) -> bool {
-        self.answered.get()
+    /// Whether the server has done anything for us. (To say what there is does not count: it may do no more.)
+    pub(super) fn has_served(&self) -> bool {
+        self.served.get()
     }
 
     /// Runs it to its end.
@@ -289,7 +289,9 @@ impl Session {
             in_flight.bytes -= sent.progress.payload();
             (sent, result)
         };
-        self.answered.set(true);
+        if !matches!(sent.request.op, Op::Status { .. }) {
+            self.served.set(true);
+        }
         self.shared.answered(sent.key, sent.request, result);
         self.shared.wake[self.role as usize].notify(usize::MAX);
         Ok(())

@@ -445,9 +445,9 @@ impl Shared {
         }
     }
 
-    /// The source is there (again): requests run, but what is not stable goes first.
-    pub(super) fn connected(&self) {
-        {
+    /// The source is there (again): requests run, but what is not stable goes first. Whether any wait.
+    pub(super) fn connected(&self) -> bool {
+        let waiting = {
             let mut state = self.state();
             state.failing = None;
             state.replay();
@@ -455,9 +455,11 @@ impl Shared {
                 state.source = SourceState::Connected;
                 state.changes += 1;
             }
-        }
+            !state.queue.is_empty()
+        };
         self.changed.notify(usize::MAX);
         self.wake();
+        waiting
     }
 
     /// The source is lost. Requests are held, or fail, as the options say.
@@ -471,6 +473,14 @@ impl Shared {
         self.changed.notify(usize::MAX);
         if self.options.on_lost == OnLost::Fail {
             self.stop_holding(&error);
+        }
+    }
+
+    /// A server is there, and it is no use. For those who read, a good one may come back, as after any other loss. Those
+    /// who write have writes that this one will never get: they are told.
+    pub(super) fn no_use(&self, error: &IoError) {
+        if !self.options.read_only {
+            self.stop_holding(error);
         }
     }
 

@@ -3,8 +3,12 @@
 //! * Attempts to connect begin [`BACKOFF_FIRST`] after the last one failed, doubling up to [`BACKOFF_MAX`], and beside
 //!   one that is not answered for [`PATIENCE`]: what a dead link swallowed is not waited for once the link is back.
 //!   So everything goes on within about a second of the server's return.
-//! * A server that is not the one that was opened, or breaks the protocol [`STRIKES_MAX`] times in a row, is not used:
-//!   requests fail until a good one is back.
+//! * A server that is not the one that was opened is not used; one that breaks the protocol is left, and tried again no
+//!   faster than one that is away. For those who read, the right one may come back, so reads stay held, as after any
+//!   other loss. A writable storage has writes that such a server will never get: after [`STRIKES_MAX`] broken sessions
+//!   in a row its requests fail until a good one is back.
+//! * Where requests wait, the source is away until it serves one: a server that is there and no use does not make the
+//!   limit of [`OnLost::Hold`] begin anew. (One that serves some requests and never others is not away.)
 //! * The second connection exists only for a read-only storage (with a writable one it could reach a server that has
 //!   restarted while the first does not know yet, and read what is to be replayed), only where the server says
 //!   CAN_MULTI_CONN, and only while the main one stands. Until it has been agreed on, guests use the main one: a server
@@ -32,7 +36,7 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_millis(500);
 /// How long an attempt is alone before another one begins beside it.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// Sessions in a row that may end with a broken protocol.
+/// Sessions in a row that end with a broken protocol until writers are told.
 const STRIKES_MAX: u32 = 3;
 /// How long a session lasts that makes strikes before it count no more.
 const STRIKES_KEPT: Duration = Duration::from_secs(60);
@@ -63,6 +67,8 @@ pub(super) async fn connect(
 struct Retry {
     pause: Duration,
     strikes: u32,
+    /// Since when requests wait for the source.
+    away_since: Option<Duration>,
 }
 
 impl Retry {
@@ -75,7 +81,7 @@ impl Retry {
 
     /// The protocol was broken. Whether that was once too often.
     fn strike(&mut self) -> bool {
-        self.strikes += 1;
+        self.strikes = self.strikes.saturating_add(1);
         self.strikes >= STRIKES_MAX
     }
 }
@@ -96,35 +102,34 @@ pub(super) async fn supervise(shared: Arc<Shared>, first: Open) {
         let session = Session::new(shared.clone(), Role::Main, open.agreed.clone());
         let agreed = open.agreed.clone();
         let demand = pin!(demand(&shared, &agreed));
-        shared.connected();
+        if !shared.connected() {
+            retry.away_since = None;
+        }
         let ended = match select(pin!(session.run(open)), demand).await {
             Either::Left((ended, _)) => ended,
             Either::Right((never, _)) => match never {},
         };
-        let long = rt::now() - began >= STRIKES_KEPT;
-        if long {
+        let Ended::Failed(failed) = ended else { return };
+        let broke = matches!(failed, Failed::Broke(_));
+        if rt::now() - began >= STRIKES_KEPT || (session.has_served() && !broke) {
+            retry = Retry::default();
+        } else if session.has_served() {
+            retry.away_since = None;
+        }
+        let too_often = broke && retry.strike();
+        if !broke {
             retry.strikes = 0;
         }
-        if long || session.has_answered() {
-            retry.pause = Duration::ZERO;
+        let error = IoError::from(failed);
+        if too_often {
+            // As often as it is tried, which may be for hours.
+            tracing::debug!(storage = %shared.name, %error, "the connection was lost again");
+        } else {
+            tracing::warn!(storage = %shared.name, %error, "the connection was lost");
         }
-        match ended {
-            Ended::Closed => return,
-            Ended::Failed(failed) => {
-                let too_often = match &failed {
-                    Failed::Broke(_) => retry.strike(),
-                    _ => {
-                        retry.strikes = 0;
-                        false
-                    }
-                };
-                let error = IoError::from(failed);
-                tracing::warn!(storage = %shared.name, %error, "the connection was lost");
-                shared.lost(&error);
-                if too_often {
-                    shared.stop_holding(&error);
-                }
-            }
+        shared.lost(&error);
+        if too_often {
+            shared.no_use(&error);
         }
     }
 }
@@ -134,13 +139,14 @@ enum Never {}
 /// Connects again, until there is a good connection (`None`: until nobody needs one).
 async fn reconnect(shared: &Shared, retry: &mut Retry) -> Option<Open> {
     let limit = shared.options.handshake_timeout;
-    let lost = rt::now();
+    let now = rt::now();
+    let lost = *retry.away_since.get_or_insert(now);
     let mut held_until = match shared.options.on_lost {
         OnLost::Hold { limit } => limit.and_then(|limit| lost.checked_add(limit)),
         OnLost::Fail => None,
     };
     let mut attempts: FuturesUnordered<LocalBoxFuture<'_, _>> = FuturesUnordered::new();
-    let mut due = lost + retry.pause();
+    let mut due = now + retry.pause();
     loop {
         let changed = shared.changed.listen();
         if shared.over() {
@@ -169,20 +175,16 @@ async fn reconnect(shared: &Shared, retry: &mut Retry) -> Option<Open> {
             Either::Left((Ok(open), _)) => match shared.same_source(&open.agreed) {
                 Ok(()) => return Some(open),
                 Err(failed) => {
-                    // The wrong source. For those who read, the right one may come back, as after any other loss.
-                    // Those who write have writes that it will never get: they are told.
                     let error = IoError::from(failed.clone());
                     tracing::warn!(storage = %shared.name, %error, "not connected again");
-                    if !shared.options.read_only {
-                        shared.stop_holding(&error);
-                    }
+                    shared.no_use(&error);
                     failed
                 }
             },
             Either::Left((Err(failed), _)) => failed,
         };
         if matches!(failed, Failed::Broke(_)) && retry.strike() {
-            shared.stop_holding(&IoError::from(failed.clone()));
+            shared.no_use(&IoError::from(failed.clone()));
         }
         tracing::debug!(storage = %shared.name, error = %IoError::from(failed), "connecting again failed");
         due = rt::now() + retry.pause();

@@ -198,23 +198,75 @@ fn an_export_that_makes_no_sense_is_refused() {
     assert!(open(1000, Some((512, 4096, 65536))).contains("not a multiple"));
 }
 
-#[test]
-fn a_server_that_breaks_the_protocol_again_and_again_fails_requests() {
+/// What a server says that agrees on everything and then answers what was not asked.
+fn spoiled() -> Vec<u8> {
     let mut spoiled = greeting();
     OptionReply::Ack.encode(11, &mut spoiled);
     OptionReply::Ack.encode(10, &mut spoiled);
     let info = ExportInfo { size: LEN, flags: Config::default().flags };
     OptionReply::Info(Info::Export(info)).encode(7, &mut spoiled);
     OptionReply::Ack.encode(7, &mut spoiled);
-    // Answers what was not asked.
     let header =
         ReplyHeader::Chunk { flags: ReplyFlags::DONE, kind: ChunkKind::None, cookie: 99, offset: 0, len: 0 };
     header.encode(Mode::Extended, &mut spoiled);
+    spoiled.to_vec()
+}
+
+#[test]
+fn a_server_that_breaks_the_protocol_again_and_again_fails_writers_and_those_who_do_not_want_to_wait() {
+    for (read_only, on_lost) in [(true, OnLost::Fail), (false, OnLost::Hold { limit: None })] {
+        block_on(async {
+            let connector = Says { bytes: spoiled(), silent: true };
+            let options = ClientOptions { read_only, on_lost, ..ClientOptions::default() };
+            let storage = NbdStorage::connect(Arc::new(connector), options).await.unwrap();
+            let error = read(&storage, 0, 512).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::SourceLost);
+            assert!(error.to_string().contains("broke the NBD protocol"), "{error}");
+        });
+    }
+}
+
+#[test]
+fn reads_are_held_while_a_server_breaks_the_protocol_again_and_again_until_it_behaves() {
     block_on(async {
-        let connector = Says { bytes: spoiled.to_vec(), silent: true };
-        let storage = NbdStorage::connect(Arc::new(connector), ClientOptions::default()).await.unwrap();
-        let error = read(&storage, 0, 512).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::SourceLost);
-        assert!(error.to_string().contains("broke the NBD protocol"), "{error}");
+        let server = Server::new(1, Config::default());
+        let storage = open(&server, ClientOptions { connections_max: 1, ..ClientOptions::default() }).await;
+        server.set(|state| state.short = true);
+        let mut held = Box::pin(read(&storage, 0, 4096));
+        rt::timeout(Duration::from_secs(3600), &mut held).await.ok_or(()).unwrap_err();
+        let tried = server.state().connections;
+        assert!((3600..=7300).contains(&tried), "{tried} connections in an hour");
+        server.set(|state| state.short = false);
+        let good = rt::now();
+        assert!(held.await.unwrap() == server.state().live[..4096]);
+        assert!(rt::now() - good < Duration::from_secs(1));
+        assert!(storage.is_connected());
+    });
+}
+
+#[test]
+fn a_server_that_is_there_and_no_use_does_not_lengthen_the_hold() {
+    block_on(async {
+        let server = Server::new(1, Config::default());
+        let limit = Duration::from_secs(20);
+        let options =
+            ClientOptions { on_lost: OnLost::Hold { limit: Some(limit) }, ..ClientOptions::default() };
+        let storage = open(&server, options).await;
+        read(&storage, 0, 512).await.unwrap();
+        // Away, and back, while somebody waits and while nobody does.
+        for _ in 0..2 {
+            server.kill();
+            read(&storage, 0, 512).await.unwrap();
+            rt::sleep(limit).await;
+            server.kill();
+            rt::sleep(limit).await;
+        }
+        server.set(|state| state.short = true);
+        let broke = rt::now();
+        let error = read(&storage, 0, 4096).await.unwrap_err();
+        assert_eq!((error.kind(), rt::now() - broke), (ErrorKind::SourceLost, limit));
+        server.set(|state| state.short = false);
+        storage.watch().next().await;
+        read(&storage, 0, 4096).await.unwrap();
     });
 }

@@ -97,6 +97,8 @@ pub struct State {
     pub alive: usize,
     /// Answers to these commands wait. (At once.)
     pub held: Vec<Command>,
+    /// Reads are answered with a byte less than was asked for. (At once.)
+    pub short: bool,
     /// The next so many requests of a command fail.
     pub failures: Vec<(Command, usize, u32)>,
     /// Raised by every kill.
@@ -418,7 +420,8 @@ impl Server {
                     drop(state);
                     return self.pieces(header.offset, &bytes);
                 }
-                let data = Bytes::copy_from_slice(&state.live[range]);
+                let len = range.len() - usize::from(state.short);
+                let data = Bytes::copy_from_slice(&state.live[range][..len]);
                 return vec![Chunk::Data { offset: header.offset, data }];
             }
             Command::Write => state.live[range.clone()].copy_from_slice(&payload),
