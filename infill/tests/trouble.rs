@@ -1,56 +1,67 @@
 //! What goes wrong outside: the overlay's space ends, the source vanishes, stalls or has changed.
 
 mod common;
-#[path = "../src/monitor.rs"]
-mod monitor;
+#[path = "common/qmp.rs"]
+mod qmp;
 
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
 
+use bytes::BytesMut;
 use common::{INFILL, Process, fails, run, text, wait_for_socket, wait_until};
-use monitor::Monitor;
+use infill_nbd::proto::{
+    Chunk, ClientFlags, ExportInfo, Greeting, HandshakeFlags, Info, Mode, OptionError, OptionHeader,
+    OptionReply, OptionRequest, ProtocolError, ReplyFlags, ReplyHeader, RequestHeader, TransmissionFlags,
+};
+use qmp::{Program, Qmp};
 use serde_json::{Value, json};
 
 const DISK_MIB: u64 = 64;
-const EVENT_LIMIT: Duration = Duration::from_secs(60);
+/// How often a server answers short before it behaves: more than any client would call a mishap.
+const SHORT_ANSWERS: usize = 10;
 
 /// A daemon with node `d`, exported as `d` on a socket in `dir`.
 struct Daemon {
-    process: Process,
-    monitor: Monitor,
+    daemon: qmp::Daemon,
+    monitor: Qmp,
     uri: String,
 }
 
 impl Daemon {
     fn start(dir: &Path, blockdev: &Value) -> Daemon {
-        let (socket, monitor) = (dir.join("d.sock"), dir.join("monitor"));
-        let mut command = Command::new(INFILL);
-        command.arg("daemon").args(["--blockdev", &blockdev.to_string()]);
-        command.args(["--chardev", &format!("socket,id=m,path={},server=on,wait=off", text(&monitor))]);
-        command.args(["--monitor", "chardev=m"]);
-        command.args(["--nbd-server", &format!("addr.type=unix,addr.path={}", text(&socket))]);
-        command.args(["--export", "type=nbd,id=e,node-name=d,name=d,writable=on"]);
-        let process = Process::start(&mut command);
-        wait_for_socket(&monitor);
-        let monitor = Monitor::connect(&monitor).unwrap();
+        let socket = dir.join("d.sock");
+        let options = [
+            "--blockdev",
+            &blockdev.to_string(),
+            "--nbd-server",
+            &format!("addr.type=unix,addr.path={}", text(&socket)),
+            "--export",
+            "type=nbd,id=e,node-name=d,name=d,writable=on",
+        ];
+        let daemon = qmp::Daemon::start(Program::Infill, dir, &options);
+        let monitor = daemon.connect();
         wait_for_socket(&socket);
-        Daemon { process, monitor, uri: format!("nbd+unix:///d?socket={}", text(&socket)) }
+        Daemon { daemon, monitor, uri: format!("nbd+unix:///d?socket={}", text(&socket)) }
     }
 
     fn stream(&mut self, on_error: &str) {
         let arguments = json!({"job-id": "j", "device": "d", "on-error": on_error});
-        self.monitor.call("block-stream", arguments).unwrap();
+        self.monitor.run("block-stream", arguments);
     }
 
-    /// The next event of that name.
-    fn event(&mut self, name: &str) -> Value {
-        loop {
-            let event = self.monitor.event(EVENT_LIMIT).unwrap().unwrap_or_else(|| panic!("no {name}"));
-            if event["event"] == name {
-                return event;
-            }
-        }
+    /// The stream's end, which must be a success.
+    fn streamed(&mut self) {
+        let event = self.monitor.wait_for("BLOCK_JOB_COMPLETED");
+        assert!(event["data"].get("error").is_none(), "{event}");
+    }
+
+    fn jobs(&mut self) -> Value {
+        self.monitor.run("query-block-jobs", json!({}))
     }
 
     fn io(&self, command: &str) -> String {
@@ -65,8 +76,7 @@ impl Daemon {
     }
 
     fn quit(mut self) {
-        self.monitor.call("quit", json!({})).unwrap();
-        self.process.wait_for_success();
+        self.daemon.quit(&mut self.monitor);
     }
 }
 
@@ -111,6 +121,114 @@ fn source(socket: &Path, base: &Path) -> Process {
     process
 }
 
+/// A server that agrees on everything, and then answers every read with half of it: three times as if that were all,
+/// the fourth time it hangs up behind it.
+struct ShortServer {
+    answers: Arc<AtomicUsize>,
+    over: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl ShortServer {
+    fn start(socket: &Path) -> ShortServer {
+        let listener = UnixListener::bind(socket).unwrap();
+        let (answers, over) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let thread = std::thread::spawn({
+            let (answers, over) = (answers.clone(), over.clone());
+            move || {
+                while !over.load(Ordering::Relaxed) {
+                    let (stream, _) = listener.accept().unwrap();
+                    // It ends as the client leaves, or as it hangs up on it.
+                    let _ = answer_short(stream, &answers);
+                }
+            }
+        });
+        ShortServer { answers, over, thread }
+    }
+
+    fn answers(&self) -> usize {
+        self.answers.load(Ordering::Relaxed)
+    }
+
+    /// Nobody listens any more.
+    fn end(self, socket: &Path) {
+        self.over.store(true, Ordering::Relaxed);
+        // Wakes it.
+        let _ = UnixStream::connect(socket);
+        self.thread.join().unwrap();
+    }
+}
+
+/// Serves one client; `None` when it has gone.
+fn answer_short(mut stream: UnixStream, answers: &AtomicUsize) -> Option<()> {
+    let (mut buf, mut out) = (BytesMut::new(), BytesMut::new());
+    Greeting { flags: HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES }.encode(&mut out);
+    say(&mut stream, &mut out)?;
+    receive(&mut stream, &mut buf, ClientFlags::decode)?;
+    loop {
+        let header = receive(&mut stream, &mut buf, OptionHeader::decode)?;
+        let len = header.len as usize;
+        let data = receive(&mut stream, &mut buf, |buf| Ok((buf.len() >= len).then(|| buf.split_to(len))))?;
+        let request = OptionRequest::decode(header.option, &data).ok()?;
+        let (reply, agreed) = match request {
+            OptionRequest::StructuredReply => (OptionReply::Ack, false),
+            OptionRequest::Info { go: true, .. } => {
+                let info = ExportInfo { size: DISK_MIB << 20, flags: TransmissionFlags::HAS_FLAGS };
+                OptionReply::Info(Info::Export(info)).encode(header.option, &mut out);
+                (OptionReply::Ack, true)
+            }
+            _ => (OptionReply::Error { error: OptionError::Unsupported, message: String::new() }, false),
+        };
+        reply.encode(header.option, &mut out);
+        say(&mut stream, &mut out)?;
+        if agreed {
+            break;
+        }
+    }
+    let mode = Mode::Structured;
+    loop {
+        let request = receive(&mut stream, &mut buf, |buf| RequestHeader::decode(mode, buf))?;
+        let half = vec![0; request.len as usize / 2];
+        let mut payload = BytesMut::new();
+        let kind =
+            Chunk::Data { offset: request.offset, data: half.clone().into() }.encode(mode, &mut payload);
+        payload.extend_from_slice(&half);
+        let hang_up = answers.fetch_add(1, Ordering::Relaxed) % 4 == 3;
+        let told = if hang_up { request.len + 8 } else { payload.len() as u64 };
+        let flags = ReplyFlags::DONE;
+        let header =
+            ReplyHeader::Chunk { flags, kind, cookie: request.cookie, offset: request.offset, len: told };
+        header.encode(mode, &mut out);
+        out.extend_from_slice(&payload);
+        say(&mut stream, &mut out)?;
+        if hang_up {
+            return None;
+        }
+    }
+}
+
+fn say(stream: &mut UnixStream, out: &mut BytesMut) -> Option<()> {
+    stream.write_all(&out.split()).ok()
+}
+
+/// The next message; `None` when the client has gone.
+fn receive<T>(
+    stream: &mut UnixStream,
+    buf: &mut BytesMut,
+    decode: impl Fn(&mut BytesMut) -> Result<Option<T>, ProtocolError>,
+) -> Option<T> {
+    loop {
+        if let Some(message) = decode(buf).unwrap() {
+            return Some(message);
+        }
+        let mut piece = [0; 4096];
+        match stream.read(&mut piece) {
+            Ok(0) | Err(_) => return None,
+            Ok(len) => buf.extend_from_slice(&piece[..len]),
+        }
+    }
+}
+
 /// Every byte of the overlay alone.
 fn holds_alone(overlay: &Path, base: &Path) {
     let info = run("qemu-img", &["info", "--output=json", text(overlay)]);
@@ -149,20 +267,17 @@ fn an_overlay_without_space_keeps_reads_refuses_writes_and_its_stream_goes_on_wh
     let overlay = overlay(&small.0);
     let mut daemon = Daemon::start(dir.path(), &on_file(&overlay, &base));
     daemon.stream("enospc");
-    let event = daemon.event("BLOCK_JOB_ERROR");
+    let event = daemon.monitor.wait_for("BLOCK_JOB_ERROR");
     assert_eq!(event["data"]["action"], "stop", "{event}");
-    wait_until("the job is paused", || {
-        daemon.monitor.call("query-block-jobs", json!({})).unwrap()[0]["io-status"] == "nospace"
-    });
+    wait_until("the job is paused", || daemon.jobs()[0]["io-status"] == "nospace");
     // The guest: reads of everything, no write to a new place, a clear reason.
     daemon.io(&format!("read -P 0x5a 0 {DISK_MIB}M"));
     let why = fails("qemu-io", &["-f", "raw", "-c", "write -P 1 60M 1M", &daemon.uri]);
     assert!(why.contains("No space left"), "{why}");
     daemon.io(&format!("read -P 0x5a 0 {DISK_MIB}M"));
     small.grow("256m");
-    daemon.monitor.call("block-job-resume", json!({"device": "j"})).unwrap();
-    let event = daemon.event("BLOCK_JOB_COMPLETED");
-    assert!(event["data"].get("error").is_none(), "{event}");
+    daemon.monitor.run("block-job-resume", json!({"device": "j"}));
+    daemon.streamed();
     daemon.quit();
     holds_alone(&overlay, &base);
 }
@@ -183,12 +298,11 @@ fn a_source_that_vanishes_holds_only_the_reads_that_need_it_and_everything_goes_
     daemon.io("read -P 0x33 8M 64k");
     daemon.io("flush");
     assert!(held.0.try_wait().unwrap().is_none(), "a read of absent data was answered without its source");
-    let jobs = daemon.monitor.call("query-block-jobs", json!({})).unwrap();
+    let jobs = daemon.jobs();
     assert_eq!(jobs[0]["device"], "j", "the stream ended without its source: {jobs}");
     let _kit = source(&socket, &base);
     held.wait_for_success();
-    let event = daemon.event("BLOCK_JOB_COMPLETED");
-    assert!(event["data"].get("error").is_none(), "{event}");
+    daemon.streamed();
     daemon.quit();
     run("qemu-io", &["-f", "raw", "-c", "write -P 0x22 1M 64k", "-c", "write -P 0x33 8M 64k", text(&base)]);
     holds_alone(&overlay, &base);
@@ -201,20 +315,18 @@ fn a_source_that_stalls_delays_nothing_that_does_not_need_it() {
     let kit = source(&socket, &base);
     let mut daemon = Daemon::start(dir.path(), &on_source(&overlay, &socket));
     daemon.stream("report");
-    wait_until("the stream is under way", || {
-        daemon.monitor.call("query-block-jobs", json!({})).unwrap()[0]["offset"].as_u64() > Some(0)
-    });
+    wait_until("the stream is under way", || daemon.jobs()[0]["offset"].as_u64() > Some(0));
     kit.signal("STOP");
     let mut held = daemon.begin_io("read -P 0x44 63M 4k");
     daemon.io("write -P 0x55 62M 64k");
     daemon.io("read -P 0x55 62M 64k");
     daemon.io("flush");
     // The job answers its manager while its requests are out.
-    daemon.monitor.call("block-job-pause", json!({"device": "j"})).unwrap();
-    daemon.monitor.call("block-job-resume", json!({"device": "j"})).unwrap();
+    daemon.monitor.run("block-job-pause", json!({"device": "j"}));
+    daemon.monitor.run("block-job-resume", json!({"device": "j"}));
     kit.signal("CONT");
     held.wait_for_success();
-    daemon.event("BLOCK_JOB_COMPLETED");
+    daemon.streamed();
     daemon.quit();
     run("qemu-io", &["-f", "raw", "-c", "write -P 0x55 62M 64k", text(&base)]);
     holds_alone(&overlay, &base);
@@ -243,6 +355,29 @@ fn a_source_that_comes_back_with_another_size_is_never_read_from() {
     let _kit = source(&socket, &good);
     held.wait_for_success();
     daemon.quit();
+}
+
+#[test]
+fn a_source_that_answers_short_again_and_again_holds_reads_until_it_behaves_and_its_stream_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, overlay, socket) = (base(dir.path(), 0x19), overlay(dir.path()), dir.path().join("source"));
+    let short = ShortServer::start(&socket);
+    let mut daemon = Daemon::start(dir.path(), &on_source(&overlay, &socket));
+    daemon.stream("report");
+    let mut held = daemon.begin_io("read -P 0x19 32M 4k");
+    daemon.io("write -P 0x29 8M 64k");
+    daemon.io("read -P 0x29 8M 64k");
+    wait_until("the source has answered short often", || short.answers() >= SHORT_ANSWERS);
+    assert!(held.0.try_wait().unwrap().is_none(), "half an answer was taken for one, or for an error");
+    let jobs = daemon.jobs();
+    assert_eq!(jobs[0]["device"], "j", "the stream ended without its source: {jobs}");
+    short.end(&socket);
+    let _kit = source(&socket, &base);
+    held.wait_for_success();
+    daemon.streamed();
+    daemon.quit();
+    run("qemu-io", &["-f", "raw", "-c", "write -P 0x29 8M 64k", text(&base)]);
+    holds_alone(&overlay, &base);
 }
 
 #[test]
