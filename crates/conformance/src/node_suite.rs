@@ -101,19 +101,6 @@ pub fn run(subject: Subject, seeds: std::ops::Range<u64>) {
     }
 }
 
-/// Runs the generated operations alone, aligned as the node wants them: for one that hands the blocks of its storage
-/// on to its callers.
-///
-/// # Panics
-/// As [`run`].
-pub fn run_generated(subject: Subject, seeds: std::ops::Range<u64>) {
-    for seed in seeds {
-        if let Err(violation) = World::new(seed).run(generated(subject, seed)) {
-            panic!("{:?} over {:?}, seed {seed}: {violation}", subject.top, subject.below);
-        }
-    }
-}
-
 const CX: Ctx = Ctx::GUEST;
 
 fn broken(what: impl Into<String>) -> Violation {

@@ -49,6 +49,8 @@ impl Default for OpenOptions {
 /// What all reactors share of an image.
 pub(crate) struct Image {
     pub(crate) storage: StorageHandle,
+    /// The storage takes multiples of this only, in bytes: at most a subcluster.
+    block_bytes: u64,
     pub(crate) geometry: Geometry,
     pub(crate) options: OpenOptions,
     /// As it stands in the file, or is just being written.
@@ -105,6 +107,7 @@ impl Image {
             writer.refcounts.note_l2_tables(tables.map(|table| table.at));
         }
         Ok(Image {
+            block_bytes: u64::from(align.max(1)),
             geometry,
             size: AtomicU64::new(header.size()),
             l1,
@@ -122,6 +125,16 @@ impl Image {
     /// Size of the disk in bytes.
     pub(crate) fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
+    }
+
+    /// Whether the storage takes any byte.
+    pub(crate) fn takes_any_byte(&self) -> bool {
+        self.block_bytes == 1
+    }
+
+    /// Whether a range of a cluster, given by its start in guest or host, is whole blocks of the storage.
+    pub(crate) fn is_whole_blocks(&self, at: u64, len: u64) -> bool {
+        (at | len) & (self.block_bytes - 1) == 0
     }
 
     /// A copy of the header.

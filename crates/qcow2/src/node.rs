@@ -32,6 +32,8 @@ impl Node for Qcow2 {
     fn limits(&self) -> Limits {
         let limits = self.0.storage.limits();
         Limits {
+            // Whatever the storage takes: the last bytes of a disk need not be one of its blocks.
+            request_align: 1,
             preferred_bytes: self.0.geometry.cluster_bytes() as u32,
             writable: !self.is_read_only(),
             fast_zero: self.0.geometry.has_zero_clusters(),

@@ -74,10 +74,11 @@ impl Image {
         }
     }
 
-    /// Reads data at host byte `host`. Only the last cluster of a file may end before its time: zeroes then.
+    /// Reads data at host byte `host`, whatever the storage's blocks. Only the last cluster of a file may end before its
+    /// time: zeroes then.
     async fn read_host(&self, cx: &Ctx, at: u64, host: u64, mut buf: BytesMut) -> IoResult<BytesMut> {
         let (len, file_len) = (buf.len() as u64, self.storage.len());
-        if host.checked_add(len).is_some_and(|end| end <= file_len) {
+        if host.checked_add(len).is_some_and(|end| end <= file_len) && self.is_whole_blocks(host, len) {
             return self.storage.read(cx, host, buf).await;
         }
         let last = file_len.next_multiple_of(self.geometry.cluster_bytes());

@@ -1,6 +1,8 @@
 //! Guest writes, and the one way in which anything local gets into the file and into a map: [`Image::store`].
 //!
-//! * What is mapped and nobody shares is written in place: a look-up, a write, no lock.
+//! * What is mapped and nobody shares is written in place: a look-up, a write, no lock. On a storage that takes blocks
+//!   only, such writes share their clusters' guest range, and one that is not whole blocks has it alone: what lies around
+//!   it is read and written back. (A block is never larger than a (sub)cluster, so nobody else's data lie in it.)
 //! * Everything else holds the clusters' guest range, and only it: other clusters, tables and rounds go on. What a
 //!   copy-up needs from below is fetched before the range is taken, and counts only under its generation (I3a, I4).
 //! * An entry is set when the payload's write has completed, and not before.
@@ -22,7 +24,6 @@ use smallvec::SmallVec;
 use crate::entry::{L2Entry, L2View, StandardCluster, SubclusterState};
 use crate::geometry::{GuestCluster, GuestOffset, HostOffset};
 use crate::image::Image;
-use crate::in_flight::Flight;
 use crate::lookup::{Place, Run};
 use crate::metaio;
 use crate::refcount::HostRun;
@@ -112,35 +113,65 @@ impl Image {
 
     /// Writes `data`, which is not empty.
     pub(crate) async fn write_data(self: &Arc<Image>, cx: &Ctx, at: u64, data: Gather) -> IoResult<()> {
-        let len = data.len() as u64;
-        let flight = self.in_flight.enter();
-        let run = self.run_at(cx, at, len).await?;
-        if run.len == len
-            && let Place::Data { host, copied: true } = run.place
-        {
-            return self.write_in_place(cx, flight, at, run, host, data).await;
-        }
-        drop(flight);
+        let left = if self.takes_any_byte() {
+            self.write_in_place(cx, at, data).await?
+        } else {
+            self.write_blocks_in_place(cx, at, data).await?
+        };
+        let Some(data) = left else { return Ok(()) };
         self.relieve().await?;
         self.write_parts(cx, at, data).await
     }
 
-    async fn write_in_place(
-        &self,
-        cx: &Ctx,
-        mut flight: Flight<'_>,
-        at: u64,
-        run: Run,
-        host: u64,
-        data: Gather,
-    ) -> IoResult<()> {
+    /// Writes what is mapped as one run, and nobody shares; gives anything else back.
+    async fn write_in_place(&self, cx: &Ctx, at: u64, data: Gather) -> IoResult<Option<Gather>> {
+        let len = data.len() as u64;
+        let mut flight = self.in_flight.enter();
+        let run = self.run_at(cx, at, len).await?;
+        let Place::Data { host, copied: true } = run.place else { return Ok(Some(data)) };
+        if run.len < len {
+            return Ok(Some(data));
+        }
         if !run.checked {
             self.check_run(cx, at, run.len, host).await?;
         }
         flight.writes();
-        let result = self.storage.write(cx, host, data, WriteFlags::empty()).await;
+        let result = self.write_host(cx, host, data).await;
         flight.finish();
-        result
+        result.map(|()| None)
+    }
+
+    /// As [`Image::write_in_place`], on a storage that takes blocks only.
+    async fn write_blocks_in_place(
+        self: &Arc<Image>,
+        cx: &Ctx,
+        at: u64,
+        data: Gather,
+    ) -> IoResult<Option<Gather>> {
+        let len = data.len() as u64;
+        let first = self.geometry.guest_cluster(GuestOffset(at)).0;
+        let end = self.geometry.guest_cluster(GuestOffset(at + len - 1)).0 + 1;
+        let ranges = &self.writer()?.ranges;
+        if self.is_whole_blocks(at, len) {
+            let _range = ranges.shared(first, end).await;
+            return self.write_in_place(cx, at, data).await;
+        }
+        let range = ranges.exclusive(first, end).await;
+        // Cut off in the middle, the bytes around would land on what others write there next.
+        let (image, cx) = (self.clone(), *cx);
+        rt::detached(async move {
+            let _held = range;
+            image.write_in_place(&cx, at, data).await
+        })
+        .await
+    }
+
+    /// Writes to host bytes that nobody else writes to meanwhile, whatever the storage's blocks.
+    async fn write_host(&self, cx: &Ctx, host: u64, data: Gather) -> IoResult<()> {
+        if self.is_whole_blocks(host, data.len() as u64) {
+            return self.storage.write(cx, host, data, WriteFlags::empty()).await;
+        }
+        metaio::write(cx, &self.storage, host, data.to_bytes()).await
     }
 
     /// Cuts a write into what is written in place and what changes the map, all of it at once.
@@ -399,7 +430,7 @@ impl Image {
     ) -> IoResult<()> {
         let write = |(at, data): (u64, Gather)| async move {
             let len = data.len() as u64;
-            self.storage.write(cx, at, data, WriteFlags::empty()).await?;
+            self.write_host(cx, at, data).await?;
             if cx.class == Class::Fill { self.storage.write_back(cx, at, len).await } else { Ok(()) }
         };
         let mut flight = self.in_flight.enter();

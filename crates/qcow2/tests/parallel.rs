@@ -2,12 +2,14 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::time::Duration;
 
-use bytes::Bytes;
-use infill_base::{Ctx, DiscardMode, ErrorKind, IoResult, WriteFlags, ZeroFlags};
-use infill_node::{CopyOnRead, NodeHandle, RawNode};
+use bytes::{Bytes, BytesMut};
+use futures_util::future::join_all;
+use infill_base::{Ctx, DiscardMode, ErrorKind, IoResult, Limits, WriteFlags, ZeroFlags};
+use infill_node::{CopyOnRead, Node as _, NodeHandle, RawNode};
 use infill_qcow2::{CreateOptions, OpenOptions, Qcow2, create};
-use infill_sim::{DiskOp, SimDisk, World};
+use infill_sim::{DiskOp, DiskOptions, Media, SimDisk, World};
 use infill_storage::{StorageHandle, rt};
 
 const CLUSTER: u64 = 64 << 10;
@@ -312,4 +314,48 @@ fn pieces_of_one_cluster_that_are_populated_at_once_share_its_host_cluster() {
     let next = bed.world.run(bed.node.extents(GUEST, 8 * CLUSTER, 512)).unwrap()[0].host.unwrap();
     // Nothing was skipped: they follow the cluster that was taken before.
     assert!(hosts.iter().all(|host| *host <= next + 2 * CLUSTER), "{hosts:?} after {next}");
+}
+
+#[test]
+fn writes_beside_each_other_in_one_block_of_the_storage_keep_each_other() {
+    const BLOCK: usize = 4096;
+    const PART: usize = 300;
+    const DISK: usize = 5 * BLOCK + 1024;
+    for seed in 0..12 {
+        World::new(seed).run(async {
+            let limits =
+                Limits { request_align: BLOCK as u32, memory_align: BLOCK as u32, ..Limits::default() };
+            let latency = (Duration::from_micros(1), Duration::from_micros(100));
+            let options = DiskOptions { seed, limits, latency, ..DiskOptions::default() };
+            let storage = StorageHandle::new(SimDisk::with(Media::new(0), options));
+            let options = CreateOptions {
+                size: DISK as u64,
+                extended_l2: seed % 2 == 0,
+                cluster_bytes: 128 << 10,
+                ..CreateOptions::default()
+            };
+            create(GUEST, &storage, &options).await.unwrap();
+            let node = Qcow2::open(GUEST, storage, OpenOptions::default()).await.unwrap();
+            node.write(GUEST, 0, vec![0xee; DISK].into(), WriteFlags::empty()).await.unwrap();
+            // Every second part, and one whole block, all at once.
+            let whole = 2 * BLOCK..3 * BLOCK;
+            let parts = (0..DISK).step_by(2 * PART);
+            let parts = parts
+                .map(|at| at..(at + PART).min(DISK))
+                .filter(|part| part.end <= whole.start || part.start >= whole.end);
+            let writes: Vec<_> = parts.chain([whole.clone()]).collect();
+            let begun = writes.iter().enumerate().map(|(nth, range)| {
+                let data = vec![nth as u8 + 1; range.len()].into();
+                node.write(GUEST, range.start as u64, data, WriteFlags::empty())
+            });
+            join_all(begun).await.into_iter().collect::<IoResult<()>>().unwrap();
+            let mut expected = vec![0xee; DISK];
+            for (nth, range) in writes.iter().enumerate() {
+                expected[range.clone()].fill(nth as u8 + 1);
+            }
+            let found = node.read(GUEST, 0, BytesMut::zeroed(DISK)).await.unwrap();
+            assert!(found == expected, "seed {seed}");
+            node.close(GUEST).await.unwrap();
+        });
+    }
 }
