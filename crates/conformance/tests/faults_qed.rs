@@ -1,44 +1,18 @@
 //! Every mistake that can be planted into the QED driver is found by the crash proof, and is not seen where it is not.
 
-use infill_conformance::crash::{Plan, run_all};
+#[macro_use]
+mod faults;
+
 use infill_conformance::{Format, QedShape};
 use infill_qed::Fault;
 
-/// Seeds that are tried for a fault.
-const SEEDS_MAX: u64 = 60;
-
-#[track_caller]
-fn is_found(fault: Fault) {
+fn planted(fault: Fault, _seed: u64) -> Format {
     let Format::Qed(shape) = Format::QED else { unreachable!("QED is QED") };
-    let format = Format::Qed(QedShape { fault: Some(fault), ..shape });
-    for seed in 1..=SEEDS_MAX {
-        let plan = Plan::short(format, seed);
-        if let Some(violation) = run_all([plan.clone()]).violation {
-            println!("{fault:?} is found with seed {seed}: {violation}");
-            let without = run_all([Plan { format: Format::QED, ..plan }]);
-            assert!(without.violation.is_none(), "without it: {:?}", without.violation);
-            return;
-        }
-    }
-    panic!("{fault:?} is not found with {SEEDS_MAX} seeds");
-}
-
-macro_rules! found {
-    ($($name:ident: $fault:ident,)*) => {
-        $(#[test]
-        fn $name() {
-            is_found(Fault::$fault);
-        })*
-
-        #[test]
-        fn no_fault_is_left_out() {
-            let tested = [$(Fault::$fault),*];
-            assert!(Fault::ALL.iter().all(|fault| tested.contains(fault)), "{:?}", Fault::ALL);
-        }
-    };
+    Format::Qed(QedShape { fault: Some(fault), ..shape })
 }
 
 found! {
+    planted,
     the_live_slice_written_instead_of_its_copy: LiveSlice,
     a_slice_evicted_between_copy_and_write: EvictedCopy,
     l1_after_the_acknowledgement: LateL1,
