@@ -14,4 +14,4 @@ pub use buffer::{Gather, aligned_buffer, is_zero, zero_bytes};
 pub use context::{Class, Ctx, DiscardMode, WriteFlags, ZeroFlags};
 pub use error::{CreateError, ErrorKind, IoError, IoResult, OpenError};
 pub use extent::{Extent, ExtentKind, Extents, push_extent};
-pub use limits::{Limits, MAX_TRANSFER_BYTES, align_down, align_up, div_ceil, range_end};
+pub use limits::{Limits, MAX_TRANSFER_BYTES, align_down, align_up, div_ceil, range_end, whole_units};

@@ -61,3 +61,28 @@ pub const fn div_ceil(value: u64, by: u64) -> u64 {
 pub fn range_end(start: u64, len: u64, size: u64) -> Option<u64> {
     start.checked_add(len).filter(|end| *end <= size)
 }
+
+/// The whole units of `unit` bytes (a power of two) in `[at, end)` of a disk of `size` bytes, as their first byte and
+/// the one behind them; the disk's last unit need not be whole. Where there are none, both are the same.
+pub fn whole_units(at: u64, end: u64, size: u64, unit: u64) -> (u64, u64) {
+    let first = align_up(at, unit).min(end);
+    let last = if end == size { end } else { align_down(end, unit) };
+    (first, last.max(first))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_last_unit_of_a_disk_may_be_less_than_one() {
+        let whole = |at, end| whole_units(at, end, 27, 8);
+        assert_eq!(whole(0, 24), (0, 24));
+        assert_eq!(whole(1, 23), (8, 16));
+        assert_eq!(whole(1, 27), (8, 27));
+        assert_eq!(whole(24, 27), (24, 27));
+        assert_eq!(whole(25, 27), (27, 27));
+        assert_eq!(whole(9, 15), (15, 15));
+        assert_eq!(whole(24, 26), (24, 24));
+    }
+}

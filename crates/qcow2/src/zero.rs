@@ -4,7 +4,7 @@
 //! Without a backing a discard makes absent. What does not cover a (sub)cluster is written as zeroes, or ignored.
 
 use infill_base::{
-    Ctx, DiscardMode, ErrorKind, Gather, IoError, IoResult, ZeroFlags, align_down, align_up, zero_bytes,
+    Ctx, DiscardMode, ErrorKind, Gather, IoError, IoResult, ZeroFlags, whole_units, zero_bytes,
 };
 use infill_storage::sync::Arc;
 
@@ -62,7 +62,7 @@ impl Image {
         flags: ZeroFlags,
     ) -> IoResult<()> {
         let end = at + len;
-        let (first, last) = self.whole_units(at, end, size);
+        let (first, last) = whole_units(at, end, size, self.geometry.subcluster_bytes());
         let unmap = flags.contains(ZeroFlags::MAY_UNMAP);
         let fast = first < last && (self.geometry.has_zero_clusters() || !self.backing.is_some());
         if !fast {
@@ -89,7 +89,7 @@ impl Image {
         if self.options.discard == DiscardMode::Ignore {
             return Ok(());
         }
-        let (first, last) = self.whole_units(at, at + len, self.size());
+        let (first, last) = whole_units(at, at + len, self.size(), self.geometry.subcluster_bytes());
         if first >= last {
             return Ok(());
         }
@@ -101,15 +101,6 @@ impl Image {
             true => zero.then_some((Become::Zero, true)),
         };
         self.clear_runs(cx, first, last, discard).await.map(drop)
-    }
-
-    /// The whole (sub)clusters of a range; the last one of the disk need not be whole.
-    fn whole_units(&self, at: u64, end: u64, size: u64) -> (u64, u64) {
-        // Version 2, and standard entries, know clusters alone.
-        let unit = self.geometry.subcluster_bytes();
-        let first = align_up(at, unit).min(end);
-        let last = if end == size { end } else { align_down(end, unit) };
-        (first, last.max(first))
     }
 
     /// Clears, and writes zeroes where that cannot be done by an entry.

@@ -3,7 +3,7 @@
 //! A cluster whose entry stops naming it is never used again; its space goes back to the storage in the round that
 //! makes the change stable, and the rest is for a check to find.
 
-use infill_base::{Ctx, ErrorKind, IoError, IoResult, ZeroFlags, align_up, zero_bytes};
+use infill_base::{Ctx, ErrorKind, IoError, IoResult, ZeroFlags, whole_units, zero_bytes};
 use infill_storage::sync::{Arc, lock};
 
 use crate::entry::Cluster;
@@ -53,9 +53,8 @@ impl Image {
     /// First cluster that lies in the range as a whole, and first behind those. The disk's last one counts as whole.
     fn whole_clusters(&self, at: u64, end: u64) -> (GuestCluster, GuestCluster) {
         let geometry = self.layout.geometry;
-        let end = if end == self.len() { align_up(end, geometry.cluster_bytes()) } else { end };
-        let first = GuestCluster(geometry.clusters(at));
-        (first, geometry.guest_cluster(end))
+        let (first, last) = whole_units(at, end, self.len(), geometry.cluster_bytes());
+        (GuestCluster(geometry.clusters(first)), GuestCluster(geometry.clusters(last)))
     }
 
     /// Makes parts of clusters read as zeroes: by a write, where they do not already.
