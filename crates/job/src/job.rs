@@ -5,9 +5,11 @@ use std::future::Future;
 use event_listener::{Event, EventListener};
 use infill_base::{ErrorKind, IoError, IoResult};
 use infill_storage::sync::{Arc, Mutex, MutexGuard, Weak, lock};
+use serde::{Deserialize, Serialize};
 
 use crate::error::JobError;
 use crate::event::{BlockJobProgress, JobEvent};
+use crate::kept::KeptJob;
 use crate::manager::{JobOptions, Shared};
 use crate::state::{ErrorAction, IoStatus, JobStatus, JobType, JobVerb, OnError, Operation};
 
@@ -24,7 +26,8 @@ pub trait Work: 'static {
 }
 
 /// How a job that was *ready* ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Ending {
     /// The target takes the source's place (`block-job-complete`).
     Exchange,
@@ -82,6 +85,10 @@ struct State {
     status: JobStatus,
     user_paused: bool,
     cancelled: bool,
+    /// Stopped with the process, to go on in the next one: it brings its I/O to rest and tells nothing more.
+    suspended: bool,
+    /// Its worker has returned.
+    over: bool,
     /// From here on it ends as it ends: cancel is taken and changes nothing.
     finalizing: bool,
     finalize_asked: bool,
@@ -110,26 +117,36 @@ pub(crate) struct Inner {
 pub struct Job(Arc<Inner>);
 
 fn cancelled() -> IoError {
-    IoError::new(ErrorKind::ShuttingDown, "the job was cancelled")
+    IoError::new(ErrorKind::ShuttingDown, CANCELLED)
 }
 
+fn suspended() -> IoError {
+    IoError::new(ErrorKind::ShuttingDown, "the job goes on with the next start")
+}
+
+/// What a job that was cancelled says of itself.
+pub(crate) const CANCELLED: &str = "the job was cancelled";
+
 impl Job {
-    pub(crate) fn new(options: JobOptions, kind: JobType, jobs: &Arc<Shared>) -> Job {
+    /// A job that has not begun, or goes on as `kept` says.
+    pub(crate) fn new(options: JobOptions, kind: JobType, jobs: &Arc<Shared>, kept: KeptJob) -> Job {
         let state = State {
-            status: JobStatus::Created,
-            user_paused: false,
-            cancelled: false,
+            status: if kept.concluded { JobStatus::Concluded } else { JobStatus::Created },
+            user_paused: kept.paused,
+            cancelled: kept.cancelled,
+            suspended: false,
+            over: kept.concluded,
             finalizing: false,
-            finalize_asked: false,
-            complete_asked: None,
+            finalize_asked: kept.finalize_asked,
+            complete_asked: kept.ending,
             busy: false,
             speed: options.speed,
-            offset: 0,
-            len: 0,
+            offset: kept.offset,
+            len: kept.len,
             durable: 0,
-            io_status: IoStatus::Ok,
-            error: None,
-            waiting_for: None,
+            io_status: kept.io_status,
+            error: kept.error,
+            waiting_for: kept.waiting_for,
         };
         let jobs = Arc::downgrade(jobs);
         Job(Arc::new(Inner { options, kind, jobs, state: Mutex::new(state), changed: Event::new() }))
@@ -332,6 +349,45 @@ impl Job {
         })
     }
 
+    /// What a later process needs to go on with it, or to show it.
+    pub fn kept(&self) -> KeptJob {
+        let state = self.state();
+        KeptJob {
+            paused: state.user_paused,
+            cancelled: state.cancelled,
+            finalize_asked: state.finalize_asked,
+            ending: state.complete_asked,
+            concluded: state.status == JobStatus::Concluded,
+            auto_finalize: self.0.options.auto_finalize,
+            auto_dismiss: self.0.options.auto_dismiss,
+            speed: state.speed,
+            offset: state.offset,
+            len: state.len,
+            io_status: state.io_status,
+            error: state.error.clone(),
+            waiting_for: state.waiting_for.clone(),
+        }
+    }
+
+    /// Has it stop where a later process can go on, without a word to anybody; one that makes its last changes ends as
+    /// it ends. Completes when its worker has returned.
+    pub(crate) async fn suspend(&self) {
+        loop {
+            let changed = self.0.changed.listen();
+            {
+                let mut state = self.state();
+                if state.over {
+                    return;
+                }
+                if !state.suspended {
+                    state.suspended = true;
+                    self.0.changed.notify(usize::MAX);
+                }
+            }
+            changed.await;
+        }
+    }
+
     fn progress_of(&self, state: &State) -> BlockJobProgress {
         BlockJobProgress {
             kind: self.0.kind,
@@ -361,7 +417,7 @@ impl Job {
     /// Whether the worker is to bring its I/O to rest and call [`Job::pause_point`].
     pub fn should_stop(&self) -> bool {
         let state = self.state();
-        !state.finalizing && (state.cancelled || state.user_paused)
+        !state.finalizing && (state.cancelled || state.suspended || state.user_paused)
     }
 
     /// Fires at the next change of anything that a manager can change.
@@ -377,6 +433,9 @@ impl Job {
                 let mut state = self.state();
                 if state.finalizing {
                     return Ok(());
+                }
+                if state.suspended {
+                    return Err(suspended());
                 }
                 let wants = state.user_paused && !state.cancelled;
                 match state.status {
@@ -473,10 +532,10 @@ impl Job {
         self.state().complete_asked
     }
 
-    /// Whether it was cancelled, while it still can be.
+    /// Whether it is to stop for good in this process, cancelled or not, while it still can be.
     pub fn is_cancelled(&self) -> bool {
         let state = self.state();
-        state.cancelled && !state.finalizing
+        (state.cancelled || state.suspended) && !state.finalizing
     }
 
     // ---- life ----
@@ -492,6 +551,9 @@ impl Job {
         // A job that is cancelled before it began does not begin.
         if self.state().cancelled {
             return Err(cancelled());
+        }
+        if self.state().suspended {
+            return Err(suspended());
         }
         self.go(JobStatus::Running);
         self.pause_point().await?;
@@ -518,6 +580,9 @@ impl Job {
                 if state.cancelled {
                     return Err(cancelled());
                 }
+                if state.suspended {
+                    return Err(suspended());
+                }
                 if self.0.options.auto_finalize || state.finalize_asked {
                     state.finalizing = true;
                     state.busy = true;
@@ -531,6 +596,11 @@ impl Job {
     fn conclude(&self, outcome: IoResult<()>) {
         let mut state = self.state();
         state.busy = false;
+        state.over = true;
+        if state.suspended && !state.finalizing && outcome.is_err() {
+            self.0.changed.notify(usize::MAX);
+            return;
+        }
         if let Err(error) = &outcome {
             // A job that failed while paused, or was cancelled there, leaves that state first.
             match state.status {
@@ -538,8 +608,7 @@ impl Job {
                 JobStatus::Standby => self.become_(&mut state, JobStatus::Ready),
                 _ => {}
             }
-            state.error =
-                Some(if state.cancelled { "the job was cancelled".into() } else { error.to_string() });
+            state.error = Some(if state.cancelled { CANCELLED.into() } else { error.to_string() });
             self.become_(&mut state, JobStatus::Aborting);
         }
         state.waiting_for = None;

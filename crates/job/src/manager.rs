@@ -1,5 +1,6 @@
 //! All jobs of a process.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 
 use infill_base::IoResult;
@@ -10,6 +11,7 @@ use infill_storage::sync::{Arc, Mutex, lock};
 use crate::error::JobError;
 use crate::event::{Broadcast, Events};
 use crate::job::{BlockJobInfo, Job, JobInfo, Work};
+use crate::kept::KeptJob;
 use crate::state::JobType;
 
 /// Jobs at a time, those that wait to be dismissed included.
@@ -44,6 +46,8 @@ pub(crate) struct Shared {
     jobs: Mutex<Vec<Job>>,
     pub(crate) events: Broadcast,
     fills: Mutex<Vec<Filling>>,
+    /// How jobs that are about to be started again go on, by id.
+    kept: Mutex<BTreeMap<String, KeptJob>>,
 }
 
 /// What a job fills, and the layers that it takes out of the chain.
@@ -101,23 +105,47 @@ impl Jobs {
             let shown: String = options.id.escape_debug().take(JOB_ID_BYTES_MAX).collect();
             return Err(JobError::generic(format!("Invalid job ID '{shown}'")));
         }
-        let job = {
-            let mut jobs = lock(&self.0.jobs);
-            if jobs.iter().any(|job| job.id() == options.id) {
-                return Err(JobError::generic(format!("Job ID '{}' already in use", options.id)));
-            }
-            if jobs.len() >= JOBS_MAX {
-                let why =
-                    format!("there are {JOBS_MAX} jobs, which is the most: dismiss those that are over");
-                return Err(JobError::generic(why));
-            }
-            let job = Job::new(options, kind, &self.0);
-            jobs.push(job.clone());
-            job
-        };
+        let kept = lock(&self.0.kept).remove(&options.id);
+        let kept = kept.unwrap_or_else(|| KeptJob::of(&options));
+        let options = JobOptions { speed: kept.speed, ..options };
+        let job = self.insert(kind, options, kept)?;
         job.announce();
         rt::spawn(job.clone().live(work));
         Ok(job)
+    }
+
+    fn insert(&self, kind: JobType, options: JobOptions, kept: KeptJob) -> Result<Job, JobError> {
+        let mut jobs = lock(&self.0.jobs);
+        if jobs.iter().any(|job| job.id() == options.id) {
+            return Err(JobError::generic(format!("Job ID '{}' already in use", options.id)));
+        }
+        if jobs.len() >= JOBS_MAX {
+            let why = format!("there are {JOBS_MAX} jobs, which is the most: dismiss those that are over");
+            return Err(JobError::generic(why));
+        }
+        let job = Job::new(options, kind, &self.0, kept);
+        jobs.push(job.clone());
+        Ok(job)
+    }
+
+    /// The job of that id, when it is started next, goes on as `kept` says, whatever starts it. `None` takes that back.
+    pub fn go_on_as(&self, id: &str, kept: Option<KeptJob>) {
+        let mut all = lock(&self.0.kept);
+        match kept {
+            Some(kept) => all.insert(id.into(), kept),
+            None => all.remove(id),
+        };
+    }
+
+    /// Shows a job of an earlier process that is over and waits to be dismissed. Nothing is told.
+    pub fn show_concluded(&self, id: &str, kind: JobType, kept: KeptJob) -> Result<Job, JobError> {
+        let options = JobOptions {
+            id: id.into(),
+            auto_finalize: kept.auto_finalize,
+            auto_dismiss: kept.auto_dismiss,
+            speed: kept.speed,
+        };
+        self.insert(kind, options, KeptJob { concluded: true, ..kept })
     }
 
     /// Keeps other fills off `top` and the layers `below` it that are to go.
@@ -195,6 +223,14 @@ impl Jobs {
             // One that is over already refuses, and that is well.
             let _over = job.cancel();
             let _outcome = job.wait().await;
+        }
+    }
+
+    /// Has everything stop so that a later process goes on with it ([`Job::kept`]), and waits until it has. What makes its
+    /// last changes already ends as it ends.
+    pub async fn suspend(&self) {
+        for job in self.list() {
+            job.suspend().await;
         }
     }
 }

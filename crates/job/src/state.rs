@@ -1,8 +1,11 @@
 //! Kinds, states and verbs of jobs, and the two tables that managers rely on: which state follows which, and which verb
 //! is taken in which state. They are those of QEMU's job interface.
 
+use serde::{Deserialize, Serialize};
+
 /// What a job does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum JobType {
     /// Writes an overlay's data down into its base.
     Commit,
@@ -179,7 +182,8 @@ impl JobVerb {
 }
 
 /// How the last I/O of a block job went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum IoStatus {
     /// Well.
     #[default]

@@ -204,3 +204,92 @@ fn shutting_down_ends_everything() {
         assert!(jobs.query().is_empty());
     });
 }
+
+/// Everything that managers see of a job: its states in order, and no word more.
+fn suspended_in(
+    options: JobOptions,
+    before: impl FnOnce(&Job) + 'static,
+    at: Duration,
+) -> (infill_job::KeptJob, Vec<JobEvent>) {
+    block_on(async move {
+        let jobs = Jobs::new();
+        let job = jobs.start(JobType::Stream, options, ten_steps()).unwrap();
+        before(&job);
+        rt::sleep(at).await;
+        let events = jobs.subscribe();
+        jobs.suspend().await;
+        (job.kept(), drain(&events))
+    })
+}
+
+#[test]
+fn a_job_that_is_suspended_says_nothing_and_is_neither_cancelled_nor_over() {
+    for (paused, at) in [(false, Duration::ZERO), (false, 3 * MS), (true, 3 * MS)] {
+        let pause = move |job: &Job| {
+            if paused {
+                job.pause().unwrap();
+            }
+        };
+        let (kept, told) = suspended_in(JobOptions::new("j"), pause, at);
+        assert!(told.is_empty(), "{told:?}");
+        assert_eq!((kept.cancelled, kept.concluded, kept.paused, kept.error), (false, false, paused, None));
+    }
+    // It waits for its manager to finalize it.
+    let by_hand = JobOptions { auto_finalize: false, ..JobOptions::new("j") };
+    let (kept, told) = suspended_in(by_hand, |_| {}, 15 * MS);
+    assert!(told.is_empty() && !kept.concluded && !kept.finalize_asked, "{told:?}");
+}
+
+#[test]
+fn a_job_that_makes_its_last_changes_is_not_suspended_but_ends() {
+    let options = JobOptions { auto_dismiss: false, ..JobOptions::new("j") };
+    let (kept, told) = suspended_in(options, |_| {}, 15 * MS);
+    assert_eq!((kept.concluded, kept.error), (true, None));
+    assert!(told.iter().any(|event| matches!(event, JobEvent::BlockJobCompleted { .. })), "{told:?}");
+}
+
+#[test]
+fn a_job_goes_on_as_its_manager_had_left_it() {
+    block_on(async {
+        let jobs = Jobs::new();
+        let options = JobOptions { auto_finalize: false, ..JobOptions::new("j") };
+        let kept = infill_job::KeptJob {
+            paused: true,
+            finalize_asked: true,
+            speed: 7,
+            offset: 3,
+            len: 10,
+            ..infill_job::KeptJob::of(&options)
+        };
+        jobs.go_on_as("j", Some(kept.clone()));
+        let job = jobs.start(JobType::Stream, options.clone(), ten_steps()).unwrap();
+        rt::sleep(50 * MS).await;
+        assert_eq!(job.status(), JobStatus::Paused);
+        assert_eq!(job.kept(), kept);
+        job.resume().unwrap();
+        // It was told to finalize before, and is not told again.
+        job.wait().await.unwrap();
+        // Once: another job of that id begins as any other.
+        let again = jobs.start(JobType::Stream, options, ten_steps()).unwrap();
+        assert_eq!((again.speed(), again.kept().paused), (0, false));
+    });
+}
+
+#[test]
+fn a_job_of_an_earlier_process_that_is_over_is_shown_until_it_is_dismissed() {
+    block_on(async {
+        let jobs = Jobs::new();
+        let events = jobs.subscribe();
+        let options = JobOptions { auto_dismiss: false, ..JobOptions::new("j") };
+        let kept = infill_job::KeptJob { offset: 5, len: 10, ..infill_job::KeptJob::of(&options) };
+        let job = jobs.show_concluded("j", JobType::Stream, kept.into_cancelled()).unwrap();
+        assert!(drain(&events).is_empty());
+        let info = job.info();
+        assert_eq!((info.status, info.current_progress, info.total_progress), (JobStatus::Concluded, 5, 10));
+        assert_eq!(job.wait().await, Err("the job was cancelled".into()));
+        assert!(job.cancel().is_err() && job.pause().is_err());
+        jobs.suspend().await;
+        job.dismiss().unwrap();
+        assert!(jobs.list().is_empty());
+    });
+}
