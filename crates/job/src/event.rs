@@ -93,6 +93,24 @@ pub enum JobEvent {
     },
 }
 
+impl JobEvent {
+    /// The id of the job.
+    pub fn job(&self) -> &str {
+        match self {
+            JobEvent::BlockJobCompleted { progress, .. }
+            | JobEvent::BlockJobCancelled(progress)
+            | JobEvent::BlockJobReady(progress)
+            | JobEvent::Progress { progress, .. } => &progress.device,
+            JobEvent::BlockJobError { device, .. } => device,
+            JobEvent::StatusChange { id, .. }
+            | JobEvent::BlockJobPending { id, .. }
+            | JobEvent::Durable { id, .. }
+            | JobEvent::SourceLost { id, .. }
+            | JobEvent::SourceBack { id } => id,
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Queue {
     events: VecDeque<JobEvent>,

@@ -10,7 +10,7 @@ use crate::json;
 use crate::keyval;
 
 /// The members of an object that were not taken yet.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Members {
     object: Map<String, Value>,
     /// Names of the objects around it, each with its dot.
@@ -58,6 +58,16 @@ impl Members {
         }
         let object = keyval::parse(text, implied)?;
         Ok(Members { object, path: String::new(), strings: true })
+    }
+
+    /// The members as they came, and whether scalars are strings because they came from dotted keys.
+    pub fn into_parts(self) -> (Map<String, Value>, bool) {
+        (self.object, self.strings)
+    }
+
+    /// What [`Members::into_parts`] gave, once more.
+    pub fn of_parts(object: Map<String, Value>, strings: bool) -> Members {
+        Members { object, path: String::new(), strings }
     }
 
     /// The name of a member as messages tell it.

@@ -58,6 +58,10 @@ pub struct CommandLine {
     pub options: Vec<Opt>,
     /// Where the process id is written.
     pub pidfile: Option<PathBuf>,
+    /// Where what is made is kept.
+    pub state: Option<PathBuf>,
+    /// Whether what was kept there is forgotten first.
+    pub forget: bool,
 }
 
 /// What a command line asks for.
@@ -88,13 +92,17 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
                 "--daemonize is not supported yet: start it in the background (with `&`, setsid or a service \
                  manager) and wait for its pid file"
             ),
+            "--forget" if attached.is_none() => {
+                command_line.forget = true;
+                continue;
+            }
             "-T" | "--trace" => {
                 bail!("--trace is not supported: set RUST_LOG=debug for logs on standard error")
             }
             _ => {}
         }
         let kind = Kind::ALL.into_iter().find(|kind| kind.as_str() == name);
-        if kind.is_none() && name != "--pidfile" {
+        if kind.is_none() && !matches!(name, "--pidfile" | "--state") {
             if name.starts_with('-') {
                 bail!("unrecognized option '{name}'; `infill daemon --help` lists those that are known");
             }
@@ -112,11 +120,15 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
         match kind {
             Some(Kind::Object) if text == "help" => return Ok(Parsed::Print(OBJECTS.into())),
             Some(kind) => command_line.options.push(Opt { kind, text }),
+            None if name == "--state" => command_line.state = Some(text.into()),
             None => command_line.pidfile = Some(text.into()),
         }
         if command_line.options.len() > OPTIONS_MAX {
             bail!("more than {OPTIONS_MAX} options are given: add the rest over a monitor");
         }
+    }
+    if command_line.forget && command_line.state.is_none() {
+        bail!("--forget is only of use with --state DIR: without it nothing is kept");
     }
     Ok(Parsed::Run(command_line))
 }
@@ -168,8 +180,14 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
 
   --pidfile <path>       write the process id to a file after startup
 
+  --state <dir>          keep nodes, objects, the NBD server, exports and jobs in
+                         <dir>, and begin with those that are kept there
+  --forget               begin with nothing: what is kept in <dir> is dropped
+
 Options are carried out in their order. SIGTERM, SIGINT, SIGHUP and the command
-`quit` end the daemon in order: requests are answered, everything is synced.
+`quit` end the daemon in order: requests are answered, everything is synced. With
+--state, all that was there is there again at the next start, and jobs go on.
+An option that makes what is kept already, in the same way, changes nothing.
 "
     .into()
 }
@@ -207,6 +225,9 @@ mod tests {
             (&["--blockdev"], "option '--blockdev' requires an argument"),
             (&["--daemonize"], "--daemonize is not supported yet"),
             (&["--trace", "x"], "--trace is not supported"),
+            (&["--forget"], "--forget is only of use with --state"),
+            (&["--forget=1"], "unrecognized option '--forget'"),
+            (&["--state"], "option '--state' requires an argument"),
         ] {
             let told = read(line).unwrap_err();
             assert!(told.starts_with(why), "{told}");

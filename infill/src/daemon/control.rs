@@ -5,19 +5,22 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
+use std::pin::pin;
 use std::rc::Rc;
 
 use event_listener::Event as Signal;
+use futures_util::future::{Either, select};
 use infill_io::Reactor;
-use infill_job::{Events, Jobs};
+use infill_job::{Events, JobEvent, Jobs};
 use infill_nbd::{OnLost, SourceState, SourceWatch};
 use infill_qmp::command::{Command, NAMES};
 use infill_qmp::{BlockdevOptions, Members, ObjectOptions, QmpError, encode};
-use infill_storage::rt;
+use infill_storage::{RangeLock, rt};
 use serde_json::{Value, json};
 
 use super::exports::Exported;
 use super::monitor::Monitors;
+use super::state::State;
 use crate::blockdev::{Blockdevs, OpenPolicy};
 use crate::one_line;
 
@@ -30,6 +33,12 @@ pub struct Control {
     objects: RefCell<BTreeSet<String>>,
     pub(super) reactors: Vec<Reactor>,
     monitors: Monitors,
+    /// What is kept for the next daemon, where that was asked for.
+    pub(super) state: Option<State>,
+    /// Events that were not sent yet, in order: what they tell is kept first.
+    events: RefCell<Vec<Vec<u8>>>,
+    event_came: Signal,
+    sending: RangeLock,
     quit: Cell<bool>,
     ended: Cell<bool>,
     signal: Signal,
@@ -49,8 +58,8 @@ pub fn refused(error: &anyhow::Error) -> QmpError {
 }
 
 impl Control {
-    /// Nothing yet. Clients are served on `reactors`.
-    pub fn new(reactors: Vec<Reactor>) -> Rc<Control> {
+    /// Nothing yet. Clients are served on `reactors`; what is made is kept in `state`.
+    pub fn new(reactors: Vec<Reactor>, state: Option<State>) -> Rc<Control> {
         // Where the options do not say it, a source that goes away is waited for.
         let policy = OpenPolicy { on_lost: OnLost::Hold { limit: None }, ..OpenPolicy::default() };
         let jobs = Jobs::new();
@@ -62,6 +71,10 @@ impl Control {
             objects: RefCell::default(),
             reactors,
             monitors: Monitors::default(),
+            state,
+            events: RefCell::default(),
+            event_came: Signal::new(),
+            sending: RangeLock::new(),
             quit: Cell::new(false),
             ended: Cell::new(false),
             signal: Signal::new(),
@@ -89,10 +102,23 @@ impl Control {
     }
 
     /// Everything is closed.
-    pub fn tell_ended(&self) {
-        self.tell_waiting_events();
+    pub async fn tell_ended(&self) {
+        if let Err(error) = self.settle().await {
+            tracing::error!("{}", error.desc);
+        }
         self.ended.set(true);
         self.signal.notify(usize::MAX);
+    }
+
+    /// No command is taken any more.
+    pub fn begin_to_end(&self) {
+        self.quit.set(true);
+        self.signal.notify(usize::MAX);
+    }
+
+    /// Whether it is about to end.
+    pub fn is_ending(&self) -> bool {
+        self.quit.get()
     }
 
     async fn until(&self, flag: &Cell<bool>) {
@@ -112,45 +138,80 @@ impl Control {
 
     /// Sends an event to all monitors, after those of jobs that have happened before.
     pub(super) fn tell(&self, name: &'static str, data: Value) {
-        self.tell_waiting_events();
-        self.tell_now(name, data);
+        self.take_job_events();
+        self.queue_event(name, data);
     }
 
-    fn tell_now(&self, name: &'static str, data: Value) {
+    fn queue_event(&self, name: &'static str, data: Value) {
         let event = infill_qmp::Event::new(name, data);
-        self.monitors.tell(encode(&event.message(std::time::SystemTime::now())));
+        self.events.borrow_mut().push(encode(&event.message(std::time::SystemTime::now())));
+        self.event_came.notify(usize::MAX);
     }
 
-    /// Sends what jobs have told so far: to be called before an answer, so that it comes after what led to it.
-    pub(super) fn tell_waiting_events(&self) {
+    fn queue_job_event(&self, event: JobEvent) {
+        if let Some(state) = &self.state {
+            state.touch_job(event.job());
+        }
+        let (name, data) = super::jobs::event(event);
+        self.queue_event(name, data);
+    }
+
+    fn take_job_events(&self) {
         while let Some(event) = self.job_events.try_next() {
-            let (name, data) = super::jobs::event(event);
-            self.tell_now(name, data);
+            self.queue_job_event(event);
         }
     }
 
-    /// Sends what jobs tell, as they tell it, for ever.
-    pub async fn tell_job_events(self: Rc<Self>) {
+    /// Keeps what has changed, then sends what was told so far: to be awaited before an answer, so that it comes after
+    /// what led to it and is true after a crash.
+    pub(super) async fn settle(&self) -> Result<(), QmpError> {
+        let _turn = self.sending.exclusive(0, 1).await;
+        self.take_job_events();
+        let events = std::mem::take(&mut *self.events.borrow_mut());
+        let kept = match &self.state {
+            Some(state) => {
+                state.note_jobs(&self.jobs);
+                state.commit().await
+            }
+            None => Ok(()),
+        };
+        for event in events {
+            self.monitors.tell(event);
+        }
+        kept.map_err(|error| {
+            QmpError::generic(format!("it was done, but the state could not be kept: {}", one_line(&error)))
+        })
+    }
+
+    /// Sends what happens, as it happens, for ever.
+    pub async fn tell_events(self: Rc<Self>) {
         loop {
-            let (name, data) = super::jobs::event(self.job_events.next().await);
-            self.tell_now(name, data);
+            let came = self.event_came.listen();
+            if self.events.borrow().is_empty() {
+                match select(pin!(self.job_events.next()), came).await {
+                    Either::Left((event, _)) => self.queue_job_event(event),
+                    Either::Right(((), _)) => {}
+                }
+            }
+            if let Err(error) = self.settle().await {
+                tracing::error!("{}", error.desc);
+            }
         }
     }
 
     /// Carries out the command called `name`.
     pub async fn execute(self: &Rc<Self>, name: &str, arguments: Members) -> Result<Value, QmpError> {
+        let given = arguments.clone();
         let outcome = match Command::read(name, arguments) {
-            Ok(command) => self.carry_out(command).await,
+            Ok(_) if self.quit.get() => Err(QmpError::generic("the daemon is ending")),
+            Ok(command) => self.carry_out_and_keep(name, command, given).await,
             Err(error) => Err(error),
         };
-        self.tell_waiting_events();
-        outcome
+        let kept = self.settle().await;
+        if name.starts_with("query-") { outcome } else { outcome.and_then(|value| kept.map(|()| value)) }
     }
 
-    async fn carry_out(self: &Rc<Self>, command: Command) -> Result<Value, QmpError> {
-        if self.quit.get() {
-            return Err(QmpError::generic("the daemon is ending"));
-        }
+    pub(super) async fn carry_out(self: &Rc<Self>, command: Command) -> Result<Value, QmpError> {
         match command {
             Command::QueryVersion => return Ok(version()),
             Command::QueryCommands => {
@@ -162,6 +223,7 @@ impl Control {
             Command::QueryBlockExports => return Ok(self.query_block_exports()),
             Command::QueryJobs => return Ok(self.query_jobs()),
             Command::QueryBlockJobs => return Ok(self.query_block_jobs()),
+            Command::QueryState => return self.query_state(),
             Command::BlockdevAdd(options) => self.blockdev_add(*options).await?,
             Command::BlockdevDel { node_name } => self.blockdev_del(&node_name).await?,
             Command::BlockdevSnapshot { node, overlay } => {
@@ -176,12 +238,20 @@ impl Control {
             Command::ObjectAdd(options) => self.object_add(options)?,
             Command::ObjectDel { id } => self.object_del(&id)?,
             Command::Quit => {
-                self.quit.set(true);
-                self.signal.notify(usize::MAX);
+                self.begin_to_end();
                 self.until(&self.ended).await;
             }
         }
         Ok(json!({}))
+    }
+
+    /// `__infill_query-state`.
+    fn query_state(&self) -> Result<Value, QmpError> {
+        let state = self
+            .state
+            .as_ref()
+            .ok_or_else(|| QmpError::generic("nothing is kept: the daemon was started without --state"))?;
+        Ok(state.query())
     }
 
     /// `blockdev-add`, `--blockdev`.

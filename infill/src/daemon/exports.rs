@@ -228,6 +228,6 @@ impl Control {
                 "id": id,
             })
         });
-        told.collect()
+        told.chain(self.state.iter().flat_map(|state| state.held_exports())).collect()
     }
 }

@@ -1,5 +1,6 @@
 //! Jobs as the protocol tells them, and `block-stream`.
 
+use std::rc::Rc;
 use std::task::Poll;
 
 use futures_util::future::LocalBoxFuture;
@@ -143,12 +144,14 @@ impl Drop for Claims {
 impl Control {
     /// `query-jobs`.
     pub(super) fn query_jobs(&self) -> Value {
-        self.jobs().query().into_iter().map(job_info).collect()
+        let held = self.state.iter().flat_map(|state| state.held_jobs(false));
+        self.jobs().query().into_iter().map(job_info).chain(held).collect()
     }
 
     /// `query-block-jobs`.
     pub(super) fn query_block_jobs(&self) -> Value {
-        self.jobs().query_block().into_iter().map(block_job_info).collect()
+        let held = self.state.iter().flat_map(|state| state.held_jobs(true));
+        self.jobs().query_block().into_iter().map(block_job_info).chain(held).collect()
     }
 
     /// `job-*`, `block-job-*`.
@@ -177,7 +180,7 @@ impl Control {
     }
 
     /// `block-stream`. Answered once the job runs.
-    pub(super) async fn block_stream(&self, options: BlockStream) -> Result<(), QmpError> {
+    pub(super) async fn block_stream(self: &Rc<Self>, options: BlockStream) -> Result<(), QmpError> {
         let device = &options.device;
         if self.blockdevs().get(device).is_err() {
             return Err(QmpError::generic(format!("Cannot find device='{device}' nor node-name='{device}'")));
@@ -209,12 +212,13 @@ impl Control {
             speed: options.speed,
             ..JobOptions::new(options.job_id)
         };
+        let control = self.clone();
         let stream = StreamOptions {
             base,
             backing_file: options.backing_file,
             backing_mask_protocol: options.backing_mask_protocol,
             on_error: on_error(options.on_error),
-            on_swap: Some(Box::new(move |_| follow_swap(claims))),
+            on_swap: Some(Box::new(move |_| follow_swap(control, claims))),
             ..StreamOptions::new(top)
         };
         stream::start(self.jobs(), job, stream).map_err(job_refused)?;
@@ -269,14 +273,15 @@ impl Control {
     }
 }
 
-/// The edge is swapped: the graph follows, and then the top is free for others.
-fn follow_swap(mut claims: Claims) -> LocalBoxFuture<'static, ()> {
+/// The edge is swapped: the graph and what is kept of it follow, and then the top is free for others.
+fn follow_swap(control: Rc<Control>, mut claims: Claims) -> LocalBoxFuture<'static, ()> {
     Box::pin(async move {
         claims.keep_top();
         let Some(top) = claims.nodes.first() else { return };
         if let Err(error) = claims.blockdevs.backing_changed(top).await {
             tracing::warn!("after a stream: {error:#}");
         }
+        control.note_backing(&control.unfiltered(top));
     })
 }
 

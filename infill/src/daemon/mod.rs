@@ -9,12 +9,13 @@
 //! node (`node-name`: its server has gone or is back) or of a job (`id`: it has met an error of its source, or got on).
 //!
 //! # Order of the beginning
-//! Options are carried out one after the other, as they stand. Sockets listen from their option on and are served after
-//! the last one; the pid file is written just before.
+//! What a state holds is made again ([`state`]). Options are carried out one after the other, as they stand. Sockets listen from their option on and are served after
+//! the last one; the pid file is written just before, and the service manager (`sd_notify`) is told just after.
 //!
 //! # Order of the end (`quit`, SIGTERM, SIGINT, SIGHUP)
 //! 1. Exports are taken away: what clients have in flight is answered.
-//! 2. Jobs are cancelled; what they have filled stays.
+//! 2. Jobs are cancelled, or, where their state is kept, stop without a word, to go on with the next start. What they
+//!    have filled stays.
 //! 3. Nodes are synced and closed, each after those that lie on it.
 //! 4. Monitors are sent what is left for them, for at most [`FAREWELL_TIME`]; the pid file goes.
 
@@ -26,6 +27,7 @@ mod jobs;
 mod monitor;
 mod nodes;
 mod pidfile;
+mod state;
 
 use std::ffi::OsString;
 use std::io::IsTerminal as _;
@@ -36,8 +38,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use futures_util::future::{Either, select};
 use infill_io::{Reactor, Reactors, termination};
-use infill_qmp::{BlockExportOptions, BlockdevOptions, Members, NbdServerOptions, ObjectOptions, QmpError};
+use infill_qmp::{Members, QmpError};
 use infill_storage::rt;
+use sd_notify::NotifyState;
 use tracing_subscriber::EnvFilter;
 
 use crate::out::print;
@@ -45,6 +48,7 @@ use chardev::Chardevs;
 use cmdline::{CommandLine, Kind, Parsed};
 use control::Control;
 use pidfile::PidFile;
+use state::State;
 
 /// How long the end waits for monitors to take what is left for them.
 const FAREWELL_TIME: Duration = Duration::from_secs(2);
@@ -81,7 +85,8 @@ fn log_to_stderr() {
 async fn run(command_line: CommandLine, reactors: Vec<Reactor>) -> Result<()> {
     // From here on a signal ends it in order.
     let mut terminated = Box::pin(termination().context("waiting for signals")?);
-    let control = Control::new(reactors);
+    let state = command_line.state.as_deref().map(|dir| State::open(dir, command_line.forget)).transpose()?;
+    let control = Control::new(reactors, state);
     let mut chardevs = Chardevs::default();
     let started = {
         let starting = std::pin::pin!(start(&control, &mut chardevs, &command_line));
@@ -93,6 +98,7 @@ async fn run(command_line: CommandLine, reactors: Vec<Reactor>) -> Result<()> {
     let _pidfile = match started {
         Ok(Some(pidfile)) => {
             serve(&control, chardevs);
+            notify(&[NotifyState::Ready]);
             let asked = std::pin::pin!(control.asked_to_quit());
             select(asked, terminated).await;
             pidfile
@@ -113,6 +119,7 @@ async fn start(
     chardevs: &mut Chardevs,
     command_line: &CommandLine,
 ) -> Result<Option<PidFile>> {
+    control.restore().await;
     for option in &command_line.options {
         let outcome = carry_out(control, chardevs, option.kind, &option.text).await;
         outcome.map_err(|error| anyhow!("{} {}: {}", option.kind.as_str(), option.text, error.desc))?;
@@ -127,29 +134,38 @@ async fn carry_out(
     text: &str,
 ) -> Result<(), QmpError> {
     match kind {
-        Kind::Blockdev => control.blockdev_add(BlockdevOptions::of_argument(text)?).await,
         Kind::Chardev => chardevs.add(text).await,
         Kind::Monitor => chardevs.monitor(Members::of_argument(text, Some("chardev"))?),
-        Kind::NbdServer => {
-            control.nbd_server_start(&NbdServerOptions::read(Members::of_argument(text, None)?)?)
-        }
-        Kind::Export => {
-            let members = Members::of_argument(text, Some("type"))?;
-            control.block_export_add(BlockExportOptions::read(members)?)
-        }
-        Kind::Object => {
-            let members = Members::of_argument(text, Some("qom-type"))?;
-            control.object_add(ObjectOptions::read(members)?)
-        }
+        Kind::Blockdev => option(control, "blockdev-add", text, Some("driver")).await,
+        Kind::NbdServer => option(control, "--nbd-server", text, None).await,
+        Kind::Export => option(control, "block-export-add", text, Some("type")).await,
+        Kind::Object => option(control, "object-add", text, Some("qom-type")).await,
     }
+}
+
+/// An option that does what a command does.
+async fn option(
+    control: &Rc<Control>,
+    command: &str,
+    text: &str,
+    implied: Option<&str>,
+) -> Result<(), QmpError> {
+    control.carry_out_option(command, Members::of_argument(text, implied)?).await
 }
 
 /// Begins to serve clients and monitors.
 fn serve(control: &Rc<Control>, chardevs: Chardevs) {
     control.open_for_clients();
-    rt::spawn(control.clone().tell_job_events());
+    rt::spawn(control.clone().tell_events());
     for monitor in chardevs.into_monitors() {
         rt::spawn(monitor::serve(control.clone(), monitor));
+    }
+}
+
+/// Tells the service manager, where there is one.
+fn notify(what: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(what) {
+        tracing::warn!(%error, "the service manager could not be told");
     }
 }
 
@@ -162,10 +178,18 @@ async fn end(control: &Rc<Control>) -> Result<()> {
         eprintln!("infill: asked to end again: ending at once");
         std::process::exit(1);
     });
+    notify(&[NotifyState::Stopping]);
+    control.begin_to_end();
     control.close_exports().await;
-    control.jobs().shut_down().await;
+    match &control.state {
+        None => control.jobs().shut_down().await,
+        Some(state) => {
+            control.jobs().suspend().await;
+            state.note_progress(control.jobs());
+        }
+    }
     let closed = control.blockdevs().close_all().await.context("closing the nodes");
-    control.tell_ended();
+    control.tell_ended().await;
     if rt::timeout(FAREWELL_TIME, control.monitors().drained()).await.is_none() {
         tracing::warn!("a monitor did not take what was left for it");
     }

@@ -1,0 +1,232 @@
+//! Carrying commands out so that what they make is kept, and what is kept is named by its owner.
+
+use std::rc::Rc;
+
+use infill_job::{JobStatus, KeptJob};
+use infill_qmp::command::{Command, JobCommand};
+use infill_qmp::{Members, QmpError};
+use serde_json::{Map, Value, json};
+
+use super::record::{JobRecord, Key, Kind, Record, makes, read_command, takes};
+use super::{Entry, State};
+use crate::daemon::control::Control;
+
+/// How names begin that were made up for nodes without one.
+const MADE_UP: &str = "#block";
+
+impl State {
+    /// What is refused because an option of the command line and the state differ.
+    fn differs(&self, record: &Record) -> QmpError {
+        let given = Value::Object(record.given.clone());
+        QmpError::generic(format!(
+            "{} is kept in {} with other options ({given}): give the same, or take it away there first ({}), or start once \
+             with --forget to begin with nothing",
+            record.key,
+            self.dir.display(),
+            record.key.kind.remover()
+        ))
+    }
+}
+
+/// Refuses to keep what names a node by a made-up name: it has another one after a restart.
+fn check_names(control: &Control, value: &Value) -> Result<(), QmpError> {
+    match value {
+        Value::String(name) if name.starts_with(MADE_UP) && control.blockdevs().get(name).is_ok() => {
+            Err(QmpError::generic(format!(
+                "node '{name}' was given no node-name, and has another one after a restart: give it one, so that what is \
+                 kept with --state can name it"
+            )))
+        }
+        Value::Object(members) => members.values().try_for_each(|value| check_names(control, value)),
+        Value::Array(values) => values.iter().try_for_each(|value| check_names(control, value)),
+        _ => Ok(()),
+    }
+}
+
+impl Control {
+    /// Carries out an option of the command line. What the state has already, with the same options, is there.
+    pub async fn carry_out_option(self: &Rc<Self>, name: &str, given: Members) -> Result<(), QmpError> {
+        let command = read_command(name, given.clone())?;
+        if let (Some(state), Some((key, _))) = (&self.state, makes(&command))
+            && let Some(at) = state.find(&key)
+        {
+            let entries = state.entries.borrow();
+            let same = |entry: &Entry| entry.record.given().is_ok_and(|given| given == command);
+            return match entries.get(&at) {
+                Some(entry) if !same(entry) => Err(state.differs(&entry.record)),
+                _ => Ok(()),
+            };
+        }
+        let outcome = self.carry_out_and_keep(name, command, given).await.map(drop);
+        let kept = self.settle().await;
+        outcome.and(kept)
+    }
+
+    /// Carries out a command and notes what it has made or taken away.
+    pub(in crate::daemon) async fn carry_out_and_keep(
+        self: &Rc<Self>,
+        name: &str,
+        command: Command,
+        given: Members,
+    ) -> Result<Value, QmpError> {
+        let Some(state) = &self.state else { return self.carry_out(command).await };
+        let (made, taken) = (makes(&command), takes(&command));
+        let touched = match &command {
+            Command::Job { id, .. } => Some(id.clone()),
+            _ => None,
+        };
+        let key = made.as_ref().map(|(key, _)| key.clone()).or(taken.clone());
+        let key = key.or(touched.as_ref().map(|id| Key::new(Kind::Job, id)));
+        // Nobody is to make it while it is changed.
+        let mut _turn = None;
+        if let Some(key) = &key
+            && state.held(key).is_some()
+        {
+            _turn = Some(state.restoring.exclusive(0, 1).await);
+            if made.is_none() && state.held(key).is_some() {
+                return self.change_held(state, key, &command);
+            }
+        }
+        let (object, strings) = given.into_parts();
+        if made.is_some() {
+            object.values().try_for_each(|value| check_names(self, value))?;
+        }
+        let value = self.carry_out(command).await?;
+        if let Some((key, kind)) = made {
+            let kept = |id: &str| self.jobs().get(id).map(|job| job.kept()).unwrap_or_default();
+            let job = kind.map(|kind| JobRecord { kind, kept: kept(&key.name) });
+            state.keep(Record { command: name.into(), given: object, strings, now: None, job, key });
+        }
+        if let Some(key) = taken {
+            state.forget(&key);
+            if key.kind == Kind::Server {
+                state.forget_all(Kind::Export);
+            }
+        }
+        if let Some(id) = touched {
+            state.touch_job(&id);
+        }
+        Ok(value)
+    }
+
+    /// A command that is about an entry that is held.
+    fn change_held(&self, state: &State, key: &Key, command: &Command) -> Result<Value, QmpError> {
+        match command {
+            Command::Job { id, command, .. } => {
+                let outcome = state.change_held_job(key, *command);
+                outcome
+                    .map_err(|why| QmpError::generic(why.unwrap_or_else(|| refused_verb(id, *command))))?;
+                if matches!(command, JobCommand::Cancel { .. }) {
+                    state.forget(key);
+                    let gone = JobStatus::Null.as_str();
+                    self.tell("JOB_STATUS_CHANGE", json!({ "status": gone, "id": id }));
+                }
+            }
+            _ => {
+                state.forget(key);
+                match key.kind {
+                    Kind::Server => state.forget_all(Kind::Export),
+                    Kind::Export => self.tell("BLOCK_EXPORT_DELETED", json!({ "id": key.name })),
+                    _ => {}
+                }
+            }
+        }
+        Ok(json!({}))
+    }
+
+    /// After a job has changed what lies below `overlay`.
+    pub(in crate::daemon) fn note_backing(&self, overlay: &str) {
+        if let (Some(state), Ok(facts)) = (&self.state, self.blockdevs().facts(overlay)) {
+            state.set_backing(self.blockdevs(), overlay, facts.backing.as_deref());
+        }
+    }
+}
+
+fn refused_verb(id: &str, command: JobCommand) -> String {
+    let verb = match command {
+        JobCommand::Complete => "complete",
+        JobCommand::Dismiss => "dismiss",
+        _ => "finalize",
+    };
+    format!("Job '{id}' in state '{}' cannot accept command verb '{verb}'", JobStatus::Created.as_str())
+}
+
+impl State {
+    /// Notes what a manager says of a job that has not begun. `Err(None)`: such a job does not take it.
+    fn change_held_job(&self, key: &Key, command: JobCommand) -> Result<(), Option<String>> {
+        let at = self.find(key).ok_or(None)?;
+        let mut entries = self.entries.borrow_mut();
+        let job = entries.get_mut(&at).and_then(|entry| entry.record.job.as_mut()).ok_or(None)?;
+        let kept = &mut job.kept;
+        match command {
+            _ if kept.concluded => return Err(None),
+            JobCommand::Cancel { .. } => {}
+            JobCommand::Pause if kept.paused => return Err(Some("Job is already paused".into())),
+            JobCommand::Pause => kept.paused = true,
+            JobCommand::Resume if !kept.paused => {
+                return Err(Some("Can't resume a job that was not paused".into()));
+            }
+            JobCommand::Resume => kept.paused = false,
+            JobCommand::SetSpeed(speed) => kept.speed = speed,
+            JobCommand::Complete | JobCommand::Dismiss | JobCommand::Finalize => return Err(None),
+        }
+        self.dirty.borrow_mut().insert(at);
+        Ok(())
+    }
+
+    fn all_held<T>(&self, told: impl Fn(&Record, &str) -> Option<T>) -> Vec<T> {
+        let entries = self.entries.borrow();
+        let held = |entry: &Entry| entry.held.as_deref().and_then(|why| told(&entry.record, why));
+        entries.values().filter_map(held).collect()
+    }
+
+    /// Jobs that have not begun again, as `query-jobs` tells them (`block`: as `query-block-jobs` does).
+    pub fn held_jobs(&self, block: bool) -> Vec<Value> {
+        self.all_held(|record, why| {
+            let JobRecord { kind, kept } = record.job.as_ref()?;
+            let KeptJob { offset, len, .. } = kept;
+            if block && !kind.is_block_job() {
+                return None;
+            }
+            let mut out = Map::new();
+            let mut put = |key: &str, value: Value| drop(out.insert(key.into(), value));
+            put("status", json!(JobStatus::Created.as_str()));
+            put("type", json!(kind.as_str()));
+            if block {
+                put("device", json!(record.key.name));
+                put("len", json!(len));
+                put("offset", json!(offset));
+                put("speed", json!(kept.speed));
+                put("auto-finalize", json!(kept.auto_finalize));
+                put("auto-dismiss", json!(kept.auto_dismiss));
+                put("busy", json!(false));
+                put("paused", json!(kept.paused));
+                put("ready", json!(false));
+                put("io-status", json!(kept.io_status.as_str()));
+                put("__infill_durable", json!(0));
+                put("__infill_waiting_for", json!(why));
+            } else {
+                put("current-progress", json!(offset));
+                put("total-progress", json!(len));
+                put("id", json!(record.key.name));
+            }
+            Some(Value::Object(out))
+        })
+    }
+
+    /// Exports that are not offered again yet, as `query-block-exports` tells them.
+    pub fn held_exports(&self) -> Vec<Value> {
+        self.all_held(|record, why| {
+            let is_export = record.key.kind == Kind::Export;
+            is_export.then(|| {
+                json!({
+                    "node-name": record.given.get("node-name"),
+                    "shutting-down": false,
+                    "type": "nbd",
+                    "id": record.key.name,
+                    "__infill_held": why,
+                })
+            })
+        })
+    }
+}

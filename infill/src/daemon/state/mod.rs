@@ -1,0 +1,308 @@
+//! State that survives (`--state DIR`): what a daemon has been told to make, so that the next one makes it again.
+//!
+//! Owns the records in memory and their file ([`store`]). A record is a *command*: starting again is carrying the commands
+//! out again, in order, so a kind of thing that is new needs one line in [`record::makes`]. What never happens: a command
+//! that is answered, or an event of a job's end that is sent, before its record is on stable storage; an entry that is
+//! dropped because it cannot be made at a start ([`restore`] holds it, tells why, and tries again).
+//!
+//! * Nodes, objects, the NBD server and exports come back as they were added, with what has changed since
+//!   ([`State::set_backing`]). Monitors, character devices and the pid file are of the command line alone.
+//! * A job comes back by its command and a few facts ([`infill_job::KeptJob`]); how far it is, the images tell.
+//!
+//! Costs one transaction (two syncs of a small file, off the reactor) for each command that changes something, and none for
+//! those that ask. Decisions and their price: `docs/decisions/0007-daemon-state.md`.
+
+mod keep;
+mod record;
+mod restore;
+mod store;
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Result;
+use event_listener::Event as Signal;
+use infill_job::Jobs;
+use infill_storage::{RangeLock, rt};
+use serde_json::{Map, Value, json};
+
+use crate::blockdev::Blockdevs;
+use record::{Key, Kind, Record};
+use store::Store;
+
+/// One record, and whether what it tells of is there.
+struct Entry {
+    record: Record,
+    /// Why it is not there, where it is not.
+    held: Option<String>,
+}
+
+/// What a daemon keeps for the next one.
+pub struct State {
+    dir: PathBuf,
+    store: Arc<Store>,
+    /// In the order in which they were made.
+    entries: RefCell<BTreeMap<u64, Entry>>,
+    /// Entries that differ from their records on the disk.
+    dirty: RefCell<BTreeSet<u64>>,
+    /// Jobs that may have changed.
+    touched: RefCell<BTreeSet<String>>,
+    committing: RangeLock,
+    /// One held entry is changed at a time.
+    restoring: RangeLock,
+    /// An entry was made, so that held ones may succeed.
+    changed: Signal,
+}
+
+impl State {
+    /// Opens the state in `dir`. With `forget` it begins empty.
+    pub fn open(dir: &Path, forget: bool) -> Result<State> {
+        let (store, records) = Store::open(dir)?;
+        if forget {
+            let changes: Vec<_> = records.iter().map(|(at, _)| (*at, None)).collect();
+            store.write(&changes)?;
+        }
+        let kept = records.into_iter().filter(|_| !forget);
+        let entries = kept.map(|(at, record)| (at, Entry { record, held: Some(String::new()) })).collect();
+        Ok(State {
+            dir: dir.to_owned(),
+            store: Arc::new(store),
+            entries: RefCell::new(entries),
+            dirty: RefCell::default(),
+            touched: RefCell::default(),
+            committing: RangeLock::new(),
+            restoring: RangeLock::new(),
+            changed: Signal::new(),
+        })
+    }
+
+    fn find(&self, key: &Key) -> Option<u64> {
+        self.entries.borrow().iter().find(|(_, entry)| entry.record.key == *key).map(|(at, _)| *at)
+    }
+
+    /// Why the entry of that name is held, if it is.
+    fn held(&self, key: &Key) -> Option<String> {
+        self.find(key).and_then(|at| self.entries.borrow().get(&at)?.held.clone())
+    }
+
+    /// Puts a record in the place of the one of its name, or behind all others. What it tells of is there.
+    fn keep(&self, record: Record) {
+        let mut entries = self.entries.borrow_mut();
+        let same = entries.iter().find(|(_, entry)| entry.record.key == record.key).map(|(at, _)| *at);
+        let at = same.unwrap_or_else(|| entries.last_key_value().map_or(0, |(last, _)| last + 1));
+        if record.job.is_some() {
+            // It may have ended before it was noted.
+            self.touched.borrow_mut().insert(record.key.name.clone());
+        }
+        entries.insert(at, Entry { record, held: None });
+        self.dirty.borrow_mut().insert(at);
+        self.changed.notify(usize::MAX);
+    }
+
+    fn forget_at(&self, at: u64) {
+        self.entries.borrow_mut().remove(&at);
+        self.dirty.borrow_mut().insert(at);
+    }
+
+    /// Drops the record of that name.
+    fn forget(&self, key: &Key) {
+        if let Some(at) = self.find(key) {
+            self.forget_at(at);
+        }
+    }
+
+    /// Drops all records of that kind.
+    fn forget_all(&self, kind: Kind) {
+        let of_kind = |(at, entry): (&u64, &Entry)| (entry.record.key.kind == kind).then_some(*at);
+        let all: Vec<u64> = self.entries.borrow().iter().filter_map(of_kind).collect();
+        all.into_iter().for_each(|at| self.forget_at(at));
+    }
+
+    /// Something has happened to the job of that id.
+    pub fn touch_job(&self, id: &str) {
+        self.touched.borrow_mut().insert(id.to_owned());
+    }
+
+    /// Notes where the jobs stand that have changed. One that is gone is not to come back.
+    pub fn note_jobs(&self, jobs: &Jobs) {
+        for id in std::mem::take(&mut *self.touched.borrow_mut()) {
+            let Some(at) = self.find(&Key::new(Kind::Job, &id)) else { continue };
+            let Ok(job) = jobs.get(&id) else {
+                self.forget_at(at);
+                continue;
+            };
+            self.note_job(at, &job.kept());
+        }
+    }
+
+    fn note_job(&self, at: u64, now: &infill_job::KeptJob) {
+        let mut entries = self.entries.borrow_mut();
+        let Some(job) = entries.get_mut(&at).and_then(|entry| entry.record.job.as_mut()) else { return };
+        if job.kept.differs(now) {
+            self.dirty.borrow_mut().insert(at);
+        }
+        job.kept.clone_from(now);
+    }
+
+    /// Notes how far every job is, for those who ask the next daemon before it knows better.
+    pub fn note_progress(&self, jobs: &Jobs) {
+        let entries = self.entries.borrow();
+        let of_jobs = |(at, entry): (&u64, &Entry)| {
+            (entry.record.job.is_some() && entry.held.is_none()).then(|| (*at, entry.record.key.name.clone()))
+        };
+        let all: Vec<(u64, String)> = entries.iter().filter_map(of_jobs).collect();
+        drop(entries);
+        for (at, id) in all {
+            if let Ok(job) = jobs.get(&id) {
+                self.note_job(at, &job.kept());
+                self.dirty.borrow_mut().insert(at);
+            }
+        }
+    }
+
+    /// Writes what has changed. On stable storage when it returns; after an error it is tried again with the next change.
+    pub async fn commit(&self) -> Result<()> {
+        let _turn = self.committing.exclusive(0, 1).await;
+        let dirty = std::mem::take(&mut *self.dirty.borrow_mut());
+        if dirty.is_empty() {
+            return Ok(());
+        }
+        let record = |at: &u64| {
+            let entries = self.entries.borrow();
+            let bytes = entries.get(at).map(|entry| serde_json::to_vec(&entry.record)).transpose()?;
+            Ok((*at, bytes))
+        };
+        let changes: Result<Vec<_>> = dirty.iter().map(record).collect();
+        let store = self.store.clone();
+        let written = match changes {
+            Ok(changes) => rt::offload(move || store.write(&changes)).await,
+            Err(error) => Err(error),
+        };
+        if written.is_err() {
+            self.dirty.borrow_mut().extend(dirty);
+        }
+        written
+    }
+
+    /// The overlay `name` lies on `backing` from now on (`None`: on nothing): its description follows, wherever it stands.
+    /// To be called when the graph has changed. A layer that only a header describes needs no note: its header has changed.
+    pub fn set_backing(&self, blockdevs: &Blockdevs, name: &str, backing: Option<&str>) {
+        let mut entries = self.entries.borrow_mut();
+        let named = |name: &str, entries: &BTreeMap<u64, Entry>| {
+            entries.values().any(|entry| entry.record.key == Key::new(Kind::Node, name))
+        };
+        let by_name = backing.filter(|backing| named(backing, &entries)).map(str::to_owned);
+        for (at, entry) in entries.iter_mut() {
+            let record = &mut entry.record;
+            if record.key.kind != Kind::Node || entry.held.is_some() {
+                continue;
+            }
+            let mut now = record.now.clone().unwrap_or_else(|| record.given.clone());
+            let Some(path) = path_to(blockdevs, &now, &record.key.name, name) else { continue };
+            let Some(overlay) = path.iter().try_fold(&mut now, |at, key| at.get_mut(*key)?.as_object_mut())
+            else {
+                continue;
+            };
+            replace_backing(overlay, backing, by_name);
+            record.now = Some(now);
+            self.dirty.borrow_mut().insert(*at);
+            return;
+        }
+    }
+
+    /// `__infill_query-state`.
+    pub fn query(&self) -> Value {
+        let told = |entry: &Entry| {
+            let record = &entry.record;
+            let mut out = json!({
+                "kind": record.key.kind.as_str(),
+                "name": record.key.name,
+                "command": record.command,
+            });
+            if let Some(reason) = &entry.held {
+                out["held"] = json!(reason);
+            }
+            out
+        };
+        let entries: Vec<Value> = self.entries.borrow().values().map(told).collect();
+        json!({ "directory": self.dir, "entries": entries })
+    }
+}
+
+/// Where the description of the node `wanted` stands in that of the node `name`.
+fn path_to(
+    blockdevs: &Blockdevs,
+    description: &Map<String, Value>,
+    name: &str,
+    wanted: &str,
+) -> Option<Vec<&'static str>> {
+    if name == wanted {
+        return Some(Vec::new());
+    }
+    let facts = blockdevs.facts(name).ok()?;
+    let children = [("file", facts.file), ("backing", facts.backing)];
+    children.into_iter().find_map(|(key, child)| {
+        let inner = description.get(key)?.as_object()?;
+        let mut path = path_to(blockdevs, inner, &child?, wanted)?;
+        path.insert(0, key);
+        Some(path)
+    })
+}
+
+/// Changes what the description of an overlay says of its backing, which is `backing` now.
+fn replace_backing(overlay: &mut Map<String, Value>, backing: Option<&str>, by_name: Option<String>) {
+    let Some(old) = overlay.remove("backing") else {
+        // Its header says it, and says the new one now.
+        return;
+    };
+    let new = match (backing, by_name) {
+        (None, _) => Some(Value::Null),
+        (Some(_), Some(name)) => Some(Value::String(name)),
+        // It was described inside of the old one, or its header, which names it now, has to say it.
+        (Some(name), None) => described_in(old, name),
+    };
+    overlay.extend(new.map(|new| ("backing".to_owned(), new)));
+}
+
+/// The description of the node `name` among the layers that `old` describes.
+fn described_in(old: Value, name: &str) -> Option<Value> {
+    let mut layer = old;
+    loop {
+        let Value::Object(mut description) = layer else { return None };
+        if description.get("node-name").and_then(Value::as_str) == Some(name) {
+            return Some(Value::Object(description));
+        }
+        layer = description.remove("backing")?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn replaced(overlay: Value, backing: Option<&str>, by_name: bool) -> Value {
+        let Value::Object(mut overlay) = overlay else { panic!() };
+        replace_backing(&mut overlay, backing, backing.filter(|_| by_name).map(str::to_owned));
+        Value::Object(overlay)
+    }
+
+    #[test]
+    fn a_description_follows_its_overlay_to_its_new_backing() {
+        let base = json!({"driver": "raw", "node-name": "base"});
+        let middle = json!({"driver": "qcow2", "node-name": "middle", "backing": base});
+        let top = json!({"driver": "qcow2", "backing": middle});
+        let nothing = json!({"driver": "qcow2", "backing": null});
+        assert_eq!(replaced(top.clone(), None, false), nothing);
+        assert_eq!(replaced(json!({"driver": "qcow2", "backing": "m"}), None, false), nothing);
+        let on_base = json!({"driver": "qcow2", "backing": base});
+        assert_eq!(replaced(top.clone(), Some("base"), false), on_base);
+        let by_name = json!({"driver": "qcow2", "backing": "other"});
+        assert_eq!(replaced(top.clone(), Some("other"), true), by_name);
+        // One that nobody has named: the header names it.
+        assert_eq!(replaced(top, Some("#block001"), false), json!({"driver": "qcow2"}));
+        let by_header = json!({"driver": "qcow2"});
+        assert_eq!(replaced(by_header.clone(), None, false), by_header);
+    }
+}

@@ -1,0 +1,191 @@
+//! What is kept of one thing, and which commands make and take away what is kept.
+
+use infill_job::{JobType, KeptJob};
+use infill_qmp::command::Command;
+use infill_qmp::{Members, NbdServerOptions, QmpError};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// What kind of thing is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// An object.
+    Object,
+    /// A node.
+    Node,
+    /// The NBD server.
+    Server,
+    /// An export.
+    Export,
+    /// A job.
+    Job,
+}
+
+impl Kind {
+    /// Its name on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Kind::Object => "object",
+            Kind::Node => "node",
+            Kind::Server => "server",
+            Kind::Export => "export",
+            Kind::Job => "job",
+        }
+    }
+
+    /// What takes one away.
+    pub const fn remover(self) -> &'static str {
+        match self {
+            Kind::Object => "object-del",
+            Kind::Node => "blockdev-del",
+            Kind::Server => "nbd-server-stop",
+            Kind::Export => "block-export-del",
+            Kind::Job => "job-cancel",
+        }
+    }
+}
+
+/// The name of a kept thing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Key {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its name among those of its kind; empty for the NBD server.
+    pub name: String,
+}
+
+impl Key {
+    /// Of that kind and name.
+    pub fn new(kind: Kind, name: &str) -> Key {
+        Key { kind, name: name.to_owned() }
+    }
+}
+
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.kind {
+            Kind::Server => f.write_str("the NBD server"),
+            kind => write!(f, "{} '{}'", kind.as_str(), self.name),
+        }
+    }
+}
+
+/// A job's part of a record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// What it does.
+    #[serde(rename = "type")]
+    pub kind: JobType,
+    /// Where it stands.
+    pub kept: KeptJob,
+}
+
+/// A kept thing: the command that makes it again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// What it is.
+    pub key: Key,
+    /// The command, or [`SERVER_OPTION`].
+    pub command: String,
+    /// The command's arguments, as they were given.
+    pub given: Map<String, Value>,
+    /// Whether scalars are strings because they were given in dotted keys.
+    pub strings: bool,
+    /// The arguments that make it as it is now, where it has changed since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub now: Option<Map<String, Value>>,
+    /// Of a job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<JobRecord>,
+}
+
+impl Record {
+    /// The command that was given.
+    pub fn given(&self) -> Result<Command, QmpError> {
+        read_command(&self.command, Members::of_parts(self.given.clone(), self.strings))
+    }
+
+    /// The command that makes it as it is now.
+    pub fn now(&self) -> Result<Command, QmpError> {
+        let members = self.now.as_ref().unwrap_or(&self.given);
+        read_command(&self.command, Members::of_parts(members.clone(), self.strings))
+    }
+}
+
+/// How records name the option `--nbd-server`: its address is written otherwise than that of `nbd-server-start`.
+pub const SERVER_OPTION: &str = "--nbd-server";
+
+/// The command of that name, or of that option.
+pub fn read_command(name: &str, arguments: Members) -> Result<Command, QmpError> {
+    match name {
+        SERVER_OPTION => NbdServerOptions::read(arguments).map(Command::NbdServerStart),
+        name => Command::read(name, arguments),
+    }
+}
+
+/// What `command` makes that is to come back, and the type of a job. **A command whose result is to outlive the daemon
+/// has its line here**; nothing else is needed, its arguments are kept as they came.
+pub fn makes(command: &Command) -> Option<(Key, Option<JobType>)> {
+    let (kind, name, job) = match command {
+        Command::ObjectAdd(object) => (Kind::Object, object.id.as_str(), None),
+        Command::BlockdevAdd(node) => (Kind::Node, node.node_name.as_deref()?, None),
+        Command::NbdServerStart(_) => (Kind::Server, "", None),
+        Command::BlockExportAdd(export) => (Kind::Export, export.id.as_str(), None),
+        Command::BlockStream(stream) => (Kind::Job, stream.job_id.as_str(), Some(JobType::Stream)),
+        _ => return None,
+    };
+    Some((Key::new(kind, name), job))
+}
+
+/// What `command` takes away. (Jobs go by themselves, and with the NBD server its exports go.)
+pub fn takes(command: &Command) -> Option<Key> {
+    let (kind, name) = match command {
+        Command::ObjectDel { id } => (Kind::Object, id.as_str()),
+        Command::BlockdevDel { node_name } => (Kind::Node, node_name.as_str()),
+        Command::NbdServerStop => (Kind::Server, ""),
+        Command::BlockExportDel { id, .. } => (Kind::Export, id.as_str()),
+        _ => return None,
+    };
+    Some(Key::new(kind, name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_makes_the_command_that_was_given_in_either_spelling() {
+        for (text, strings) in [
+            (r#"{"driver": "null-co", "node-name": "n", "size": 65536}"#, false),
+            ("null-co,node-name=n,size=65536", true),
+        ] {
+            let members = Members::of_argument(text, Some("driver")).unwrap();
+            let command = read_command("blockdev-add", members.clone()).unwrap();
+            let (key, job) = makes(&command).unwrap();
+            assert_eq!((key.to_string(), job), ("node 'n'".into(), None));
+            let (given, is_strings) = members.into_parts();
+            assert_eq!(is_strings, strings);
+            let record = Record { key, command: "blockdev-add".into(), given, strings, now: None, job: None };
+            let bytes = serde_json::to_vec(&record).unwrap();
+            let again: Record = serde_json::from_slice(&bytes).unwrap();
+            assert_eq!(again, record);
+            assert_eq!((again.given().unwrap(), again.now().unwrap()), (command.clone(), command));
+        }
+    }
+
+    #[test]
+    fn a_description_as_deep_as_a_monitor_takes_is_read_again() {
+        let mut text = String::from(r#"{"driver": "null-co"}"#);
+        let mut deep = None;
+        while let Ok(members) = Members::of_argument(&text, None) {
+            deep = Some(members);
+            text = format!(r#"{{"driver": "raw", "file": {text}}}"#);
+        }
+        let (given, strings) = deep.unwrap().into_parts();
+        let key = Key::new(Kind::Node, "n");
+        let record = Record { key, command: "blockdev-add".into(), given, strings, now: None, job: None };
+        let bytes = serde_json::to_vec(&record).unwrap();
+        assert_eq!(serde_json::from_slice::<Record>(&bytes).unwrap(), record);
+    }
+}

@@ -1,0 +1,141 @@
+//! Making what the state holds again, when a daemon starts.
+//!
+//! Entries are made one after the other, in the order in which they were first made. One that cannot be made now, because a
+//! file or a server is not there, is *held*: its record stays, those that need it are held with it, managers are told
+//! (`__infill_query-state`, `__INFILL_HELD`), and it is tried again, after [`RETRY_TIME_MIN`] and then ever later up to
+//! [`RETRY_TIME_MAX`], and whenever something was added. So the daemon comes up whatever is missing.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use infill_qmp::QmpError;
+use infill_storage::rt;
+use serde_json::json;
+
+use super::record::JobRecord;
+use super::{Entry, State};
+use crate::daemon::control::Control;
+
+/// How long held entries first wait until they are tried again.
+const RETRY_TIME_MIN: Duration = Duration::from_millis(50);
+/// How long they wait at most.
+const RETRY_TIME_MAX: Duration = Duration::from_secs(15);
+/// How long a start waits for entries that are held, before it goes on without them.
+const START_PATIENCE: Duration = Duration::from_secs(2);
+
+impl State {
+    fn held_entries(&self) -> Vec<u64> {
+        let held = |(at, entry): (&u64, &Entry)| entry.held.is_some().then_some(*at);
+        self.entries.borrow().iter().filter_map(held).collect()
+    }
+}
+
+impl Control {
+    /// Makes what the state holds again. Returns when everything is there, or some entries keep it waiting: those are
+    /// tried again as long as the daemon lives.
+    pub async fn restore(self: &Rc<Self>) {
+        let Some(state) = &self.state else { return };
+        if state.held_entries().is_empty() {
+            return;
+        }
+        let restoring = rt::detached(self.clone().keep_restoring());
+        if rt::timeout(START_PATIENCE, restoring).await.is_none() {
+            let held = state.held_entries().len();
+            tracing::warn!("{held} entries of the state are held: see __infill_query-state");
+        }
+    }
+
+    async fn keep_restoring(self: Rc<Self>) {
+        let Some(state) = &self.state else { return };
+        let mut wait = RETRY_TIME_MIN;
+        loop {
+            let changed = state.changed.listen();
+            let mut made = false;
+            // What was made may be what others need.
+            while self.restore_once(state).await {
+                made = true;
+            }
+            if state.held_entries().is_empty() || self.is_ending() {
+                return;
+            }
+            wait = if made { RETRY_TIME_MIN } else { (wait * 2).min(RETRY_TIME_MAX) };
+            rt::timeout(wait, changed).await;
+        }
+    }
+
+    /// Tries every held entry. Whether one was made.
+    async fn restore_once(self: &Rc<Self>, state: &State) -> bool {
+        let mut made = false;
+        for at in state.held_entries() {
+            if self.is_ending() {
+                return false;
+            }
+            let _turn = state.restoring.exclusive(0, 1).await;
+            let outcome = self.restore_entry(state, at).await;
+            made |= self.note_outcome(state, at, outcome);
+        }
+        if let Err(error) = self.settle().await {
+            tracing::error!("{}", error.desc);
+        }
+        made
+    }
+
+    async fn restore_entry(self: &Rc<Self>, state: &State, at: u64) -> Result<(), QmpError> {
+        let record = match state.entries.borrow().get(&at) {
+            Some(Entry { record, held: Some(_) }) => record.clone(),
+            // Somebody has taken it away or made it meanwhile.
+            _ => return Ok(()),
+        };
+        let id = &record.key.name;
+        if let Some(JobRecord { kind, kept }) = &record.job {
+            if kept.cancelled || kept.concluded {
+                if kept.auto_dismiss {
+                    state.forget_at(at);
+                    return Ok(());
+                }
+                let kept = if kept.concluded { kept.clone() } else { kept.clone().into_cancelled() };
+                let shown = self.jobs().show_concluded(id, *kind, kept);
+                return shown.map(drop).map_err(|error| QmpError::generic(error.message));
+            }
+            self.jobs().go_on_as(id, Some(kept.clone()));
+        }
+        let outcome = match record.now() {
+            Ok(command) => self.carry_out(command).await.map(drop),
+            Err(error) => Err(error),
+        };
+        if record.job.is_some() {
+            self.jobs().go_on_as(id, None);
+            if outcome.is_ok() {
+                // It may have ended at once.
+                state.touch_job(id);
+            }
+        }
+        outcome
+    }
+
+    /// Notes how an attempt has ended, and tells it where that is news. Whether the entry was made.
+    fn note_outcome(&self, state: &State, at: u64, outcome: Result<(), QmpError>) -> bool {
+        let mut entries = state.entries.borrow_mut();
+        let Some(entry) = entries.get_mut(&at) else { return true };
+        let (kind, name) = (entry.record.key.kind.as_str(), entry.record.key.name.clone());
+        let before = std::mem::replace(&mut entry.held, outcome.err().map(|error| error.desc));
+        let now = entry.held.clone();
+        drop(entries);
+        match (before, now) {
+            (before, Some(reason)) if before.as_ref() != Some(&reason) => {
+                tracing::warn!(kind, name, reason, "an entry of the state is held");
+                self.tell("__INFILL_HELD", json!({ "kind": kind, "name": name, "reason": reason }));
+                false
+            }
+            (Some(before), None) => {
+                // One that was there at the first attempt is no news.
+                if !before.is_empty() {
+                    tracing::info!(kind, name, "an entry of the state is there again");
+                    self.tell("__INFILL_RESTORED", json!({ "kind": kind, "name": name }));
+                }
+                true
+            }
+            _ => false,
+        }
+    }
+}
