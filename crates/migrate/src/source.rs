@@ -580,6 +580,11 @@ impl Source {
     }
 
     fn reclaim(&mut self) -> Actions {
+        // Called again.
+        let reclaimed = self.state() == SourceState::Serving && self.record().forced_from.is_some();
+        if self.state() == SourceState::Reclaiming || reclaimed {
+            return self.announce();
+        }
         let possible = matches!(self.state(), SourceState::HandedOver | SourceState::TakingBack);
         if !possible || self.term().0 > TERM_SPOKEN_MAX {
             return vec![SourceAction::Refuse(

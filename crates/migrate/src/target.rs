@@ -498,6 +498,10 @@ impl Target {
     }
 
     fn takeover(&mut self) -> Actions {
+        // Called again.
+        if self.state() == TargetState::TakingOver || self.record().forced_from.is_some() {
+            return self.announce();
+        }
         let possible = matches!(self.state(), TargetState::Accepted | TargetState::GivingBack);
         if !possible || self.term().0 > TERM_SPOKEN_MAX {
             return vec![TargetAction::Refuse(

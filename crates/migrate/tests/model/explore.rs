@@ -216,9 +216,13 @@ impl Explorer {
             for (nth, step) in steps.iter().enumerate() {
                 report.steps += 1;
                 let mut after = world.clone();
-                let taken = after.take(*step, &bounds).and_then(|()| self.same_answer(&world, &after, *step));
-                let key = self.key(&after, Some((&world, key)));
-                let is_new = self.add(key, (next as u32, nth as u16));
+                let taken = after.take(*step, &bounds);
+                let after_key = self.key(&after, Some((&world, key)));
+                if taken.is_ok() && after_key == key {
+                    continue;
+                }
+                let taken = taken.and_then(|()| self.same_answer(&world, &after, *step));
+                let is_new = self.add(after_key, (next as u32, nth as u16));
                 let checked = taken.and_then(|()| after.check_step(&world));
                 let checked = if is_new { checked.and_then(|()| after.check(&bounds)) } else { checked };
                 if let Err(what) = checked {
