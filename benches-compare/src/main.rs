@@ -1,11 +1,14 @@
 //! Side-by-side measurements: every figure is a ratio to the competitor's in the same run on the same machine.
 //!
 //! `cargo run --release --manifest-path benches-compare/Cargo.toml -- [--rows 1,2,…] [--pairs N] [--markdown FILE]`, as
-//! root for row 6 (it makes network namespaces). The product is built first: `cargo build --release`.
+//! root for row 6 (it makes network namespaces), for the rows on a storage with slow syncs (it mounts one), and to have
+//! syncs counted. The product is built first: `cargo build --release`. `README.md` says what the rows and columns are.
 #![forbid(unsafe_code)]
 
 mod peers;
 mod rows;
+mod slow;
+mod syncs;
 mod table;
 
 use std::path::PathBuf;
@@ -13,10 +16,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail, ensure};
 
 use peers::{Programs, run};
+use syncs::Syncs;
 use table::Table;
 
-const USAGE: &str = "usage: infill-benches-compare [--rows 1,2,3,4,5,6,6b,8,11,qed] [--pairs N] [--infill PROGRAM] \
-                     [--dir FOLDER] [--markdown FILE]";
+const USAGE: &str = "usage: infill-benches-compare [--rows 1,2,3,3s,4,4s,5,6,6b,8,11,qed,qeds] [--pairs N] \
+                     [--infill PROGRAM] [--dir FOLDER] [--markdown FILE]";
 
 /// What the user asked for.
 pub struct Setup {
@@ -25,9 +29,11 @@ pub struct Setup {
     pub dir: PathBuf,
     /// How often each pair is measured; the median counts.
     pub pairs: usize,
+    pub syncs: Syncs,
 }
 
 fn main() -> Result<()> {
+    slow::enter_namespaces();
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
     let mut infill = root.join("target/release/infill");
     let (mut rows, mut pairs, mut dir, mut markdown) = (None, 3, std::env::temp_dir(), None);
@@ -46,7 +52,9 @@ fn main() -> Result<()> {
     ensure!(pairs > 0, "--pairs must be at least 1");
     ensure!(infill.exists(), "{} is not there: run `cargo build --release` first", infill.display());
     let temporary = tempfile::Builder::new().prefix("infill-bench").tempdir_in(dir)?;
-    let setup = Setup { programs: Programs { infill }, dir: temporary.path().to_owned(), pairs };
+    let programs = Programs { infill };
+    let dir = temporary.path().to_owned();
+    let setup = Setup { programs, syncs: Syncs::new(&dir), dir, pairs };
     let mut table = Table::default();
     for (name, row) in rows::ALL {
         if rows.as_ref().is_none_or(|wanted| wanted.iter().any(|other| other == name)) {
@@ -81,5 +89,7 @@ fn versions(setup: &Setup) -> String {
         format!("Linux {}", first("uname", &["-r"])),
         format!("{} processors", first("nproc", &[])),
     ];
-    format!("Versions: {}. Median of {} pairs.\n", versions.join(", "), setup.pairs)
+    let note = "Syncs are fsyncs, fdatasyncs and synchronous writes of the image files, whoever asks for them: for each 1,000 \
+                requests, or for each GiB where a stream is what is measured.";
+    format!("Versions: {}. Median of {} pairs.\n\n{note}\n", versions.join(", "), setup.pairs)
 }

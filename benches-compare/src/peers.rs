@@ -119,8 +119,8 @@ impl Daemon {
         ]);
         let start = Instant::now();
         let process = Process::start(Command::new(&words[0]).args(&words[1..]))?;
-        let mut nbd = NbdClient::connect(&socket, "d")?;
-        nbd.read(0, 512)?;
+        let mut nbd = NbdClient::connect(&socket, "d").with_context(|| format!("{who:?}"))?;
+        nbd.read(0, 512).with_context(|| format!("{who:?}"))?;
         let first_reply = start.elapsed();
         let qmp = Qmp::connect(&monitor)?;
         Ok(Daemon { process, qmp, socket, first_reply })
@@ -140,7 +140,7 @@ impl Daemon {
 }
 
 /// Tries until it works or the limit has passed.
-fn patiently<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+pub fn patiently<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     let end = Instant::now() + START_LIMIT;
     loop {
         match attempt() {
@@ -175,9 +175,10 @@ impl Qmp {
 
     /// Runs a command; events in between are dropped.
     pub fn call(&mut self, command: &str, arguments: Value) -> Result<Value> {
-        writeln!(self.writer, "{}", json!({"execute": command, "arguments": arguments}))?;
+        let line = json!({"execute": command, "arguments": arguments});
+        writeln!(self.writer, "{line}").with_context(|| format!("the monitor takes no {command}"))?;
         loop {
-            let mut answer = self.next()?;
+            let mut answer = self.next().with_context(|| format!("no answer to {command}"))?;
             if let Some(error) = answer.get("error") {
                 bail!("{command}: {error}");
             }
@@ -248,9 +249,9 @@ impl NbdClient {
         request.extend(at.to_be_bytes());
         request.extend(len.to_be_bytes());
         request.extend(payload);
-        self.stream.write_all(&request)?;
+        self.stream.write_all(&request).context("the export takes no request")?;
         let mut reply = [0; 16];
-        self.stream.read_exact(&mut reply)?;
+        self.stream.read_exact(&mut reply).context("the export does not answer")?;
         ensure!(reply[..4] == NBD_REPLY_MAGIC.to_be_bytes(), "not a simple reply");
         ensure!(reply[4..8] == [0; 4], "NBD error at {at}");
         Ok(())

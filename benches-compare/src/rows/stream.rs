@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{on_file, order, qcow2_data, raw_data, text};
+use super::{GIB, PER_REQUESTS, Place, SLOW, on_file, order, qcow2_data, raw_data, text};
 use crate::Setup;
 use crate::peers::{Daemon, NbdClient, Process, Who, run};
+use crate::slow::Slow;
+use crate::syncs::in_words;
 use crate::table::{Row, Table, median, percentile};
 
 const LOCAL_MIB: u64 = 2048;
@@ -26,8 +28,18 @@ fn overlay(dir: &Path, base: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Streams `d`, and gives the time until the target was on stable storage.
-fn stream(daemon: &mut Daemon, who: Who, target: &Path) -> Result<f64> {
+/// A stream of `bytes` that has ended.
+struct Streamed {
+    bytes: u64,
+    /// Until the target was on stable storage.
+    seconds: f64,
+    /// Of the daemon, for each GiB.
+    syncs: Option<f64>,
+}
+
+/// Streams `d`, which has `bytes`.
+fn stream(setup: &Setup, daemon: &mut Daemon, who: Who, target: &Path, bytes: u64) -> Result<Streamed> {
+    let syncs = setup.syncs.of(target.parent().context("a file lies in a folder")?)?;
     let start = Instant::now();
     daemon.qmp.stream()?;
     daemon.qmp.stream_end()?;
@@ -35,7 +47,23 @@ fn stream(daemon: &mut Daemon, who: Who, target: &Path) -> Result<f64> {
         // Its event promises nothing about stable storage; ours does.
         run("sync", &["-f", text(target)?])?;
     }
-    Ok(start.elapsed().as_secs_f64())
+    let seconds = start.elapsed().as_secs_f64();
+    Ok(Streamed { bytes, seconds, syncs: syncs.per(bytes as f64 / GIB)? })
+}
+
+/// Rate and syncs in words.
+fn in_text(runs: &[Streamed]) -> String {
+    let rate = median(runs.iter().map(|run| run.bytes as f64 / 1e6 / run.seconds).collect());
+    format!("{rate:.0} MB/s, {}/GiB", in_words(runs.iter().map(|run| run.syncs)))
+}
+
+/// How much longer `others` took, pair by pair.
+fn ratio_to(runs: &[Streamed], others: impl Iterator<Item = f64>) -> f64 {
+    median(runs.iter().zip(others).map(|(run, other)| other / run.seconds).collect())
+}
+
+fn seconds(runs: &[Streamed]) -> impl Iterator<Item = f64> {
+    runs.iter().map(|run| run.seconds)
 }
 
 /// The overlay alone holds what the base holds.
@@ -47,16 +75,26 @@ fn verify(raw: &Path, overlay: &Path) -> Result<()> {
 
 /// Row 4.
 pub fn local(setup: &Setup, table: &mut Table) -> Result<()> {
+    local_in(setup, table, &Place { number: "4", dir: &setup.dir, note: "" })
+}
+
+/// Row 4 where syncs are slow.
+pub fn local_slow(setup: &Setup, table: &mut Table) -> Result<()> {
+    let slow = Slow::new(&setup.dir)?;
+    local_in(setup, table, &Place { number: "4s", dir: slow.dir(), note: SLOW })
+}
+
+fn local_in(setup: &Setup, table: &mut Table, place: &Place<'_>) -> Result<()> {
     let raw = raw_data(&setup.dir, "stream.raw", LOCAL_MIB)?;
     let base = qcow2_data(&setup.dir, "stream.qcow2", &raw)?;
-    let copy = setup.dir.join("copy.raw");
+    let copy = place.dir.join("copy.raw");
     let (mut ours, mut theirs, mut plain) = (Vec::new(), Vec::new(), Vec::new());
     for pair in 0..setup.pairs {
         for who in order(pair) {
-            let image = overlay(&setup.dir, &base)?;
+            let image = overlay(place.dir, &base)?;
             run("sync", &[])?;
             let mut daemon = Daemon::start(&setup.programs, who, &setup.dir, &on_file("qcow2", &image))?;
-            let took = stream(&mut daemon, who, &image)?;
+            let took = stream(setup, &mut daemon, who, &image, LOCAL_MIB << 20)?;
             daemon.quit()?;
             verify(&raw, &image)?;
             if who == Who::Infill { ours.push(took) } else { theirs.push(took) }
@@ -69,14 +107,16 @@ pub fn local(setup: &Setup, table: &mut Table) -> Result<()> {
         plain.push(start.elapsed().as_secs_f64());
     }
     let _ = std::fs::remove_file(&copy);
-    let ratio = median(theirs.iter().zip(&ours).map(|(b, a)| b / a).collect());
-    let plain_ratio = median(plain.iter().zip(&ours).map(|(b, a)| b / a).collect());
-    let rate = |seconds: Vec<f64>| format!("{:.0} MB/s", (LOCAL_MIB << 20) as f64 / 1e6 / median(seconds));
+    let (ratio, plain_ratio) = (ratio_to(&ours, seconds(&theirs)), ratio_to(&ours, plain.iter().copied()));
+    let plain = (LOCAL_MIB << 20) as f64 / 1e6 / median(plain);
     table.push(Row {
-        number: "4",
-        workload: "block-stream, qcow2 over local full qcow2, until it is on stable storage".into(),
-        ours: rate(ours),
-        theirs: format!("{}; raw copy: {}", rate(theirs), rate(plain)),
+        number: place.number,
+        workload: format!(
+            "block-stream, qcow2 over local full qcow2, until it is on stable storage{}",
+            place.note
+        ),
+        ours: in_text(&ours),
+        theirs: format!("{}; raw copy: {plain:.0} MB/s", in_text(&theirs)),
         ratio: format!("{ratio:.2} ×; {plain_ratio:.2} × raw copy"),
         target: "≥ 2 ×; ≥ 0.7 × raw copy",
         met: ratio >= 2.0 && plain_ratio >= 0.7,
@@ -106,7 +146,7 @@ pub fn distant(setup: &Setup, table: &mut Table) -> Result<()> {
             // The backing is named by the daemon's command line alone.
             run("qemu-img", &["create", "-q", "-f", "qcow2", text(&image)?, &size.to_string()])?;
             let mut daemon = Daemon::start(&setup.programs, who, &setup.dir, &node)?;
-            let took = stream(&mut daemon, who, &image)?;
+            let took = stream(setup, &mut daemon, who, &image, size)?;
             daemon.quit()?;
             verify(&raw, &image)?;
             if who == Who::Infill { ours.push(took) } else { theirs.push(took) }
@@ -117,14 +157,13 @@ pub fn distant(setup: &Setup, table: &mut Table) -> Result<()> {
         plain.push(start.elapsed().as_secs_f64());
     }
     let _ = std::fs::remove_file(&copy);
-    let ratio = median(theirs.iter().zip(&ours).map(|(b, a)| b / a).collect());
-    let plain_ratio = median(plain.iter().zip(&ours).map(|(b, a)| b / a).collect());
-    let rate = |seconds: Vec<f64>| format!("{:.0} MB/s", size as f64 / 1e6 / median(seconds));
+    let (ratio, plain_ratio) = (ratio_to(&ours, seconds(&theirs)), ratio_to(&ours, plain.iter().copied()));
+    let plain = size as f64 / 1e6 / median(plain);
     table.push(Row {
         number: "5",
         workload: "block-stream, source with 20 ms per read (nbdkit delay)".into(),
-        ours: rate(ours),
-        theirs: format!("{}; nbdcopy: {}", rate(theirs), rate(plain)),
+        ours: in_text(&ours),
+        theirs: format!("{}; nbdcopy: {plain:.0} MB/s", in_text(&theirs)),
         ratio: format!("{ratio:.1} ×; {plain_ratio:.2} × nbdcopy"),
         target: "≥ 12 ×; ≥ 0.9 × nbdcopy",
         met: ratio >= 12.0 && plain_ratio >= 0.9,
@@ -154,6 +193,8 @@ struct Beside {
     quiet: Vec<f64>,
     busy: Vec<f64>,
     rate: f64,
+    /// For each 1,000 of the guest's writes, each with its flush: quiet, and beside the stream.
+    syncs: [Option<f64>; 2],
 }
 
 fn beside(setup: &Setup, who: Who, base: &Path) -> Result<Beside> {
@@ -161,7 +202,10 @@ fn beside(setup: &Setup, who: Who, base: &Path) -> Result<Beside> {
     let image = overlay(&setup.dir, base)?;
     run("sync", &[])?;
     let mut daemon = Daemon::start(&setup.programs, who, &setup.dir, &on_file("qcow2", &image))?;
+    let count = setup.syncs.of(&setup.dir)?;
     let quiet = write_and_flush(&daemon.socket, size, None)?;
+    let quiet_syncs = count.per(quiet.len() as f64 / PER_REQUESTS)?;
+    let count = setup.syncs.of(&setup.dir)?;
     let stop = Arc::new(AtomicBool::new(false));
     let guest = std::thread::spawn({
         let (stop, socket) = (stop.clone(), daemon.socket.clone());
@@ -174,8 +218,9 @@ fn beside(setup: &Setup, who: Who, base: &Path) -> Result<Beside> {
     stop.store(true, Ordering::Relaxed);
     let busy = guest.join().map_err(|_| anyhow::anyhow!("the guest's thread panicked"))??;
     ended?;
+    let busy_syncs = count.per(busy.len() as f64 / PER_REQUESTS)?;
     daemon.quit()?;
-    Ok(Beside { quiet, busy, rate })
+    Ok(Beside { quiet, busy, rate, syncs: [quiet_syncs, busy_syncs] })
 }
 
 /// Row 6b.
@@ -197,11 +242,11 @@ pub fn beside_flushes(setup: &Setup, table: &mut Table) -> Result<()> {
         let rate = median(runs.iter().map(|run| run.rate).collect());
         let quiet = median(runs.iter().map(|run| percentile(&run.quiet, 50.0)).collect());
         let (p50, p99) = (times(runs, 50.0), times(runs, 99.0));
-        (
-            p50,
-            p99,
-            format!("quiet p50 {quiet:.2} ms; beside: p50 × {p50:.1}, p99 × {p99:.1}; stream {rate:.0} MB/s"),
-        )
+        let [alone, beside] = [0, 1].map(|part| in_words(runs.iter().map(|run| run.syncs[part])));
+        let text = format!(
+            "quiet p50 {quiet:.2} ms, {alone}; beside: p50 × {p50:.1}, p99 × {p99:.1}, {beside}; stream {rate:.0} MB/s"
+        );
+        (p50, p99, text)
     };
     let ratio = median(ours.iter().zip(&theirs).map(|(a, b)| a.rate / b.rate).collect());
     let ((p50, p99, our_text), (_, _, their_text)) = (figure(&ours), figure(&theirs));
