@@ -4,7 +4,7 @@
 //!   them `infill_storage::rt` works.
 //! * [`FileStorage`]: a file or block device as a storage, locked as QEMU locks its images.
 //! * [`Listener`], [`TcpConnector`], [`UnixConnector`], [`stdio`]: byte streams.
-//! * [`Relay`]: a slow link in between.
+//! * [`Relay`]: a slow or bad link in between.
 //! * [`termination`]: waits for a signal that asks the process to end.
 //!
 //! A dropped operation is cancelled where the kernel can; its buffer lives until the kernel is done with it. Whoever
@@ -23,5 +23,5 @@ pub use file::{Create, FileOptions, FileStorage};
 pub use locks::Share;
 pub use net::{Accepted, Address, Listener, stdio};
 pub use reactor::{Reactor, Reactors};
-pub use relay::{Relay, RelayBytes, RelayOptions};
+pub use relay::{Direction, Relay, RelayBytes, RelayControl, RelayOptions};
 pub use signal::termination;

@@ -194,6 +194,11 @@ impl Accepted {
         &self.peer
     }
 
+    /// A second hold of it, by which it can be made to end in a reset.
+    pub(crate) fn resettable(&self) -> IoResult<Resettable> {
+        Ok(Resettable(self.fd.try_clone()?))
+    }
+
     /// Binds it to this reactor.
     pub fn into_connection(self) -> IoResult<Connection> {
         // The ring waits by itself and wants sockets that block; poll wants them otherwise.
@@ -205,6 +210,17 @@ impl Accepted {
             writer: Box::new(SocketWriter(fd)),
             peer: self.peer,
         })
+    }
+}
+
+/// A connection beside whoever uses it.
+pub(crate) struct Resettable(OwnedFd);
+
+impl Resettable {
+    /// Where it is TCP, its end is a reset once all who hold it have dropped it.
+    pub(crate) fn reset_when_dropped(self) {
+        // A socket of another kind does not know how, and ends in its own way.
+        let _ = rustix::net::sockopt::set_socket_linger(&self.0, Some(std::time::Duration::ZERO));
     }
 }
 
