@@ -134,6 +134,14 @@ impl Control {
         Ok(json!({}))
     }
 
+    /// After a job has put the node `new` in the place of `old`, exports and all: what is kept follows.
+    #[allow(dead_code, reason = "for jobs whose end exchanges nodes")]
+    pub(in crate::daemon) fn note_exchange(&self, old: &str, new: &str) {
+        if let Some(state) = &self.state {
+            state.exchange(old, new);
+        }
+    }
+
     /// After a job has changed what lies below `overlay`.
     pub(in crate::daemon) fn note_backing(&self, overlay: &str) {
         if let (Some(state), Ok(facts)) = (&self.state, self.blockdevs().facts(overlay)) {

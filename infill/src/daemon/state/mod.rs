@@ -212,6 +212,28 @@ impl State {
         }
     }
 
+    /// The node `new` has taken the place of `old` for all who used it by name or had it described in place: what is kept
+    /// of them names `new`. To be called when the graph has changed.
+    pub fn exchange(&self, old: &str, new: &str) {
+        let mut dirty = self.dirty.borrow_mut();
+        for (at, Entry { record, held }) in self.entries.borrow_mut().iter_mut() {
+            if held.is_some() {
+                continue;
+            }
+            let mut now = record.now.clone().unwrap_or_else(|| record.given.clone());
+            let changed = match record.key.kind {
+                Kind::Export => rename(now.get_mut("node-name"), old, new),
+                // Its own description stays its own.
+                Kind::Node if record.key.name != new => exchange_children(&mut now, old, new),
+                _ => false,
+            };
+            if changed {
+                record.now = Some(now);
+                dirty.insert(*at);
+            }
+        }
+    }
+
     /// `__infill_query-state`.
     pub fn query(&self) -> Value {
         let told = |entry: &Entry| {
@@ -251,6 +273,27 @@ fn path_to(
     })
 }
 
+/// Puts the name `new` where `old` is named, or described.
+fn rename(slot: Option<&mut Value>, old: &str, new: &str) -> bool {
+    let Some(slot) = slot else { return false };
+    let is_old = slot.as_str() == Some(old) || slot.get("node-name").and_then(Value::as_str) == Some(old);
+    if is_old {
+        *slot = Value::String(new.to_owned());
+    }
+    is_old
+}
+
+/// Exchanges the child `old`, wherever it stands in a description.
+fn exchange_children(description: &mut Map<String, Value>, old: &str, new: &str) -> bool {
+    ["file", "backing"].iter().any(|key| {
+        rename(description.get_mut(*key), old, new)
+            || description
+                .get_mut(*key)
+                .and_then(Value::as_object_mut)
+                .is_some_and(|inner| exchange_children(inner, old, new))
+    })
+}
+
 /// Changes what the description of an overlay says of its backing, which is `backing` now.
 fn replace_backing(overlay: &mut Map<String, Value>, backing: Option<&str>, by_name: Option<String>) {
     let Some(old) = overlay.remove("backing") else {
@@ -286,6 +329,17 @@ mod tests {
         let Value::Object(mut overlay) = overlay else { panic!() };
         replace_backing(&mut overlay, backing, backing.filter(|_| by_name).map(str::to_owned));
         Value::Object(overlay)
+    }
+
+    #[test]
+    fn a_node_that_took_anothers_place_is_named_by_its_users() {
+        let used_by = |file: Value| json!({"driver": "copy-on-read", "node-name": "f", "file": file});
+        for old in [json!("old"), json!({"driver": "qcow2", "node-name": "old"})] {
+            let Value::Object(mut user) = used_by(used_by(old)) else { panic!() };
+            assert!(exchange_children(&mut user, "old", "new"));
+            assert_eq!(Value::Object(user.clone()), used_by(used_by(json!("new"))));
+            assert!(!exchange_children(&mut user, "old", "new"));
+        }
     }
 
     #[test]

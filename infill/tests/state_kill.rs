@@ -1,0 +1,337 @@
+//! A daemon that is killed at random points, again and again, while a guest writes and a job fills its disk: nothing that
+//! was flushed is lost or torn, the job goes on from where it was, and it ends as if nothing had happened.
+//!
+//! The guest is a client of this test's own that knows which values each of its blocks may have. The source is a server of
+//! this test's own.
+
+mod common;
+#[path = "common/qmp.rs"]
+mod qmp;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use common::{output, run, text, wait_until};
+use infill_base::{
+    Ctx, ErrorKind, Extent, ExtentKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags,
+};
+use infill_io::{Address, Listener, Reactors, connector};
+use infill_nbd::{ClientOptions, Export, Exports, NbdStorage, OnLost, Server, ServerLimits};
+use infill_node::{NodeHandle, RawNode};
+use infill_storage::{Storage, StorageHandle, rt};
+use qmp::{Daemon, Program, Qmp};
+use serde_json::json;
+
+/// How often a daemon is killed, or told to end, under a guest.
+const ROUNDS: usize = 20;
+/// Size of the disks, in bytes.
+const DISK_BYTES: u64 = 24 << 20;
+/// What the guest writes and reads at a time, in bytes.
+const BLOCK_BYTES: u64 = 4096;
+const BLOCKS: u64 = DISK_BYTES / BLOCK_BYTES;
+/// How fast jobs fill, in bytes per second, so that they live through several deaths.
+const SPEED: u64 = 6 << 20;
+/// How long the source takes for each request.
+const SOURCE_LATENCY: Duration = Duration::from_millis(2);
+
+/// Numbers that look random, the same in every run of a seed.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+}
+
+/// A seed that is told, so that a failure can be repeated with `INFILL_SEED`.
+fn seed() -> u64 {
+    let given = std::env::var("INFILL_SEED").ok().map(|seed| seed.parse().expect("a number"));
+    let seed = given.unwrap_or_else(|| u64::from(std::process::id()) * 2_654_435_761 + 1);
+    println!("INFILL_SEED={seed}");
+    seed
+}
+
+/// What the source holds in a block, and what the guest writes there for the `stamp`th time (0: the source's).
+fn content(block: u64, stamp: u64) -> Vec<u8> {
+    let mut random = Random((block * 0x9e37_79b9 + stamp * 0x85eb_ca6b) | 1);
+    (0..BLOCK_BYTES / 8).flat_map(|_| random.next().to_le_bytes()).collect()
+}
+
+/// The source.
+#[derive(Clone, Copy)]
+struct Source;
+
+impl Storage for Source {
+    fn limits(&self) -> Limits {
+        Limits { writable: false, ..Limits::default() }
+    }
+    fn len(&self) -> u64 {
+        DISK_BYTES
+    }
+    fn name(&self) -> String {
+        "a source".into()
+    }
+    async fn read(&self, _: &Ctx, at: u64, mut buf: BytesMut) -> IoResult<BytesMut> {
+        let len = buf.len() as u64;
+        rt::sleep(SOURCE_LATENCY).await;
+        let (first, last) = (at / BLOCK_BYTES, (at + len - 1) / BLOCK_BYTES);
+        let blocks: Vec<u8> = (first..=last).flat_map(|block| content(block, 0)).collect();
+        let from = (at - first * BLOCK_BYTES) as usize;
+        buf.copy_from_slice(&blocks[from..from + len as usize]);
+        Ok(buf)
+    }
+    async fn write(&self, _: &Ctx, _: u64, _: Gather, _: WriteFlags) -> IoResult<()> {
+        Err(IoError::new(ErrorKind::Unsupported, "the source"))
+    }
+    async fn write_zeroes(&self, _: &Ctx, _: u64, _: u64, _: ZeroFlags) -> IoResult<()> {
+        Err(IoError::new(ErrorKind::Unsupported, "the source"))
+    }
+    async fn discard(&self, _: &Ctx, _: u64, _: u64) -> IoResult<()> {
+        Ok(())
+    }
+    async fn sync(&self, _: &Ctx) -> IoResult<()> {
+        Ok(())
+    }
+    async fn set_len(&self, _: &Ctx, _: u64) -> IoResult<()> {
+        Err(IoError::new(ErrorKind::Unsupported, "the source"))
+    }
+    async fn extents(&self, _: &Ctx, at: u64, len: u64) -> IoResult<Extents> {
+        Ok(vec![Extent { start: at, len, kind: ExtentKind::Data, host: None, compressed: false }])
+    }
+}
+
+/// A directory with a source, an overlay over it, and a state.
+struct Place {
+    dir: PathBuf,
+    reactors: Arc<Reactors>,
+}
+
+impl Place {
+    fn new(dir: &Path, name: &str) -> Place {
+        let dir = dir.join(name);
+        std::fs::create_dir(&dir).unwrap();
+        let place = Place { dir, reactors: Arc::new(Reactors::start(1).unwrap()) };
+        place.serve_source();
+        let size = DISK_BYTES.to_string();
+        run("qemu-img", &["create", "-q", "-f", "qcow2", text(&place.dir.join("top.qcow2")), &size]);
+        place
+    }
+
+    fn serve_source(&self) {
+        let address = Address::Unix(self.dir.join("source.sock"));
+        self.reactors.block_on(move || async move {
+            let node = NodeHandle::new(RawNode::new(StorageHandle::new(Source), true));
+            let exports = Exports::new();
+            exports.add(Export::new("source", node)).unwrap();
+            let server = Server::new(exports, ServerLimits::default());
+            let listener = Listener::bind(&address).unwrap();
+            rt::spawn(async move {
+                loop {
+                    let connection = listener.accept().await.unwrap().into_connection().unwrap();
+                    let server = server.clone();
+                    // A client that was killed ends its connection with an error.
+                    rt::spawn(async move { drop(server.serve(connection).await) });
+                }
+            });
+        });
+    }
+
+    fn start(&self) -> (Daemon, Qmp) {
+        let daemon = Daemon::start(Program::Infill, &self.dir, &["--state", text(&self.dir.join("state"))]);
+        let qmp = daemon.connect();
+        (daemon, qmp)
+    }
+
+    /// Adds the overlay, exports it as `disk` and begins to fill it.
+    fn begin(&self, qmp: &mut Qmp, speed: u64) {
+        let path = |name: &str| self.dir.join(name);
+        qmp.run(
+            "blockdev-add",
+            json!({
+                "driver": "qcow2", "node-name": "top",
+                "file": {"driver": "file", "filename": path("top.qcow2")},
+                "backing": {"driver": "nbd", "node-name": "source", "export": "source",
+                            "server": {"type": "unix", "path": path("source.sock")}},
+            }),
+        );
+        qmp.run("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": path("nbd.sock")}}}));
+        let export = json!({"type": "nbd", "id": "e", "node-name": "top", "name": "disk", "writable": true});
+        qmp.run("block-export-add", export);
+        qmp.run("block-stream", json!({"job-id": "j", "device": "top", "speed": speed}));
+    }
+
+    fn is_done(&self, qmp: &mut Qmp) -> bool {
+        qmp.run("query-jobs", json!({})) == json!([])
+    }
+
+    /// Ends the daemon; then the overlay stands alone, is sound and reads as the guest knows it.
+    fn ends_well(self, daemon: Daemon, mut qmp: Qmp, guest: &Guest) {
+        // It may be done already.
+        qmp.ask("block-job-set-speed", json!({"device": "j", "speed": 0}));
+        wait_until("the job is done", || self.is_done(&mut qmp));
+        daemon.quit(&mut qmp);
+        let top = self.dir.join("top.qcow2");
+        // A kill may leak clusters, and nothing else.
+        let check = output("qemu-img", &["check", "-q", "-f", "qcow2", text(&top)]);
+        let told = String::from_utf8_lossy(&check.stdout);
+        assert!(matches!(check.status.code(), Some(0 | 3)), "{} {told}", check.status);
+        let raw = self.dir.join("raw");
+        run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", text(&top), text(&raw)]);
+        let disk = std::fs::read(&raw).unwrap();
+        for (block, found) in disk.chunks(BLOCK_BYTES as usize).enumerate() {
+            guest.check(block as u64, found);
+        }
+        std::fs::remove_dir_all(&self.dir).unwrap();
+    }
+}
+
+/// What the guest knows of its disk.
+struct Guest {
+    /// For each block the values that it may have, the newest last.
+    allowed: Vec<Vec<u64>>,
+    stamp: u64,
+    random: Random,
+}
+
+impl Guest {
+    fn new(seed: u64) -> Guest {
+        Guest { allowed: vec![vec![0]; BLOCKS as usize], stamp: 0, random: Random(seed | 1) }
+    }
+
+    fn check(&self, block: u64, found: &[u8]) {
+        let allowed = &self.allowed[block as usize];
+        let fits = allowed.iter().any(|stamp| content(block, *stamp) == found);
+        assert!(fits, "block {block} is none of what it may be: {allowed:?} (newest last)");
+    }
+
+    /// What was not acknowledged as stable may be lost by a kill; by an end in order nothing is.
+    fn all_is_stable(&mut self) {
+        for allowed in &mut self.allowed {
+            allowed.drain(..allowed.len() - 1);
+        }
+    }
+
+    /// Looks at what the last death has left where it may be one of several things. From then on it is that.
+    async fn look(&mut self, disk: &NbdStorage) {
+        let open = |block: &u64| self.allowed[*block as usize].len() > 1;
+        let open: Vec<u64> = (0..BLOCKS).filter(open).collect();
+        for block in open {
+            let buf = BytesMut::zeroed(BLOCK_BYTES as usize);
+            let found = disk.read(&Ctx::GUEST, block * BLOCK_BYTES, buf).await.unwrap();
+            self.check(block, &found);
+            self.allowed[block as usize].retain(|stamp| content(block, *stamp) == found);
+        }
+    }
+
+    /// Reads, writes and flushes until an error ends it. At operation `at` it says so.
+    async fn work(&mut self, disk: &NbdStorage, at: u64, told: &mpsc::Sender<()>) {
+        for nth in 0.. {
+            if nth == at {
+                told.send(()).unwrap();
+            }
+            let block = self.random.below(BLOCKS);
+            let done = match self.random.below(8) {
+                0 => disk.sync(&Ctx::GUEST).await.map(|()| self.all_is_stable()),
+                1..=3 => {
+                    let buf = BytesMut::zeroed(BLOCK_BYTES as usize);
+                    let read = disk.read(&Ctx::GUEST, block * BLOCK_BYTES, buf).await;
+                    read.map(|found| self.check(block, &found))
+                }
+                _ => {
+                    self.stamp += 1;
+                    self.allowed[block as usize].push(self.stamp);
+                    let data = Bytes::from(content(block, self.stamp)).into();
+                    disk.write(&Ctx::GUEST, block * BLOCK_BYTES, data, WriteFlags::empty()).await
+                }
+            };
+            if done.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+#[expect(clippy::await_holding_lock, reason = "there is one guest, and nobody else asks for it meanwhile")]
+/// Has the guest work at the export `disk` in `dir` until that ends; `died` is called at its `at`th operation.
+fn work(place: &Place, guest: &Arc<Mutex<Guest>>, at: u64, died: impl FnOnce()) {
+    let (sender, receiver) = mpsc::channel();
+    let (address, reactors, guest) =
+        (Address::Unix(place.dir.join("nbd.sock")), place.reactors.clone(), guest.clone());
+    let worker = std::thread::spawn(move || {
+        reactors.block_on(move || async move {
+            let options = ClientOptions {
+                export: "disk".into(),
+                read_only: false,
+                on_lost: OnLost::Fail,
+                // It does not repeat what it was answered: that is the daemon's to keep.
+                unsynced_bytes_max: 0,
+                ..ClientOptions::default()
+            };
+            let disk = NbdStorage::connect(connector(&address), options).await.unwrap();
+            let mut guest = guest.lock().unwrap();
+            guest.look(&disk).await;
+            guest.work(&disk, at, &sender).await;
+        });
+    });
+    receiver.recv().expect("the guest works until then");
+    died();
+    worker.join().unwrap();
+}
+
+#[test]
+fn nothing_is_lost_and_the_job_goes_on_when_a_daemon_dies_at_random_points_under_a_guest() {
+    let seed = seed();
+    let mut random = Random(seed | 1);
+    let dir = tempfile::tempdir().unwrap();
+    let mut disks = 0;
+    let mut round = 0;
+    while round < ROUNDS {
+        disks += 1;
+        let place = Place::new(dir.path(), &format!("disk{disks}"));
+        let guest = Arc::new(Mutex::new(Guest::new(random.next())));
+        let (mut daemon, mut qmp) = place.start();
+        place.begin(&mut qmp, SPEED);
+        while round < ROUNDS && !place.is_done(&mut qmp) {
+            round += 1;
+            let in_order = round % 4 == 0;
+            let mut old = Some(daemon);
+            work(&place, &guest, 1 + random.below(300), || {
+                let mut daemon = old.take().unwrap();
+                if in_order {
+                    daemon.process.signal("TERM");
+                    daemon.process.wait_for_success();
+                } else {
+                    daemon.process.kill();
+                }
+            });
+            if in_order {
+                in_order_keeps_all(&guest);
+            }
+            (daemon, qmp) = place.start();
+        }
+        let guest = Arc::into_inner(guest).unwrap().into_inner().unwrap();
+        place.ends_well(daemon, qmp, &guest);
+    }
+    println!("{ROUNDS} deaths, {disks} disks");
+}
+
+/// After an end in order: what was acknowledged is there. What was in flight may be.
+fn in_order_keeps_all(guest: &Arc<Mutex<Guest>>) {
+    let mut guest = guest.lock().unwrap();
+    let newest = guest.stamp;
+    for allowed in &mut guest.allowed {
+        // The last write may not have been answered; then the one before is the newest that was.
+        let unanswered = usize::from(allowed.last() == Some(&newest));
+        let keep = (1 + unanswered).min(allowed.len());
+        allowed.drain(..allowed.len() - keep);
+    }
+}
