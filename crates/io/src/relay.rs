@@ -21,7 +21,7 @@ use event_listener::Event;
 use futures_util::future::{Either, select};
 use infill_base::IoResult;
 use infill_storage::rt;
-use infill_storage::stream::{Connection, Connector, StreamRead, StreamWrite};
+use infill_storage::stream::{Connector, StreamRead, StreamWrite};
 use infill_storage::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use infill_storage::sync::{Arc, Mutex, lock};
 
@@ -353,6 +353,8 @@ async fn deliver(mut writer: Box<dyn StreamWrite>, queue: &Queue, control: &Cont
 
 #[cfg(test)]
 mod tests {
+    use infill_storage::stream::Connection;
+
     use super::*;
     use crate::{Address, Reactors, connector};
 
