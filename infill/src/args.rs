@@ -256,12 +256,29 @@ pub struct ServeArgs {
     /// What happens to requests that need an NBD source which has gone away.
     #[arg(long, value_name = "WHAT", default_value = "hold")]
     pub on_lost: OnLostArg,
+    /// Take clients over TLS only, with the credentials in this directory: ca-cert.pem, ca-crl.pem (optional),
+    /// server-cert.pem, server-key.pem.
+    #[arg(long, value_name = "DIR")]
+    pub tls_creds: Option<PathBuf>,
+    /// Whether clients need a certificate from one of the authorities in ca-cert.pem.
+    #[arg(long, value_name = "WHETHER", default_value = "on", requires = "tls_creds")]
+    pub tls_verify_peer: Switch,
     /// Write the process id to this file once connections are taken.
     #[arg(long, value_name = "PATH")]
     pub pid_file: Option<PathBuf>,
     /// Threads that serve (default: one for each processor, at most 8).
     #[arg(long, value_name = "NUM", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub threads: Option<u16>,
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// It does.
+    #[default]
+    On,
+    /// It does not.
+    Off,
 }
 
 /// What a guest's discard does.

@@ -13,9 +13,11 @@ mod daemon;
 mod demo;
 mod listen;
 mod monitor;
+mod objects;
 mod out;
 mod progress;
 mod size;
+mod tls;
 
 use std::process::ExitCode;
 

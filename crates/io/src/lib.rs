@@ -5,6 +5,7 @@
 //! * [`FileStorage`]: a file or block device as a storage, locked as QEMU locks its images.
 //! * [`Listener`], [`TcpConnector`], [`UnixConnector`], [`stdio`]: byte streams.
 //! * [`Relay`]: a slow or bad link in between.
+//! * [`sandbox`]: what the process gives up for good.
 //! * [`termination`]: waits for a signal that asks the process to end.
 //!
 //! A dropped operation is cancelled where the kernel can; its buffer lives until the kernel is done with it. Whoever
@@ -16,6 +17,7 @@ mod locks;
 mod net;
 mod reactor;
 mod relay;
+pub mod sandbox;
 mod signal;
 
 pub use connect::{TcpConnector, UnixConnector, connector};

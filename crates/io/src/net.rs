@@ -14,10 +14,18 @@ use compio::driver::op::{Interest, PollOnce, Read, Recv, RecvFlags, SendFlags, S
 use futures_util::future::LocalBoxFuture;
 use infill_base::{ErrorKind, Gather, IoError, IoResult};
 use infill_storage::stream::{Connection, StreamRead, StreamWrite};
+use rustix::fs::Mode;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use smallvec::SmallVec;
 
 /// Most runs of bytes that one send hands to the kernel (its own limit is 1024).
 const MAX_RUNS: usize = 1024;
+
+/// Clients that may wait in the kernel until they are accepted.
+const BACKLOG: i32 = 128;
+/// Modes of socket files, before the umask.
+const FILE_MODE: Mode = Mode::from_raw_mode(0o777);
+const GUARDED_MODE: Mode = Mode::from_raw_mode(0o660);
 
 /// Where to listen, or to connect to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,8 +73,18 @@ impl AsFd for Socket {
 }
 
 impl Listener {
-    /// Listens at `address`. A stale socket file (nobody listens there) is replaced; a live one is an error.
+    /// Listens at `address`. A stale socket file (nobody listens there) is replaced; a live one is an error. Who may
+    /// connect to a socket file is decided by its mode, which the process's umask makes (022: its own user alone).
     pub fn bind(address: &Address) -> IoResult<Listener> {
+        Listener::bind_with(address, FILE_MODE)
+    }
+
+    /// As [`Listener::bind`], but whatever the umask is, a socket file is never for everybody: at most for the group.
+    pub fn bind_guarded(address: &Address) -> IoResult<Listener> {
+        Listener::bind_with(address, GUARDED_MODE)
+    }
+
+    fn bind_with(address: &Address, mode: Mode) -> IoResult<Listener> {
         let named = |error: io::Error| IoError::from(error).in_node(address);
         let (socket, address, made) = match address {
             Address::Tcp { host, port } => {
@@ -76,9 +94,9 @@ impl Listener {
                 (Socket::Tcp(socket), Address::Tcp { host: host.to_owned(), port }, None)
             }
             Address::Unix(path) => {
-                let socket = match UnixListener::bind(path) {
+                let socket = match bind_unix(path, mode) {
                     Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
-                        std::fs::remove_file(path).and_then(|()| UnixListener::bind(path))
+                        std::fs::remove_file(path).and_then(|()| bind_unix(path, mode))
                     }
                     other => other,
                 };
@@ -143,8 +161,8 @@ impl Listener {
                     Accepted { fd: stream.into(), peer: peer.to_string() }
                 }),
                 Socket::Unix(socket) => socket.accept().map(|(stream, _)| Accepted {
+                    peer: format!("a client of {}{}", self.address, who(&stream)),
                     fd: stream.into(),
-                    peer: format!("a client of {}", self.address),
                 }),
             };
             match result {
@@ -169,6 +187,26 @@ impl Drop for Listener {
         if let Some(path) = &self.made {
             let _ = std::fs::remove_file(path);
         }
+    }
+}
+
+/// Makes a socket file of a mode (less the umask) that listens.
+fn bind_unix(path: &Path, mode: Mode) -> io::Result<UnixListener> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // The file gets the socket's own mode: there is no moment at which it has another one.
+    rustix::fs::fchmod(&socket, mode)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Who is at the other end of a Unix socket, as the kernel knows it: behind a name, for messages.
+fn who(stream: &UnixStream) -> String {
+    match rustix::net::sockopt::socket_peercred(stream) {
+        Ok(peer) => format!(" (process {}, user {})", peer.pid.as_raw_nonzero(), peer.uid.as_raw()),
+        Err(_) => String::new(),
     }
 }
 
@@ -434,6 +472,25 @@ mod tests {
         let address = Address::Unix(path.clone());
         Reactors::start(1).unwrap().block_on(move || echo(address));
         assert!(!path.exists(), "the listener removes its socket");
+    }
+
+    #[test]
+    fn a_guarded_socket_is_never_for_everybody_and_its_client_is_known() {
+        use std::os::unix::fs::PermissionsExt as _;
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        Reactors::start(1).unwrap().block_on(move || async move {
+            let listener = Listener::bind_guarded(&Address::Unix(path.clone())).unwrap();
+            // Whatever the umask of this process is.
+            let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+            assert_eq!(mode & 0o007, 0, "{mode:o}");
+            assert_eq!(mode & 0o600, 0o600, "{mode:o}");
+            let _client = UnixStream::connect(&path).unwrap();
+            let peer = listener.accept().await.unwrap().peer().to_owned();
+            let known = format!("(process {}, user ", std::process::id());
+            assert!(peer.contains(&known), "{peer}");
+        });
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! that QEMU knows and we have not built is refused by name, never ignored where ignoring it would change what is
 //! stored or promised. Nesting is bounded by [`DEPTH_MAX`](crate::json::DEPTH_MAX), so reading cannot overflow the stack.
 
+use std::path::PathBuf;
+
 use infill_base::DiscardMode;
 
 use crate::address::SocketAddress;
@@ -126,6 +128,8 @@ pub enum Driver {
         reconnect_delay: Option<u32>,
         /// Seconds for which opening tries again; `None` and 0: one attempt.
         open_timeout: Option<u32>,
+        /// TLS, if it is asked for.
+        tls: Option<NbdTls>,
     },
     /// `raw`.
     Raw {
@@ -175,6 +179,29 @@ impl Driver {
             Driver::CopyOnRead { .. } => "copy-on-read",
         }
     }
+}
+
+/// How a client speaks TLS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdTls {
+    /// With which credentials.
+    pub credentials: NbdCredentials,
+    /// What the server's certificate must be for, where that is not its host (`tls-hostname`).
+    pub hostname: Option<String>,
+}
+
+/// Where a client's credentials are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NbdCredentials {
+    /// In the object of that id (`tls-creds`).
+    Object(String),
+    /// In a directory, as URIs name it.
+    Directory {
+        /// `None`: where this user's are usually.
+        dir: Option<PathBuf>,
+        /// Whether the server's certificate is verified.
+        verify_peer: bool,
+    },
 }
 
 /// A block node. Members that are `None` were not given: see the accessors for what then holds, and
@@ -448,16 +475,21 @@ impl Words for Aio {
 fn read_nbd(members: &mut Members) -> Result<Driver, QmpError> {
     let server = SocketAddress::read(members.object("server")?)?;
     let export = members.opt_str("export")?.unwrap_or_default();
-    if let Some(id) = members.opt_str("tls-creds")? {
-        return Err(QmpError::generic(format!("No TLS credentials with id '{id}'")));
-    }
-    members.opt_str("tls-hostname")?;
+    let credentials = members.opt_str("tls-creds")?;
+    let hostname = members.opt_str("tls-hostname")?;
+    let tls = match credentials {
+        Some(id) => Some(NbdTls { credentials: NbdCredentials::Object(id), hostname }),
+        None if hostname.is_some() => {
+            return Err(QmpError::generic("'tls-hostname' is for TLS: give 'tls-creds' with it"));
+        }
+        None => None,
+    };
     if members.opt_str("x-dirty-bitmap")?.is_some() {
         return Err(unbuilt("'x-dirty-bitmap'", "leave it out"));
     }
     let reconnect_delay = members.opt_u32("reconnect-delay")?;
     let open_timeout = members.opt_u32("open-timeout")?;
-    Ok(Driver::Nbd { server, export, reconnect_delay, open_timeout })
+    Ok(Driver::Nbd { server, export, reconnect_delay, open_timeout, tls })
 }
 
 fn read_qcow2(members: &mut Members) -> Result<Driver, QmpError> {

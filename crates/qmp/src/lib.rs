@@ -25,13 +25,14 @@ mod session;
 
 pub use address::SocketAddress;
 pub use blockdev::{
-    BackingOption, BlockdevOptions, BlockdevRef, ChildRole, DetectZeroes, Driver, Locking, Qcow2Options,
+    BackingOption, BlockdevOptions, BlockdevRef, ChildRole, DetectZeroes, Driver, Locking, NbdCredentials,
+    NbdTls, Qcow2Options,
 };
 pub use error::{ErrorClass, QmpError};
 pub use export::{
     BlockExportOptions, NBD_CONNECTIONS_DEFAULT, NBD_STRING_BYTES_MAX, NbdServerOptions, RemoveMode,
 };
 pub use members::{Alternate, Members, Words};
-pub use object::ObjectOptions;
+pub use object::{ObjectKind, ObjectOptions, TlsCredsX509};
 pub use output::{Event, answer, encode};
 pub use session::{Incoming, Request, Session};

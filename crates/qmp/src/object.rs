@@ -1,15 +1,75 @@
-//! Objects that a manager may make (`object-add`, `--object`). Only `iothread` is built.
+//! Objects that a manager may make (`object-add`, `--object`): `iothread` and `tls-creds-x509`.
 
 use crate::error::QmpError;
 use crate::members::{Members, Words};
 use crate::names;
 
-/// An I/O thread. Reactors are started with the process and shared by all exports, so this is a name that exports may
-/// give, and changes nothing else.
+/// An object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectOptions {
     /// Its id.
     pub id: String,
+    /// What it is.
+    pub kind: ObjectKind,
+}
+
+/// What an object is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ObjectKind {
+    /// An I/O thread. Reactors are started with the process and shared by all exports, so this is a name that exports
+    /// may give, and changes nothing else.
+    IoThread,
+    /// Credentials for TLS.
+    TlsCredsX509(TlsCredsX509),
+}
+
+/// `tls-creds-x509`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsCredsX509 {
+    /// Whether they are for a server (else for a client).
+    pub server: bool,
+    /// The directory with the files of the protocol's names (`ca-cert.pem` and so on).
+    pub dir: String,
+    /// Whether the other end's certificate is verified.
+    pub verify_peer: bool,
+    /// Whether our own certificate is verified before it is used.
+    pub sanity_check: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Endpoint {
+    Client,
+    Server,
+}
+
+impl Words for Endpoint {
+    const WORDS: &'static [(&'static str, Endpoint)] =
+        &[("client", Endpoint::Client), ("server", Endpoint::Server)];
+}
+
+impl TlsCredsX509 {
+    /// Reads what these alone take.
+    fn read(members: &mut Members) -> Result<TlsCredsX509, QmpError> {
+        let verify_peer = members.opt_bool("verify-peer")?.unwrap_or(true);
+        let dir = members.opt_str("dir")?;
+        let endpoint = members.opt_word("endpoint")?.unwrap_or(Endpoint::Client);
+        let priority = members.opt_str("priority")?;
+        let sanity_check = members.opt_bool("sanity-check")?.unwrap_or(true);
+        let password = members.opt_str("passwordid")?;
+        let dir = dir.ok_or_else(|| QmpError::generic("Missing 'dir' property value"))?;
+        if priority.is_some_and(|priority| priority != "NORMAL") {
+            return Err(QmpError::generic(
+                "'priority' is in the language of another library and is not supported: leave it out; TLS 1.2 and 1.3 \
+                 with ciphers that are not broken are what is agreed on",
+            ));
+        }
+        if password.is_some() {
+            return Err(QmpError::generic(
+                "'passwordid' is not supported: decrypt the key (openssl pkey -in KEY -out NEWKEY) and protect its file",
+            ));
+        }
+        Ok(TlsCredsX509 { server: endpoint == Endpoint::Server, dir, verify_peer, sanity_check })
+    }
 }
 
 /// A type of object that QEMU knows.
@@ -43,22 +103,93 @@ impl ObjectOptions {
     pub fn read(mut members: Members) -> Result<ObjectOptions, QmpError> {
         let kind: Kind = members.word("qom-type")?;
         let id = members.str("id")?;
-        if kind.0 != "iothread" {
-            return Err(QmpError::generic(format!(
-                "objects of type '{}' are not supported yet: only iothread is",
-                kind.0
-            )));
-        }
-        // They tune polling and pools that reactors do not have.
-        for number in
-            ["poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch", "thread-pool-min", "thread-pool-max"]
-        {
-            members.opt_unsigned(number)?;
-        }
+        let kind = match kind.0 {
+            "iothread" => {
+                // They tune polling and pools that reactors do not have.
+                for number in [
+                    "poll-max-ns",
+                    "poll-grow",
+                    "poll-shrink",
+                    "aio-max-batch",
+                    "thread-pool-min",
+                    "thread-pool-max",
+                ] {
+                    members.opt_unsigned(number)?;
+                }
+                ObjectKind::IoThread
+            }
+            "tls-creds-x509" => ObjectKind::TlsCredsX509(TlsCredsX509::read(&mut members)?),
+            "tls-creds-psk" => {
+                return Err(QmpError::generic(
+                    "objects of type 'tls-creds-psk' are not supported: the TLS library has no pre-shared keys; use \
+                     tls-creds-x509",
+                ));
+            }
+            "tls-creds-anon" => {
+                return Err(QmpError::generic(
+                    "objects of type 'tls-creds-anon' are not supported: without certificates nobody knows whom it \
+                     speaks with; use tls-creds-x509",
+                ));
+            }
+            other => {
+                return Err(QmpError::generic(format!(
+                    "objects of type '{other}' are not supported yet: only iothread and tls-creds-x509 are"
+                )));
+            }
+        };
         members.finish()?;
         if !names::is_id(&id) {
             return Err(QmpError::generic("Parameter 'id' expects an identifier"));
         }
-        Ok(ObjectOptions { id })
+        Ok(ObjectOptions { id, kind })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<ObjectOptions, String> {
+        ObjectOptions::read(Members::of_argument(text, Some("qom-type")).unwrap()).map_err(|error| error.desc)
+    }
+
+    #[test]
+    fn credentials_have_the_defaults_that_managers_know() {
+        let expected =
+            TlsCredsX509 { server: false, dir: "/d".into(), verify_peer: true, sanity_check: true };
+        let kind = ObjectKind::TlsCredsX509(expected);
+        assert_eq!(read("tls-creds-x509,id=a,dir=/d"), Ok(ObjectOptions { id: "a".into(), kind }));
+        let ObjectKind::TlsCredsX509(read) = read(
+            "tls-creds-x509,id=a,dir=/d,endpoint=server,verify-peer=off,sanity-check=no,priority=NORMAL",
+        )
+        .unwrap()
+        .kind
+        else {
+            panic!()
+        };
+        assert!(read.server && !read.verify_peer && !read.sanity_check);
+    }
+
+    #[test]
+    fn what_would_weaken_tls_or_is_not_built_is_refused_by_name() {
+        for (text, why) in [
+            ("tls-creds-x509,id=a", "Missing 'dir' property value"),
+            ("tls-creds-x509,dir=/d", "Parameter 'id' is missing"),
+            ("tls-creds-x509,id=a,dir=/d,endpoint=zz", "Parameter 'endpoint' does not accept value 'zz'"),
+            ("tls-creds-x509,id=a,dir=/d,verify-peer=zz", "Parameter 'verify-peer' expects 'on' or 'off'"),
+            ("tls-creds-x509,id=a,dir=/d,foo=1", "Parameter 'foo' is unexpected"),
+            ("tls-creds-x509,id=1a,dir=/d", "Parameter 'id' expects an identifier"),
+        ] {
+            assert_eq!(read(text), Err(why.into()), "{text}");
+        }
+        for (text, why) in [
+            ("tls-creds-x509,id=a,dir=/d,priority=SECURE256", "'priority' is"),
+            ("tls-creds-x509,id=a,dir=/d,passwordid=s", "'passwordid' is not supported"),
+            ("tls-creds-psk,id=a,dir=/d", "'tls-creds-psk' are not supported"),
+            ("tls-creds-anon,id=a", "'tls-creds-anon' are not supported"),
+            ("authz-simple,id=a", "'authz-simple' are not supported yet"),
+        ] {
+            assert!(read(text).unwrap_err().contains(why), "{text}");
+        }
     }
 }

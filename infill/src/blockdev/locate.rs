@@ -4,7 +4,7 @@ use std::os::unix::fs::FileTypeExt;
 
 use anyhow::{Result, bail};
 use infill_nbd::{NbdUri, ServerAddress};
-use infill_qmp::{BlockdevOptions, Driver, Locking, SocketAddress};
+use infill_qmp::{BlockdevOptions, Driver, Locking, NbdCredentials, NbdTls, SocketAddress};
 
 use super::name::Name;
 
@@ -27,18 +27,23 @@ pub fn locate(name: &str) -> Result<Located> {
         })),
         Name::Nbd(uri) => {
             let uri: NbdUri = uri.parse()?;
-            if uri.tls.is_some() {
-                bail!("{name}: TLS is not supported yet: use nbd:// or nbd+unix:// on a network you trust");
-            }
             let server = match uri.server {
                 ServerAddress::Tcp { host, port } => SocketAddress::Inet { host, port },
                 ServerAddress::Unix(path) => SocketAddress::Unix { path: path.display().to_string() },
             };
+            let tls = uri.tls.map(|tls| NbdTls {
+                credentials: NbdCredentials::Directory {
+                    dir: tls.certificates,
+                    verify_peer: tls.verify_peer,
+                },
+                hostname: tls.hostname,
+            });
             Located::Protocol(BlockdevOptions::new(Driver::Nbd {
                 server,
                 export: uri.export,
                 reconnect_delay: None,
                 open_timeout: None,
+                tls,
             }))
         }
         Name::Json(text) => {

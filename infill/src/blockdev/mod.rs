@@ -16,6 +16,7 @@ mod info;
 mod locate;
 mod name;
 mod open;
+mod secure;
 #[cfg(test)]
 mod tests;
 
@@ -34,6 +35,8 @@ use infill_qmp::BlockdevOptions;
 use infill_storage::sync::{Mutex, lock};
 use infill_storage::{RangeLock, StorageHandle, rt};
 
+use crate::objects::Objects;
+use crate::tls::Credentials;
 pub use format::{FormatKind, probe_storage};
 pub use hold::Access;
 use hold::Holds;
@@ -105,13 +108,31 @@ struct Entry {
     path: Option<PathBuf>,
     /// Of an NBD export: what tells when its server is lost and back, until somebody takes it.
     watch: Option<SourceWatch>,
+    /// Of an NBD export over TLS: its credentials are in use.
+    _credentials: Option<Arc<Credentials>>,
     holds: Holds,
+}
+
+impl Entry {
+    /// Of a node that lies on others.
+    fn without_storage(facts: NodeFacts) -> Entry {
+        Entry {
+            facts,
+            storage: None,
+            file: None,
+            path: None,
+            watch: None,
+            _credentials: None,
+            holds: Holds::default(),
+        }
+    }
 }
 
 struct Shared {
     graph: Graph,
     entries: Mutex<BTreeMap<String, Entry>>,
     policy: OpenPolicy,
+    objects: Objects,
     next: AtomicU64,
     /// One change of the graph at a time.
     turn: RangeLock,
@@ -128,9 +149,15 @@ impl Blockdevs {
             graph: Graph::new(),
             entries: Mutex::default(),
             policy,
+            objects: Objects::default(),
             next: AtomicU64::new(0),
             turn: RangeLock::new(),
         }))
+    }
+
+    /// The objects that descriptions may name.
+    pub fn objects(&self) -> &Objects {
+        &self.0.objects
     }
 
     /// The nodes and their edges.

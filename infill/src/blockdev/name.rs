@@ -38,7 +38,7 @@ impl<'a> Name<'a> {
                 Ok(Name::Nbd(name))
             }
             _ => bail!(
-                "unknown protocol '{protocol}' in '{name}': known are nbd://, nbd+unix://, file: and json:; \
+                "unknown protocol '{protocol}' in '{name}': known are nbd://, nbd+unix://, nbds://, nbds+unix://, file: and json:; \
                  a file whose name has a colon is written ./{name}"
             ),
         }

@@ -13,9 +13,11 @@ use anyhow::{Context, Result, anyhow, bail};
 use futures_util::future::LocalBoxFuture;
 use infill_base::{Ctx, DiscardMode, ErrorKind, OpenError};
 use infill_io::{Address, FileOptions, FileStorage, Share, connector};
-use infill_nbd::{ClientOptions, NbdStorage, NbdUri, OnLost, ServerAddress};
+use infill_nbd::{ClientOptions, NbdStorage, NbdUri, OnLost, ServerAddress, UriTls};
 use infill_node::{BackingRef, CopyOnReadNode, NodeHandle, NodeStorage, RawNode};
-use infill_qmp::{BackingOption, BlockdevOptions, BlockdevRef, ChildRole, Driver, Locking, SocketAddress};
+use infill_qmp::{
+    BackingOption, BlockdevOptions, BlockdevRef, ChildRole, Driver, Locking, NbdCredentials, SocketAddress,
+};
 use infill_storage::sync::lock;
 use infill_storage::{NullStorage, StorageHandle, rt};
 
@@ -23,6 +25,7 @@ use super::format::{FormatKind, FormatOptions, probe_storage};
 use super::hold::{Access, Holds};
 use super::locate::{Located, locate};
 use super::name::resolve_backing;
+use super::secure::{Secured, secure};
 use super::{Blockdevs, CHAIN_LAYERS_MAX, Entry, Image, NODE_NAME_BYTES_MAX, NodeFacts};
 
 /// How long to wait between two attempts to reach an NBD server that is not there yet (`open-timeout`).
@@ -200,7 +203,7 @@ impl<'a> Opening<'a> {
             bail!("force-share=on can only be used with read-only images");
         }
         let driver = options.driver.as_str();
-        let (mut file, mut path, mut watch) = (None, None, None);
+        let (mut file, mut path, mut watch, mut credentials) = (None, None, None, None);
         let storage = match &options.driver {
             Driver::File { filename, locking, .. } => {
                 let storage = Arc::new(open_file(Path::new(filename), &options)?);
@@ -214,12 +217,18 @@ impl<'a> Opening<'a> {
                 latency: Duration::from_nanos(*latency_ns),
                 tells_zero: *read_zeroes,
             }),
-            Driver::Nbd { server, export, reconnect_delay, open_timeout } => {
+            Driver::Nbd { server, export, reconnect_delay, open_timeout, tls } => {
                 let address = address_of(server)?;
                 self.meet(Identity::Export(format!("{address}/{export}")), &address.to_string())?;
+                let secured = tls.as_ref().map(|tls| secure(&self.blockdevs.0.objects, tls, &address));
+                let (mut tls, mut uri_tls) = (None, None);
+                if let Some(Secured { held, client, uri }) = secured.transpose()? {
+                    (credentials, tls, uri_tls) = (Some(held), Some(client), Some(uri));
+                }
                 let client = ClientOptions {
                     export: export.clone(),
-                    name: Some(uri_of(&address, export)),
+                    name: Some(uri_of(&address, export, uri_tls)),
+                    tls,
                     read_only: options.is_read_only(),
                     on_lost: match reconnect_delay {
                         None => self.blockdevs.0.policy.on_lost,
@@ -241,7 +250,9 @@ impl<'a> Opening<'a> {
         let read_only = options.is_read_only() || !storage.limits().writable;
         let node = RawNode::protocol(driver, storage.clone(), read_only).discarding(options.discard_mode());
         let facts = facts_of(&options, driver, read_only, implicit);
-        let entry = Entry { facts, storage: Some(storage), file, path, watch, holds: Holds::default() };
+        let holds = Holds::default();
+        let entry =
+            Entry { facts, storage: Some(storage), file, path, watch, _credentials: credentials, holds };
         self.pending.push(Pending { name: name.clone(), node: NodeHandle::new(node), entry });
         Ok(name)
     }
@@ -310,8 +321,7 @@ impl<'a> Opening<'a> {
         let (file, below) = self.child(file, ChildRole::Filtered, &settings, &name, Access::Writer).await?;
         let mut facts = facts_of(&settings, "copy-on-read", false, implicit);
         facts.file = Some(file);
-        let entry =
-            Entry { facts, storage: None, file: None, path: None, watch: None, holds: Holds::default() };
+        let entry = Entry::without_storage(facts);
         let node = NodeHandle::new(CopyOnReadNode::new(below));
         self.pending.push(Pending { name: name.clone(), node, entry });
         Ok(name)
@@ -359,8 +369,7 @@ impl<'a> Opening<'a> {
         };
         let mut facts = facts_of(&settings, format.as_str(), open.read_only, implicit);
         facts.file = Some(file);
-        let entry =
-            Entry { facts, storage: None, file: None, path: None, watch: None, holds: Holds::default() };
+        let entry = Entry::without_storage(facts);
         self.pending.push(Pending { name: name.clone(), node, entry });
         Ok((name, backing))
     }
@@ -455,6 +464,9 @@ impl<'a> Opening<'a> {
             Located::Tree(_) if policy.untrusted => {
                 bail!("the header describes its backing file as json:, which --untrusted does not follow")
             }
+            Located::Protocol(options) if policy.untrusted && names_credentials(&options.driver) => bail!(
+                "the header names the directory of credentials for '{name}', which --untrusted does not follow"
+            ),
             Located::Tree(options) => {
                 if said.is_some_and(|said| driver_format(&options.driver) != Some(said)) {
                     bail!("the header calls the format of '{name}' otherwise than that description does");
@@ -562,12 +574,18 @@ async fn connect_nbd(
 }
 
 /// The URI of an export.
-pub fn uri_of(address: &Address, export: &str) -> String {
+pub fn uri_of(address: &Address, export: &str, tls: Option<UriTls>) -> String {
     let server = match address {
         Address::Tcp { host, port } => ServerAddress::Tcp { host: host.clone(), port: *port },
         Address::Unix(path) => ServerAddress::Unix(path.clone()),
     };
-    NbdUri { server, export: export.to_owned(), tls: None }.to_string()
+    NbdUri { server, export: export.to_owned(), tls }.to_string()
+}
+
+/// Whether a description says itself where credentials are.
+fn names_credentials(driver: &Driver) -> bool {
+    let Driver::Nbd { tls: Some(tls), .. } = driver else { return false };
+    matches!(tls.credentials, NbdCredentials::Directory { dir: Some(_), .. })
 }
 
 fn file_identity(path: &Path) -> Result<Identity> {

@@ -16,16 +16,17 @@ use infill_base::DiscardMode;
 use infill_io::{Address, Listener, Reactor, Reactors, termination};
 use infill_job::stream::{FILL_MIN_RATE, StreamOptions};
 use infill_job::{IoStatus, Job, JobOptions, Jobs, OnError, stream};
-use infill_nbd::{Export, Exports, OnLost, Server, ServerLimits};
+use infill_nbd::{Export, Exports, OnLost, Server, ServerLimits, UriTls};
 use infill_node::{COPY_ON_READ_BYTES_MAX, CopyOnRead, NodeHandle};
 use infill_storage::rt;
 
-use crate::args::{DiscardArg, OnLostArg, ServeArgs};
+use crate::args::{DiscardArg, OnLostArg, ServeArgs, Switch};
 use crate::blockdev::{Access, Blockdevs, Image, OpenPolicy, uri_of};
 use crate::commands::{image, open_unless, policy};
 use crate::listen::Listening;
 use crate::out::print;
 use crate::progress::follow;
+use crate::tls::Credentials;
 
 /// Most threads that are started where the caller does not say how many.
 const THREADS_MAX: usize = 8;
@@ -94,7 +95,13 @@ async fn serve_node(
         allocation_depth: true,
         ..Export::new(args.export_name.clone(), node.clone())
     })?;
-    let server = Server::new(exports.clone(), ServerLimits::default());
+    let verify_peer = args.tls_verify_peer == Switch::On;
+    let tls = match &args.tls_creds {
+        Some(dir) => Some(Credentials::server(dir, verify_peer, true)?.server_tls()?),
+        None => None,
+    };
+    let uri_tls = tls.is_some().then(UriTls::default);
+    let server = Server::over(exports.clone(), ServerLimits::default(), tls);
     let address = match &args.socket {
         Some(path) => Address::Unix(path.clone()),
         None => Address::Tcp { host: args.bind.clone(), port: args.port },
@@ -111,7 +118,7 @@ async fn serve_node(
         let written = std::fs::write(path, format!("{}\n", std::process::id()));
         written.with_context(|| format!("writing the process id to {}", path.display()))?;
     }
-    print(&format!("{}\n", uri_of(listening.address(), &args.export_name)))?;
+    print(&format!("{}\n", uri_of(listening.address(), &args.export_name, uri_tls)))?;
 
     let ended = {
         let mut work = pin!(until_done(args, &listening, &server, streaming.as_ref()));

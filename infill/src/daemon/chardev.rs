@@ -2,6 +2,8 @@
 //!
 //! A socket listens from its option on, so that whoever started the daemon may connect, and is answered once every option
 //! was carried out. With `wait=on` (the default of servers) the option itself waits for its first client.
+//!
+//! Who may connect to a socket file is who may write to it: its mode is 0660 less the umask, never for everybody.
 
 use std::collections::BTreeMap;
 
@@ -179,7 +181,7 @@ impl Device {
         let Device::Socket { place, server, wait } = self else { return Ok(Chardev::Stdio) };
         let listener = match place {
             Place::Passed(number) => inherit(number)?,
-            Place::Address(address) if server => bind(&address)?,
+            Place::Address(address) if server => bind_with(&address, Listener::bind_guarded)?,
             Place::Address(address) => {
                 let connection = connector(&address).connect().await;
                 return connection.map(Chardev::Client).map_err(|error| {
@@ -197,7 +199,14 @@ impl Device {
 
 /// Listens at `address`.
 pub fn bind(address: &Address) -> Result<Listener, QmpError> {
-    Listener::bind(address).map_err(|error| {
+    bind_with(address, Listener::bind)
+}
+
+fn bind_with(
+    address: &Address,
+    bind: impl FnOnce(&Address) -> infill_base::IoResult<Listener>,
+) -> Result<Listener, QmpError> {
+    bind(address).map_err(|error| {
         let what = match address {
             Address::Unix(_) => "bind socket to",
             Address::Tcp { .. } => "listen at",

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::{Result, anyhow, bail};
 
+use super::sandbox::Sandbox;
+
 /// Most options of one command line.
 const OPTIONS_MAX: usize = 16 << 10;
 
@@ -62,6 +64,10 @@ pub struct CommandLine {
     pub state: Option<PathBuf>,
     /// Whether what was kept there is forgotten first.
     pub forget: bool,
+    /// Whether the sandbox is entered.
+    pub sandbox: Sandbox,
+    /// What it can reach; empty is all but the system.
+    pub sandbox_paths: Vec<PathBuf>,
 }
 
 /// What a command line asks for.
@@ -73,7 +79,7 @@ pub enum Parsed {
     Print(String),
 }
 
-const OBJECTS: &str = "List of user creatable objects:\n  iothread\n";
+const OBJECTS: &str = "List of user creatable objects:\n  iothread\n  tls-creds-x509\n";
 
 /// Reads the arguments behind the subcommand.
 pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
@@ -102,7 +108,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
             _ => {}
         }
         let kind = Kind::ALL.into_iter().find(|kind| kind.as_str() == name);
-        if kind.is_none() && !matches!(name, "--pidfile" | "--state") {
+        if kind.is_none() && !matches!(name, "--pidfile" | "--state" | "--sandbox" | "--sandbox-path") {
             if name.starts_with('-') {
                 bail!("unrecognized option '{name}'; `infill daemon --help` lists those that are known");
             }
@@ -121,6 +127,8 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
             Some(Kind::Object) if text == "help" => return Ok(Parsed::Print(OBJECTS.into())),
             Some(kind) => command_line.options.push(Opt { kind, text }),
             None if name == "--state" => command_line.state = Some(text.into()),
+            None if name == "--sandbox" => command_line.sandbox = Sandbox::read(&text)?,
+            None if name == "--sandbox-path" => command_line.sandbox_paths.push(text.into()),
             None => command_line.pidfile = Some(text.into()),
         }
         if command_line.options.len() > OPTIONS_MAX {
@@ -169,20 +177,33 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
                          put a QMP monitor on a character device
 
   --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>
-               [,max-connections=<n>]
-  --nbd-server addr.type=unix,addr.path=<path>[,max-connections=<n>]
-  --nbd-server addr.type=fd,addr.str=<fd>[,max-connections=<n>]
+               [,tls-creds=<id>][,max-connections=<n>]
+  --nbd-server addr.type=unix,addr.path=<path>
+               [,tls-creds=<id>][,max-connections=<n>]
+  --nbd-server addr.type=fd,addr.str=<fd>
+               [,tls-creds=<id>][,max-connections=<n>]
                          start the NBD server
 
   --object help          list the types of objects
   --object iothread,id=<id>
-                         add an object
+  --object tls-creds-x509,id=<id>,dir=<dir>[,endpoint=server|client]
+           [,verify-peer=on|off][,sanity-check=on|off]
+                         add an object: a name for exports, or the credentials in
+                         <dir> (ca-cert.pem, ca-crl.pem, server-cert.pem,
+                         server-key.pem, client-cert.pem, client-key.pem)
 
   --pidfile <path>       write the process id to a file after startup
 
   --state <dir>          keep nodes, objects, the NBD server, exports and jobs in
                          <dir>, and begin with those that are kept there
   --forget               begin with nothing: what is kept in <dir> is dropped
+
+  --sandbox on|off|auto  give up what a storage daemon never needs: running
+                         programs, other users and processes, writing below /etc,
+                         /usr, /boot, /proc, /sys and in /; auto (the default) as
+                         far as the kernel can, on wholly or not at all
+  --sandbox-path <path>  reach only this file or directory, and what is below it
+                         (may be given several times): disks, sockets, pid file
 
 Options are carried out in their order. SIGTERM, SIGINT, SIGHUP and the command
 `quit` end the daemon in order: requests are answered, everything is synced. With
@@ -223,6 +244,7 @@ mod tests {
             (&["--foo"][..], "unrecognized option '--foo'"),
             (&["foo"], "foo: Unexpected argument"),
             (&["--blockdev"], "option '--blockdev' requires an argument"),
+            (&["--sandbox", "maybe"], "--sandbox maybe: it is on, off or auto"),
             (&["--daemonize"], "--daemonize is not supported yet"),
             (&["--trace", "x"], "--trace is not supported"),
             (&["--forget"], "--forget is only of use with --state"),

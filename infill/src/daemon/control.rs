@@ -4,7 +4,6 @@
 //! be seen half done is changed between two awaits, and the graph refuses what does not fit.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
 use std::pin::pin;
 use std::rc::Rc;
 
@@ -14,7 +13,7 @@ use infill_io::Reactor;
 use infill_job::{Events, JobEvent, Jobs};
 use infill_nbd::{OnLost, SourceState, SourceWatch};
 use infill_qmp::command::{Command, NAMES};
-use infill_qmp::{BlockdevOptions, Members, ObjectOptions, QmpError, encode};
+use infill_qmp::{BlockdevOptions, Members, QmpError, encode};
 use infill_storage::{RangeLock, rt};
 use serde_json::{Value, json};
 
@@ -30,7 +29,6 @@ pub struct Control {
     jobs: Jobs,
     job_events: Events,
     pub(super) exported: Exported,
-    objects: RefCell<BTreeSet<String>>,
     pub(super) reactors: Vec<Reactor>,
     monitors: Monitors,
     /// What is kept for the next daemon, where that was asked for.
@@ -68,7 +66,6 @@ impl Control {
             job_events: jobs.subscribe(),
             jobs,
             exported: Exported::default(),
-            objects: RefCell::default(),
             reactors,
             monitors: Monitors::default(),
             state,
@@ -235,7 +232,7 @@ impl Control {
             Command::BlockExportDel { id, mode } => self.block_export_del(&id, mode)?,
             Command::BlockStream(stream) => self.block_stream(stream).await?,
             Command::Job { id, command, block } => self.job_command(&id, command, block).await?,
-            Command::ObjectAdd(options) => self.object_add(options)?,
+            Command::ObjectAdd(options) => self.object_add(&options)?,
             Command::ObjectDel { id } => self.object_del(&id)?,
             Command::Quit => {
                 self.begin_to_end();
@@ -277,28 +274,5 @@ impl Control {
                 }
             }
         }
-    }
-
-    /// `object-add`, `--object`.
-    pub fn object_add(&self, options: ObjectOptions) -> Result<(), QmpError> {
-        let ObjectOptions { id } = options;
-        match self.objects.borrow_mut().insert(id.clone()) {
-            true => Ok(()),
-            false => Err(QmpError::generic(format!(
-                "attempt to add duplicate property '{id}' to object (type 'container')"
-            ))),
-        }
-    }
-
-    fn object_del(&self, id: &str) -> Result<(), QmpError> {
-        match self.objects.borrow_mut().remove(id) {
-            true => Ok(()),
-            false => Err(QmpError::generic(format!("object '{id}' not found"))),
-        }
-    }
-
-    /// Whether an object of that id exists.
-    pub(super) fn has_object(&self, id: &str) -> bool {
-        self.objects.borrow().contains(id)
     }
 }

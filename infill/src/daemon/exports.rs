@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
@@ -17,6 +18,7 @@ use super::chardev::{bind, inherit};
 use super::control::{Control, refused};
 use crate::blockdev::Access;
 use crate::listen::Listening;
+use crate::tls::Credentials;
 
 /// The NBD server.
 enum NbdServer {
@@ -39,6 +41,8 @@ struct Entry {
 pub struct Exported {
     registry: Exports,
     server: RefCell<Option<NbdServer>>,
+    /// The credentials of the server, which are in use while it is there.
+    credentials: RefCell<Option<Arc<Credentials>>>,
     /// By id.
     entries: RefCell<BTreeMap<String, Entry>>,
     /// Whether options are all carried out.
@@ -76,18 +80,23 @@ impl Control {
             Some(most) => limits.connections_max.min(most as usize),
             None => limits.connections_max,
         };
+        let credentials = options.tls_creds.as_ref().map(|id| self.blockdevs().objects().tls(id)).transpose();
+        let credentials = credentials.map_err(|error| refused(&error))?;
+        let tls = credentials.as_ref().map(|credentials| credentials.server_tls()).transpose();
+        let tls = tls.map_err(|error| refused(&error))?;
         let listener = match &options.addr {
             SocketAddress::Inet { host, port } => bind(&Address::Tcp { host: host.clone(), port: *port })?,
             SocketAddress::Unix { path } => bind(&Address::Unix(path.into()))?,
             SocketAddress::Fd { number } => inherit(*number)?,
         };
-        let server = Server::new(self.exported.registry.clone(), limits);
+        let server = Server::over(self.exported.registry.clone(), limits, tls);
         let server = if self.exported.open.get() {
             NbdServer::Serving(Listening::start(listener, server, self.reactors.clone(), most))
         } else {
             NbdServer::Waiting { listener, server, most }
         };
         *self.exported.server.borrow_mut() = Some(server);
+        *self.exported.credentials.borrow_mut() = credentials;
         Ok(())
     }
 
@@ -111,6 +120,7 @@ impl Control {
             listening.stop();
             listening.drained().await;
         }
+        *self.exported.credentials.borrow_mut() = None;
         Ok(())
     }
 
@@ -141,7 +151,9 @@ impl Control {
                 "'writethrough' is not supported yet: leave it out; a client's FLUSH and FUA are always kept",
             ));
         }
-        if let Some(iothread) = options.iothread.as_ref().filter(|iothread| !self.has_object(iothread)) {
+        if let Some(iothread) =
+            options.iothread.as_ref().filter(|id| !self.blockdevs().objects().has_iothread(id))
+        {
             return Err(QmpError::generic(format!("iothread \"{iothread}\" not found")));
         }
         if self.exported.server.borrow().is_none() {

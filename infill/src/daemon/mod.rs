@@ -9,8 +9,9 @@
 //! node (`node-name`: its server has gone or is back) or of a job (`id`: it has met an error of its source, or got on).
 //!
 //! # Order of the beginning
-//! What a state holds is made again ([`state`]). Options are carried out one after the other, as they stand. Sockets listen from their option on and are served after
-//! the last one; the pid file is written just before, and the service manager (`sd_notify`) is told just after.
+//! The sandbox is entered ([`sandbox`]). What a state holds is made again ([`state`]). Options are carried out one after
+//! the other, as they stand. Sockets listen from their option on and are served after the last one; the pid file is written
+//! just before, and the service manager (`sd_notify`) is told just after.
 //!
 //! # Order of the end (`quit`, SIGTERM, SIGINT, SIGHUP)
 //! 1. Exports are taken away: what clients have in flight is answered.
@@ -26,7 +27,9 @@ mod exports;
 mod jobs;
 mod monitor;
 mod nodes;
+mod objects;
 mod pidfile;
+mod sandbox;
 mod state;
 
 use std::ffi::OsString;
@@ -65,6 +68,8 @@ pub fn main(arguments: Vec<OsString>) -> Result<ExitCode> {
         }
         Parsed::Run(command_line) => {
             log_to_stderr();
+            // Before there are threads: those that are made later are bound as this one is.
+            command_line.sandbox.enter(&command_line.sandbox_paths)?;
             let count = std::thread::available_parallelism().map_or(1, usize::from).min(REACTORS_MAX);
             let reactors = Reactors::start(count).context("starting the reactors")?;
             let all = reactors.all();

@@ -195,7 +195,10 @@ pub async fn serve(control: Rc<Control>, device: Chardev) {
             loop {
                 clients.room().await;
                 match listener.accept().await {
-                    Ok(accepted) => clients.clone().begin(&control, accepted),
+                    Ok(accepted) => {
+                        tracing::info!(peer = accepted.peer(), "a monitor");
+                        clients.clone().begin(&control, accepted);
+                    }
                     Err(error) => {
                         tracing::warn!(%error, "no monitor could be accepted; trying again");
                         rt::sleep(std::time::Duration::from_millis(200)).await;

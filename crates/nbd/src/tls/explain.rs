@@ -79,9 +79,14 @@ pub(super) fn certificate(error: &Error) -> String {
         }
         CertificateError::Revoked => "it was revoked".into(),
         CertificateError::NotValidForNameContext { expected, presented } => {
+            // They come as DnsName("name") and IpAddress(address).
+            let name = |name: &String| match name.split_once('(') {
+                Some((_, name)) => name.trim_end_matches(')').trim_matches('"').to_owned(),
+                None => name.clone(),
+            };
             let presented = match presented.as_slice() {
                 [] => "nobody (it has no subjectAltName)".into(),
-                names => names.join(", "),
+                names => names.iter().map(name).collect::<Vec<_>>().join(", "),
             };
             format!(
                 "it is not for '{}' but for {presented}; name the one that is meant with tls-hostname",

@@ -26,7 +26,9 @@ use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
+use rustls::{
+    CertificateError, ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection,
+};
 
 use verify::ServerVerifier;
 
@@ -61,6 +63,9 @@ pub enum TlsError {
     /// Certificate and key are there, but of different pairs.
     #[error("our certificate and private key do not belong together")]
     Mismatch,
+    /// Our own certificate is out of date.
+    #[error("our own certificate has expired")]
+    Expired,
     /// Our own certificate would not be accepted by somebody with our authorities.
     #[error("our own certificate is not valid: {0}")]
     Own(String),
@@ -143,7 +148,12 @@ impl X509<'_> {
             true => ServerVerifier::of_chain(self.server_verifier()?).check(own, between, now),
             false => self.client_verifier()?.verify_client_cert(own, between, now).map(drop),
         };
-        checked.map_err(|error| TlsError::Own(explain::certificate(&error)))
+        checked.map_err(|error| match &error {
+            rustls::Error::InvalidCertificate(
+                CertificateError::Expired | CertificateError::ExpiredContext { .. },
+            ) => TlsError::Expired,
+            error => TlsError::Own(explain::certificate(error)),
+        })
     }
 }
 

@@ -107,7 +107,10 @@ fn what_is_wrong_is_refused_with_the_words_that_managers_know() {
             r#"{"driver":"nbd","server":{"type":"inet","host":"l","port":1}}"#,
             "Invalid parameter type for 'server.port', expected: string",
         ),
-        ("nbd,server.type=unix,server.path=p,tls-creds=t", "No TLS credentials with id 't'"),
+        (
+            "nbd,server.type=unix,server.path=p,tls-hostname=t",
+            "'tls-hostname' is for TLS: give 'tls-creds' with it",
+        ),
     ] {
         assert_eq!(refused(text), why, "{text}");
     }
