@@ -7,9 +7,10 @@
 //!   error: somebody may have cut it), a byte in the clear after the handshake has begun, a record that is begun and
 //!   followed by something else (after a send that was dropped midway nothing is sent any more).
 //! * What it costs: a connection holds at most [`RECEIVE_BYTES`] that were received and not decrypted, a record or
-//!   handshake message of at most 64 KiB, 16 KiB that were decrypted and not read, and [`SEND_BYTES`] on their way out,
-//!   and some KiB of state. A payload byte is copied three times on its way in and once on its way out; a handshake
-//!   computes for about a millisecond on its reactor.
+//!   handshake message of at most 64 KiB, 16 KiB that were decrypted and not read, [`SEND_BYTES`] on their way out (twice
+//!   while records are made of them), and some KiB of state. Measured, 50 clients of one server: 16 KiB a connection more
+//!   than in the clear while it is idle, 190 KiB more once it has sent 4 MiB at a time. A payload byte is copied three
+//!   times on its way in and once on its way out; a handshake computes for about a millisecond on its reactor.
 //! * Its time is the caller's, except for the last words ([`LAST_WORDS_TIME`]): an alert or close_notify is sent to those
 //!   who read, and nobody else is waited for.
 

@@ -67,7 +67,7 @@ pub fn output(program: &str, args: &[&str]) -> Output {
     let found = Command::new("sh").args(["-c", &format!("command -v {program}")]).output().unwrap();
     assert!(
         found.status.success(),
-        "{program} is missing: apt-get install qemu-utils nbdkit libnbd-bin python3-libnbd fio"
+        "{program} is missing: apt-get install qemu-utils nbdkit libnbd-bin python3-libnbd fio openssl"
     );
     // nbdsh is a script for the distribution's own python, which another one in the path may hide.
     let path = format!("/usr/bin:/bin:{}", std::env::var("PATH").unwrap_or_default());
