@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use event_listener::{Event, EventListener};
 use futures_util::future::{Either, select};
+use infill_base::ErrorKind;
 use infill_io::{Accepted, Address, Listener, Reactor};
 use infill_nbd::Server;
 use infill_storage::{Permit, Permits, rt};
@@ -158,8 +159,13 @@ fn hand_over(shared: &Arc<Shared>, accepted: Accepted, slot: Permit) {
             Ok(connection) => counted.shared.server.serve(connection).await,
             Err(error) => Err(error),
         };
-        if let Err(error) = result {
-            tracing::info!(%error, peer, "a connection ended");
+        match result {
+            Ok(()) => {}
+            // Somebody may wonder why.
+            Err(error) if error.kind() == ErrorKind::NotPermitted => {
+                tracing::warn!(%error, peer, "a client was not let in");
+            }
+            Err(error) => tracing::info!(%error, peer, "a connection ended"),
         }
         drop(counted);
     });

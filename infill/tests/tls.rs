@@ -201,6 +201,31 @@ fn a_daemon_serves_over_tls_and_a_daemon_reads_over_it_and_credentials_in_use_st
 }
 
 #[test]
+fn a_server_with_tls_comes_back_with_it_after_a_kill() {
+    let certs = Certs::new();
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    // As a manager makes it once, over a monitor.
+    let daemon = Daemon::start(Program::Infill, dir.path(), &["--state", text(&state)]);
+    let mut qmp = daemon.connect();
+    std::fs::write(dir.path().join("disk.raw"), vec![0x5a; DISK]).unwrap();
+    qmp.run("object-add", creds("s", &certs.dir("good"), json!({"endpoint": "server"})));
+    let file = text(&dir.path().join("disk.raw")).to_owned();
+    qmp.run("blockdev-add", json!({"driver": "file", "node-name": "disk", "filename": file}));
+    let addr = json!({"type": "unix", "data": {"path": text(&dir.path().join("nbd.sock"))}});
+    qmp.run("nbd-server-start", json!({"addr": addr, "tls-creds": "s"}));
+    qmp.run("block-export-add", json!({"type": "nbd", "id": "e", "node-name": "disk"}));
+    daemon.process.kill();
+    let daemon = Daemon::start(Program::Infill, dir.path(), &["--state", text(&state)]);
+    let mut qmp = daemon.connect();
+    run("nbdinfo", &[&nbds(dir.path(), &certs, "good")]);
+    fails("nbdinfo", &[&nbds(dir.path(), &certs, "nobody")]);
+    let plain = format!("nbd+unix:///disk?socket={}", text(&dir.path().join("nbd.sock")));
+    assert!(fails(INFILL, &["info", &plain]).contains("the server wants TLS"));
+    daemon.quit(&mut qmp);
+}
+
+#[test]
 fn our_clients_and_those_that_people_use_are_served_and_refused_by_the_daemon() {
     let certs = Certs::new();
     let dir = tempfile::tempdir().unwrap();

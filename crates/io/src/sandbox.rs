@@ -18,7 +18,8 @@
 //! seen by Landlock alone (there is no operation of it that would do what is denied).
 //!
 //! # How
-//! It must be entered before the process has threads: Landlock holds for the calling thread and those that it makes
+//! Landlock is there from Linux 5.13 on; what older kernels know less of (renames between directories, truncation, signals)
+//! they restrict more or not at all, and that counts as entered. It must be entered before the process has threads: Landlock holds for the calling thread and those that it makes
 //! (seccomp is put on all). There is no way back.
 
 use std::collections::BTreeMap;

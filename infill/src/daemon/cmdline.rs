@@ -203,7 +203,8 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
                          /usr, /boot, /proc, /sys and in /; auto (the default) as
                          far as the kernel can, on wholly or not at all
   --sandbox-path <path>  reach only this file or directory, and what is below it
-                         (may be given several times): disks, sockets, pid file
+                         (may be given several times): disks, credentials, the
+                         state, and the directories of sockets and pid file
 
 Options are carried out in their order. SIGTERM, SIGINT, SIGHUP and the command
 `quit` end the daemon in order: requests are answered, everything is synced. With

@@ -216,7 +216,7 @@ impl ServerTls {
 /// Credentials of a client, for any server. Cloning shares them.
 #[derive(Clone)]
 pub struct ClientCredentials {
-    config: ClientConfig,
+    config: Arc<ClientConfig>,
     /// `None`: servers are not verified.
     verifier: Option<Arc<WebPkiServerVerifier>>,
 }
@@ -242,13 +242,13 @@ impl ClientCredentials {
             None => builder.with_no_client_auth(),
         };
         config.resumption = Resumption::disabled();
-        Ok(ClientCredentials { config, verifier: verify_peer.then_some(verifier) })
+        Ok(ClientCredentials { config: Arc::new(config), verifier: verify_peer.then_some(verifier) })
     }
 
     /// For the server called `name` (a host's name or an address), which its certificate must say. `None` (a Unix
     /// socket): any server with a certificate from one of the authorities.
     pub fn for_server(&self, name: Option<&str>) -> Result<ClientTls, TlsError> {
-        let mut config = self.config.clone();
+        let mut config = ClientConfig::clone(&self.config);
         let verifier = match (&self.verifier, name) {
             (None, _) => ServerVerifier::of_nothing(&provider()),
             (Some(verifier), None) => ServerVerifier::of_chain(verifier.clone()),
