@@ -37,7 +37,10 @@ fn main() -> ExitCode {
             return if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS };
         }
     };
-    log();
+    // The daemon has options of its own for that.
+    if !matches!(cli.command, Command::Daemon { .. }) {
+        log();
+    }
     match dispatch(cli.command) {
         Ok(code) => code,
         Err(error) => {

@@ -10,6 +10,7 @@ use infill_storage::{Storage, rt};
 use crate::changes::{self, Change, ChangeKind, Changes, Held, InFlight, Watcher, Watching};
 use crate::fetch::FetchTable;
 use crate::latency::{LatencyBoard, LatencyKind};
+use crate::meter::Meter;
 use crate::{BackingRef, BackingSlot, Node, NodeInfo, Populated};
 
 type Answer<'a, T> = LocalBoxFuture<'a, IoResult<T>>;
@@ -144,6 +145,10 @@ impl NodeHandle {
         &self.0.latency
     }
 
+    fn meter(&self) -> &Meter {
+        self.0.latency.meter()
+    }
+
     /// See [`Node::limits`].
     pub fn limits(&self) -> Limits {
         self.0.driver.limits()
@@ -172,7 +177,9 @@ impl NodeHandle {
 
     /// See [`Node::read`].
     pub async fn read(&self, cx: &Ctx, at: u64, buf: BytesMut) -> IoResult<BytesMut> {
-        self.timed(cx, LatencyKind::Read, self.0.driver.read(cx, at, buf)).await
+        let buf = self.timed(cx, LatencyKind::Read, self.0.driver.read(cx, at, buf)).await?;
+        self.meter().has_read(cx.class, buf.len() as u64);
+        Ok(buf)
     }
 
     /// Reads `len` bytes into a new buffer.
@@ -230,7 +237,9 @@ impl NodeHandle {
 
     /// See [`Node::populate`].
     pub async fn populate(&self, cx: &Ctx, at: u64, data: Bytes, generation: u64) -> IoResult<Populated> {
-        self.0.driver.populate(cx, at, data, generation).await
+        let done = self.0.driver.populate(cx, at, data, generation).await?;
+        self.meter().has_populated(done.linked);
+        Ok(done)
     }
 
     /// See [`Node::populate_zero`].
@@ -279,24 +288,37 @@ pub(crate) struct Entered<'a> {
 
 impl Entered<'_> {
     pub(crate) async fn write(&self, cx: &Ctx, at: u64, data: Gather, flags: WriteFlags) -> IoResult<()> {
-        let cell = &*self.node.0;
-        let Some(watchers) = cell.changes.watchers() else {
-            return self.node.timed(cx, LatencyKind::Write, cell.driver.write(cx, at, data, flags)).await;
+        let (cell, len) = (&*self.node.0, data.len() as u64);
+        let done = match cell.changes.watchers() {
+            None => self.node.timed(cx, LatencyKind::Write, cell.driver.write(cx, at, data, flags)).await,
+            Some(watchers) => {
+                let change = Change { at, len, what: ChangeKind::Write(data.clone()) };
+                let perform = changes::watched(watchers, cx, change, cell.driver.write(cx, at, data, flags));
+                self.node.timed(cx, LatencyKind::Write, Box::pin(perform)).await
+            }
         };
-        let change = Change { at, len: data.len() as u64, what: ChangeKind::Write(data.clone()) };
-        let perform = changes::watched(watchers, cx, change, cell.driver.write(cx, at, data, flags));
-        self.node.timed(cx, LatencyKind::Write, Box::pin(perform)).await
+        self.written(done, len)
     }
 
     pub(crate) async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
         let cell = &*self.node.0;
         let perform = cell.driver.write_zeroes(cx, at, len, flags);
-        let Some(watchers) = cell.changes.watchers() else {
-            return self.node.timed(cx, LatencyKind::Write, perform).await;
+        let done = match cell.changes.watchers() {
+            None => self.node.timed(cx, LatencyKind::Write, perform).await,
+            Some(watchers) => {
+                let what = ChangeKind::Zero { may_unmap: flags.contains(ZeroFlags::MAY_UNMAP) };
+                let perform = changes::watched(watchers, cx, Change { at, len, what }, perform);
+                self.node.timed(cx, LatencyKind::Write, Box::pin(perform)).await
+            }
         };
-        let what = ChangeKind::Zero { may_unmap: flags.contains(ZeroFlags::MAY_UNMAP) };
-        let perform = changes::watched(watchers, cx, Change { at, len, what }, perform);
-        self.node.timed(cx, LatencyKind::Write, Box::pin(perform)).await
+        self.written(done, len)
+    }
+
+    fn written(&self, done: IoResult<()>, len: u64) -> IoResult<()> {
+        if done.is_ok() {
+            self.node.meter().has_written(len);
+        }
+        done
     }
 
     pub(crate) async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {

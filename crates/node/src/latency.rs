@@ -6,6 +6,8 @@ use std::time::Duration;
 use infill_storage::sync::atomic::{AtomicUsize, Ordering};
 use infill_storage::sync::{Mutex, lock};
 
+use crate::meter::Meter;
+
 /// Samples kept for each kind. At more, the oldest go: a busy disk's last 100 ms are what control looks at.
 pub const LATENCY_SAMPLES_MAX: usize = 1024;
 
@@ -22,7 +24,23 @@ pub enum LatencyKind {
     Sync,
 }
 
-const KINDS: usize = 4;
+impl LatencyKind {
+    /// All kinds, in the order of their numbers.
+    pub const ALL: [LatencyKind; 4] =
+        [LatencyKind::Miss, LatencyKind::Read, LatencyKind::Write, LatencyKind::Sync];
+
+    /// Its name in metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            LatencyKind::Miss => "miss",
+            LatencyKind::Read => "read",
+            LatencyKind::Write => "write",
+            LatencyKind::Sync => "sync",
+        }
+    }
+}
+
+const KINDS: usize = LatencyKind::ALL.len();
 
 /// A sample: when it ended, how long it took.
 type Sample = (Duration, Duration);
@@ -32,12 +50,22 @@ type Sample = (Duration, Duration);
 pub struct LatencyBoard {
     listeners: AtomicUsize,
     samples: Mutex<[VecDeque<Sample>; KINDS]>,
+    meter: Meter,
 }
 
 impl LatencyBoard {
-    /// Whether samples are wanted.
-    pub fn is_listening(&self) -> bool {
+    /// What is counted for metrics.
+    pub fn meter(&self) -> &Meter {
+        &self.meter
+    }
+
+    fn wants_samples(&self) -> bool {
         self.listeners.load(Ordering::Relaxed) > 0
+    }
+
+    /// Whether anybody wants to know how long requests take.
+    pub fn is_listening(&self) -> bool {
+        self.wants_samples() || self.meter.is_on()
     }
 
     /// Begins to want samples; pair with [`LatencyBoard::unlisten`].
@@ -54,7 +82,8 @@ impl LatencyBoard {
 
     /// Notes that something ended at `end` on the runtime's clock after `took`.
     pub fn record(&self, kind: LatencyKind, end: Duration, took: Duration) {
-        if !self.is_listening() {
+        self.meter.took(kind, took);
+        if !self.wants_samples() {
             return;
         }
         let mut samples = lock(&self.samples);

@@ -24,6 +24,7 @@ mod handle;
 mod latency;
 pub mod mapping;
 mod memory;
+mod meter;
 mod raw;
 
 use std::future::Future;
@@ -40,6 +41,7 @@ pub use graph::{Graph, GraphError};
 pub use handle::{NodeHandle, NodeStorage, WeakNode};
 pub use latency::{LatencyBoard, LatencyKind};
 pub use memory::MemoryOverlay;
+pub use meter::{BUCKET_MICROS, CLASSES, Histogram, Meter};
 pub use raw::RawNode;
 
 /// How a header names a backing file.

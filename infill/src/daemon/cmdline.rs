@@ -60,6 +60,10 @@ pub struct CommandLine {
     pub options: Vec<Opt>,
     /// Where the process id is written.
     pub pidfile: Option<PathBuf>,
+    /// Where metrics are served.
+    pub metrics: Option<String>,
+    /// Whether logs are one JSON object a line.
+    pub log_json: bool,
     /// Where what is made is kept.
     pub state: Option<PathBuf>,
     /// Whether what was kept there is forgotten first.
@@ -78,6 +82,10 @@ pub enum Parsed {
     /// To print this, and nothing else.
     Print(String),
 }
+
+/// Options with a value that make nothing.
+const OTHERS: [&str; 6] =
+    ["--pidfile", "--state", "--sandbox", "--sandbox-path", "--metrics", "--log-format"];
 
 const OBJECTS: &str = "List of user creatable objects:\n  iothread\n  tls-creds-x509\n";
 
@@ -108,7 +116,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
             _ => {}
         }
         let kind = Kind::ALL.into_iter().find(|kind| kind.as_str() == name);
-        if kind.is_none() && !matches!(name, "--pidfile" | "--state" | "--sandbox" | "--sandbox-path") {
+        if kind.is_none() && !OTHERS.contains(&name) {
             if name.starts_with('-') {
                 bail!("unrecognized option '{name}'; `infill daemon --help` lists those that are known");
             }
@@ -126,6 +134,14 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
         match kind {
             Some(Kind::Object) if text == "help" => return Ok(Parsed::Print(OBJECTS.into())),
             Some(kind) => command_line.options.push(Opt { kind, text }),
+            None if name == "--metrics" => command_line.metrics = Some(text),
+            None if name == "--log-format" => {
+                command_line.log_json = match text.as_str() {
+                    "json" => true,
+                    "text" => false,
+                    _ => bail!("--log-format {text}: it is text or json"),
+                };
+            }
             None if name == "--state" => command_line.state = Some(text.into()),
             None if name == "--sandbox" => command_line.sandbox = Sandbox::read(&text)?,
             None if name == "--sandbox-path" => command_line.sandbox_paths.push(text.into()),
@@ -194,6 +210,11 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
 
   --pidfile <path>       write the process id to a file after startup
 
+  --metrics <host>:<port>
+  --metrics <socket>     serve figures for Prometheus: GET /metrics
+  --log-format text|json how logs on standard error are written; RUST_LOG asks for
+                         more or less of them
+
   --state <dir>          keep nodes, objects, the NBD server, exports and jobs in
                          <dir>, and begin with those that are kept there
   --forget               begin with nothing: what is kept in <dir> is dropped
@@ -250,6 +271,7 @@ mod tests {
             (&["--trace", "x"], "--trace is not supported"),
             (&["--forget"], "--forget is only of use with --state"),
             (&["--forget=1"], "unrecognized option '--forget'"),
+            (&["--log-format", "xml"], "--log-format xml: it is text or json"),
             (&["--state"], "option '--state' requires an argument"),
         ] {
             let told = read(line).unwrap_err();

@@ -37,6 +37,8 @@ pub struct Control {
     events: RefCell<Vec<Vec<u8>>>,
     event_came: Signal,
     sending: RangeLock,
+    /// Whether nodes are to count for metrics.
+    metered: Cell<bool>,
     quit: Cell<bool>,
     ended: Cell<bool>,
     signal: Signal,
@@ -72,6 +74,7 @@ impl Control {
             events: RefCell::default(),
             event_came: Signal::new(),
             sending: RangeLock::new(),
+            metered: Cell::new(false),
             quit: Cell::new(false),
             ended: Cell::new(false),
             signal: Signal::new(),
@@ -131,6 +134,11 @@ impl Control {
     /// Completes when a monitor has said `quit`.
     pub async fn asked_to_quit(&self) {
         self.until(&self.quit).await;
+    }
+
+    /// All nodes count for metrics from now on.
+    pub fn meter_nodes(&self) {
+        self.metered.set(true);
     }
 
     /// Sends an event to all monitors, after those of jobs that have happened before.
@@ -257,6 +265,11 @@ impl Control {
             return Err(QmpError::generic("'node-name' must be specified for the root node"));
         }
         let added = self.blockdevs.add(options).await.map(drop).map_err(|error| refused(&error));
+        if self.metered.get() {
+            for (_, node) in self.blockdevs.graph().list() {
+                node.latency().meter().start();
+            }
+        }
         for (node, watch) in self.blockdevs.take_source_watches() {
             rt::spawn(self.clone().tell_source(node, watch));
         }

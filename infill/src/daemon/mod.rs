@@ -25,6 +25,7 @@ mod cmdline;
 mod control;
 mod exports;
 mod jobs;
+mod metrics;
 mod monitor;
 mod nodes;
 mod objects;
@@ -67,7 +68,7 @@ pub fn main(arguments: Vec<OsString>) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Parsed::Run(command_line) => {
-            log_to_stderr();
+            log_to_stderr(command_line.log_json);
             // Before there are threads: those that are made later are bound as this one is.
             command_line.sandbox.enter(&command_line.sandbox_paths)?;
             let count = std::thread::available_parallelism().map_or(1, usize::from).min(REACTORS_MAX);
@@ -79,12 +80,16 @@ pub fn main(arguments: Vec<OsString>) -> Result<ExitCode> {
     }
 }
 
-/// Warnings go to standard error; `RUST_LOG` asks for more or less.
-fn log_to_stderr() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+/// Warnings go to standard error; `RUST_LOG` (or `INFILL_LOG`) asks for more or less.
+fn log_to_stderr(json: bool) {
+    let asked = EnvFilter::try_from_default_env().or_else(|_| EnvFilter::try_from_env("INFILL_LOG"));
+    let filter = asked.unwrap_or_else(|_| EnvFilter::new("warn"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // It fails where somebody logs already, and then that is where it goes.
-    let _already = log.with_ansi(std::io::stderr().is_terminal()).try_init();
+    let _already = match json {
+        true => log.json().try_init(),
+        false => log.with_ansi(std::io::stderr().is_terminal()).try_init(),
+    };
 }
 
 async fn run(command_line: CommandLine, reactors: Vec<Reactor>) -> Result<()> {
@@ -92,6 +97,10 @@ async fn run(command_line: CommandLine, reactors: Vec<Reactor>) -> Result<()> {
     let mut terminated = Box::pin(termination().context("waiting for signals")?);
     let state = command_line.state.as_deref().map(|dir| State::open(dir, command_line.forget)).transpose()?;
     let control = Control::new(reactors, state);
+    let metrics = command_line.metrics.as_deref().map(metrics::listen).transpose()?;
+    if metrics.is_some() {
+        control.meter_nodes();
+    }
     let mut chardevs = Chardevs::default();
     let started = {
         let starting = std::pin::pin!(start(&control, &mut chardevs, &command_line));
@@ -103,6 +112,9 @@ async fn run(command_line: CommandLine, reactors: Vec<Reactor>) -> Result<()> {
     let _pidfile = match started {
         Ok(Some(pidfile)) => {
             serve(&control, chardevs);
+            if let Some(listener) = metrics {
+                rt::spawn(metrics::serve(control.clone(), listener));
+            }
             notify(&[NotifyState::Ready]);
             let asked = std::pin::pin!(control.asked_to_quit());
             select(asked, terminated).await;

@@ -28,6 +28,11 @@ impl State {
         let held = |(at, entry): (&u64, &Entry)| entry.held.is_some().then_some(*at);
         self.entries.borrow().iter().filter_map(held).collect()
     }
+
+    /// How many entries are held.
+    pub fn held_count(&self) -> usize {
+        self.held_entries().len()
+    }
 }
 
 impl Control {
@@ -40,7 +45,7 @@ impl Control {
         }
         let restoring = rt::detached(self.clone().keep_restoring());
         if rt::timeout(START_PATIENCE, restoring).await.is_none() {
-            let held = state.held_entries().len();
+            let held = state.held_count();
             tracing::warn!("{held} entries of the state are held: see __infill_query-state");
         }
     }
