@@ -56,7 +56,6 @@ pub enum SourcePhase {
 /// The gate of the source's hypervisor. `old_sessions`: those that were open at the freeze are.
 pub fn source_gate(state: SourceState, phase: SourcePhase, old_sessions: bool) -> Gate {
     match (state, phase) {
-        (_, SourcePhase::Failed | SourcePhase::Yielding) => Gate::Deny,
         (SourceState::Serving | SourceState::Prepared, SourcePhase::Settled) => Gate::Run,
         (SourceState::Serving | SourceState::Prepared, SourcePhase::Sealed) => Gate::HoldButFlush,
         (SourceState::Serving | SourceState::Prepared, _) => Gate::Hold,

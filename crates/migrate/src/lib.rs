@@ -39,7 +39,7 @@ pub use record::{
     SourceState, State, TargetState,
 };
 pub use set::BlockSet;
-pub use source::{Exports, Source, SourceAction, SourceInput};
+pub use source::{Drain, Exports, Source, SourceAction, SourceInput};
 pub use target::{Demoted, Demotion, Ownership, Target, TargetAction, TargetInput};
 pub use writes::{Answer, NotDrained, Writes, Writing};
 

@@ -31,7 +31,7 @@ pub enum SourceInput {
     /// The end of [`SourceAction::Persist`].
     Settled(Settled),
     /// The end of [`SourceAction::Drain`].
-    Drained,
+    Drained(Drain),
     /// The end of [`SourceAction::SetFence`].
     FenceSet(IoResult<()>),
     /// The end of [`SourceAction::Seal`]: for each disk, what its bitmap has as residual.
@@ -74,7 +74,7 @@ pub enum SourceAction {
     /// Send, once; it may get lost.
     Send(Outgoing),
     /// Wait until no request of the guest is in flight.
-    Drain,
+    Drain(Drain),
     /// Make the image un-startable without us, durably. May be set already.
     SetFence,
     /// Sync the image, seal it, compute the residual.
@@ -100,6 +100,12 @@ pub enum SourceAction {
     /// The record or the fence could not be written: the gate is closed until a restart.
     Fail(String),
 }
+
+/// Which freeze is drained for: the late end of one that was given up says nothing of the next.
+#[derive(Debug)]
+#[must_use = "the freeze goes on once it is drained"]
+#[cfg_attr(feature = "planted-faults", derive(Clone, PartialEq, Eq, Hash))]
+pub struct Drain(u32);
 
 /// What the peer can read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -148,6 +154,8 @@ pub struct Source {
     offered: Option<Vec<BlockSet>>,
     /// The witness was asked for this.
     decision: Option<Decision>,
+    /// Freezes that were begun.
+    drains: u32,
     old_sessions: bool,
     asking_back: bool,
     ending: bool,
@@ -200,6 +208,7 @@ impl Source {
             warming: None,
             offered: None,
             decision: None,
+            drains: 0,
             old_sessions: false,
             asking_back: false,
             ending: false,
@@ -291,7 +300,9 @@ impl Source {
 
     fn input(&mut self, input: SourceInput) -> Actions {
         match input {
-            SourceInput::Drained if self.phase == SourcePhase::Draining => self.drained(),
+            SourceInput::Drained(Drain(nth)) if self.phase == SourcePhase::Draining && nth == self.drains => {
+                self.drained()
+            }
             SourceInput::Message(message) => self.message(message),
             SourceInput::Peer(standing) => self.peer(standing),
             SourceInput::PeerSilent => self.asked(),
@@ -421,7 +432,8 @@ impl Source {
             )];
         }
         (self.phase, self.old_sessions) = (SourcePhase::Draining, true);
-        vec![SourceAction::Drain]
+        self.drains = self.drains.wrapping_add(1);
+        vec![SourceAction::Drain(Drain(self.drains))]
     }
 
     fn drained(&mut self) -> Actions {

@@ -2,9 +2,9 @@
 
 use infill_base::{ErrorKind, IoError};
 use infill_migrate::{
-    BlockSet, Body, Disk, DiskId, Epoch, Gate, Message, MigrationId, Plan, Record, Source, SourceAction,
-    SourceInput, SourcePhase, SourceState, State, TERM_MAX, Target, TargetAction, TargetInput, TargetState,
-    Term,
+    BlockSet, Body, Disk, DiskId, Drain, Epoch, Gate, Message, MigrationId, Plan, Record, Source,
+    SourceAction, SourceInput, SourcePhase, SourceState, State, TERM_MAX, Target, TargetAction, TargetInput,
+    TargetState, Term,
 };
 
 const BLOCKS: u64 = 4;
@@ -45,7 +45,7 @@ fn source_gives(source: &mut Source, input: SourceInput) -> Vec<Message> {
         for action in actions {
             let input = match action {
                 SourceAction::Persist(pending) => SourceInput::Settled(pending.settled(Ok(()))),
-                SourceAction::Drain => SourceInput::Drained,
+                SourceAction::Drain(drain) => SourceInput::Drained(drain),
                 SourceAction::SetFence => SourceInput::FenceSet(Ok(())),
                 SourceAction::Seal => SourceInput::Sealed(Ok(sets(BLOCKS))),
                 SourceAction::Thaw => SourceInput::Thawed(Ok(())),
@@ -132,7 +132,7 @@ fn a_record_that_cannot_be_written_closes_the_gate_and_says_nothing() {
     let Some(SourceAction::Persist(pending)) = actions.pop() else { panic!("a record first") };
     let failed = source.handle(SourceInput::Settled(pending.settled(Err(broken())))).unwrap();
     assert!(matches!(&failed[..], [SourceAction::Fail(why)] if why.contains("a broken disk")));
-    assert_eq!(source.gate(), Gate::Deny);
+    assert_eq!(source.gate(), Gate::Hold);
     assert!(source.standing().is_none() && !source.exports().live);
     assert!(source.handle(SourceInput::Resend).unwrap().is_empty());
 
@@ -149,12 +149,19 @@ fn offer(blocks: u64) -> Body {
     Body::Offer { bitmap: None, residual: sets(blocks) }
 }
 
+fn freeze(source: &mut Source) -> Drain {
+    match source.handle(SourceInput::Freeze).unwrap().pop() {
+        Some(SourceAction::Drain(drain)) => drain,
+        other => panic!("drains first, not {other:?}"),
+    }
+}
+
 #[test]
 fn a_freeze_that_cannot_set_its_fence_lets_the_guest_go_on() {
     let mut source = source();
-    source.handle(SourceInput::Freeze).unwrap();
+    let drain = freeze(&mut source);
     assert_eq!((source.gate(), source.phase()), (Gate::Hold, SourcePhase::Draining));
-    source.handle(SourceInput::Drained).unwrap();
+    source.handle(SourceInput::Drained(drain)).unwrap();
     let thaw = source.handle(SourceInput::FenceSet(Err(broken()))).unwrap();
     assert!(matches!(thaw[..], [SourceAction::Thaw]) && source.gate() == Gate::Hold);
     source.handle(SourceInput::Thawed(Ok(()))).unwrap();
@@ -164,12 +171,15 @@ fn a_freeze_that_cannot_set_its_fence_lets_the_guest_go_on() {
 #[test]
 fn a_guest_that_does_not_drain_in_time_goes_on() {
     let mut source = source();
-    source.handle(SourceInput::Freeze).unwrap();
+    let late = freeze(&mut source);
     assert!(matches!(source.handle(SourceInput::Timeout).unwrap()[..], [SourceAction::Thaw]));
     source.handle(SourceInput::Thawed(Ok(()))).unwrap();
     assert_eq!(source.gate(), Gate::Run);
-    // The drain that nobody waits for any more.
-    assert!(source.handle(SourceInput::Drained).unwrap().is_empty());
+    // The drain that nobody waits for any more is none of the next freeze.
+    let drain = freeze(&mut source);
+    assert!(source.handle(SourceInput::Drained(late)).unwrap().is_empty());
+    assert_eq!(source.phase(), SourcePhase::Draining);
+    assert!(matches!(source.handle(SourceInput::Drained(drain)).unwrap()[..], [SourceAction::SetFence]));
 }
 
 #[test]

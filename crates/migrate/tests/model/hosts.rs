@@ -3,7 +3,7 @@
 
 use infill_base::{ErrorKind, IoError};
 use infill_migrate::{
-    BlockMap, BlockSet, Demotion, Fault, Fetch, Filling, Gate, Holder, Linked, Message, Pending, Plan,
+    BlockMap, BlockSet, Demotion, Drain, Fault, Fetch, Filling, Gate, Holder, Linked, Message, Pending, Plan,
     Record, Round, Source, SourceAction, SourceInput, SourcePhase, Standing, Swap, Target, TargetAction,
     TargetInput, Term, Writes, Writing, WrongOwner,
 };
@@ -49,7 +49,7 @@ pub struct SourceHost {
     pub up: bool,
     pub machine: Option<Source>,
     pub op: Option<SourceOp>,
-    pub draining: bool,
+    pub draining: Option<Drain>,
     pub writes: Vec<Writes>,
     pub writing: Option<GuestWrite>,
     pub warming: bool,
@@ -73,7 +73,7 @@ impl SourceHost {
             up: true,
             machine: None,
             op: None,
-            draining: false,
+            draining: None,
             writes: vec![],
             writing: None,
             warming: false,
@@ -138,10 +138,10 @@ impl SourceHost {
             match action {
                 SourceAction::Persist(pending) => self.op = Some(SourceOp::Record(pending)),
                 SourceAction::Send(message) => said.messages.push(message.into_message()),
-                SourceAction::Drain => self.draining = true,
+                SourceAction::Drain(drain) => self.draining = Some(drain),
                 SourceAction::SetFence => self.op = Some(SourceOp::Fence),
                 SourceAction::Seal => self.op = Some(SourceOp::Seal),
-                SourceAction::Thaw => (self.op, self.draining) = (Some(SourceOp::Thaw), false),
+                SourceAction::Thaw => (self.op, self.draining) = (Some(SourceOp::Thaw), None),
                 SourceAction::Applied(round) => {
                     self.writes.iter_mut().for_each(|writes| writes.applied(round))
                 }
@@ -199,7 +199,7 @@ impl SourceHost {
             self.op_happens(&op);
         }
         (self.up, self.machine, self.writing) = (false, None, None);
-        (self.draining, self.warming) = (false, false);
+        (self.draining, self.warming) = (None, false);
         self.writes = self.fresh_writes(self.writes.len(), blocks, fault);
         if power {
             self.now.clone_from(&self.stable);

@@ -295,10 +295,10 @@ impl World {
                 may(S::HearsNobody);
             }
         }
-        if s.draining && s.writing.is_none() {
+        if s.draining.is_some() && s.writing.is_none() {
             may(S::Drained);
         }
-        if s.draining || state == State::Source(SourceState::Offered) {
+        if s.draining.is_some() || state == State::Source(SourceState::Offered) {
             may(S::Timeout);
         }
         if s.gate() == Gate::Run {
@@ -458,8 +458,9 @@ impl World {
             S::NextRound => s.next_round(&mut said),
             S::Freeze => s.give(SourceInput::Freeze, &mut said),
             S::Drained => {
-                s.draining = false;
-                s.give(SourceInput::Drained, &mut said);
+                if let Some(drain) = s.draining.take() {
+                    s.give(SourceInput::Drained(drain), &mut said);
+                }
             }
             S::Timeout => s.give(SourceInput::Timeout, &mut said),
             S::Abort => s.give(SourceInput::Abort, &mut said),
