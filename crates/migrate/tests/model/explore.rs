@@ -1,12 +1,12 @@
 //! Breadth first through every state of the world, exactly: no state is taken for another. The four parts of a lane and
 //! the promises are kept once each (most states share them), so a state is a few numbers: 40 bytes with its way back.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::hash::{BuildHasherDefault, Hash, Hasher};
 use std::rc::Rc;
 
-use infill_migrate::Body;
+use infill_migrate::{Body, State};
 
 use super::hosts::{Net, SourceHost, TargetHost};
 use super::world::{Bounds, D, Lane, S, Spec, Step, World};
@@ -237,6 +237,13 @@ impl Explorer {
         }
         report.states = self.keys.len();
         report
+    }
+
+    /// The durable states that were reached, of either side.
+    pub fn reached(&self) -> HashSet<State> {
+        let sources = self.sources.values.iter().filter_map(|host| host.record.as_ref());
+        let targets = self.targets.values.iter().filter_map(|host| host.record.as_ref());
+        sources.chain(targets).map(infill_migrate::Record::state).collect()
     }
 
     /// I8: a message that comes once more, at once, changes nothing and is answered with nothing else.
