@@ -94,11 +94,7 @@ pub struct Watching {
 
 impl Drop for Watching {
     fn drop(&mut self) {
-        let changes = self.node.changes();
-        let mut list = lock(&changes.watchers);
-        let kept = list.iter().filter(|(id, _)| *id != self.id).cloned().collect();
-        *list = kept;
-        changes.watched.store(list.len(), Ordering::SeqCst);
+        unwatch(&self.node, self.id);
     }
 }
 
@@ -222,6 +218,20 @@ pub(crate) async fn hold(node: &NodeHandle) -> Held {
 
 /// Adds a watcher to `held`'s node, which sees every change that is not in it yet.
 fn watch(held: &Held, watcher: Arc<dyn Watcher>) -> Watching {
+    Watching { node: held.0.clone(), id: watch_for_ever(held, watcher) }
+}
+
+/// Takes a watcher away.
+pub(crate) fn unwatch(node: &NodeHandle, id: u64) {
+    let changes = node.changes();
+    let mut list = lock(&changes.watchers);
+    let kept = list.iter().filter(|(other, _)| *other != id).cloned().collect();
+    *list = kept;
+    changes.watched.store(list.len(), Ordering::SeqCst);
+}
+
+/// Adds a watcher that stays until it is taken away by its number, or its node goes.
+pub(crate) fn watch_for_ever(held: &Held, watcher: Arc<dyn Watcher>) -> u64 {
     static NEXT: PlainCounter = PlainCounter::new(1);
     let id = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) as u64;
     let changes = held.0.changes();
@@ -229,8 +239,7 @@ fn watch(held: &Held, watcher: Arc<dyn Watcher>) -> Watching {
     let more = list.iter().cloned().chain([(id, watcher)]).collect();
     *list = more;
     changes.watched.store(list.len(), Ordering::SeqCst);
-    drop(list);
-    Watching { node: held.0.clone(), id }
+    id
 }
 
 /// The counter of this thread.

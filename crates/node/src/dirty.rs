@@ -116,7 +116,7 @@ impl DirtyMap {
 
     /// Whether the block of byte `at` is dirty.
     pub fn is_dirty(&self, at: u64) -> bool {
-        self.next_dirty(at, 1).is_some()
+        self.next_dirty(at, 1).is_some_and(|run| run.contains(&at))
     }
 
     /// The first dirty run that touches byte `from` or what follows, cut to `[from, ..)` rounded down to a block and to at most
@@ -125,6 +125,9 @@ impl DirtyMap {
         let state = read(&self.state);
         let bits = state.len.div_ceil(self.granularity);
         let limit = |first: u64| first.saturating_add(max.div_ceil(self.granularity).max(1)).min(bits);
+        if from >= state.len {
+            return None;
+        }
         let mut bit = from / self.granularity;
         let start = loop {
             if bit >= bits {
@@ -170,6 +173,51 @@ impl DirtyMap {
         while let Some(run) = other.next_dirty(next, u64::MAX) {
             self.mark(run.start, run.end - run.start);
             next = run.end;
+        }
+    }
+
+    /// A map of the same disk with the same blocks dirty, as of now.
+    pub fn copied(&self) -> DirtyMap {
+        let copy = DirtyMap::new(self.len(), self.granularity);
+        copy.merge(self);
+        copy
+    }
+
+    /// Makes every block clean that is not dirty in `other`, and dirty what is.
+    pub fn become_like(&self, other: &DirtyMap) {
+        self.clear(0, u64::MAX);
+        self.merge(other);
+    }
+
+    /// How many bytes the bits take, eight in each, rounded up to whole words of eight bytes.
+    pub fn bits_len(&self) -> u64 {
+        self.len().div_ceil(self.granularity).div_ceil(64) * 8
+    }
+
+    /// Copies bits, the first one least significant, from byte `from` of them, a multiple of 8. Whether any is set. What
+    /// lies behind the end is clear.
+    pub fn bits(&self, from: u64, into: &mut [u8]) -> bool {
+        let state = read(&self.state);
+        let mut any = 0;
+        for (at, bytes) in (from / 8..).zip(into.chunks_mut(8)) {
+            let word = state.word(at.saturating_mul(64)).unwrap_or(0);
+            bytes.copy_from_slice(&word.to_le_bytes()[..bytes.len()]);
+            any |= word;
+        }
+        any != 0
+    }
+
+    /// Marks what is set in `bits`, which stand as [`DirtyMap::bits`] gives them.
+    pub fn mark_bits(&self, from: u64, bits: &[u8]) {
+        for (at, byte) in (from..).zip(bits) {
+            let mut left = *byte;
+            while left != 0 {
+                let first = left.trailing_zeros();
+                let count = (left >> first).trailing_ones();
+                let start = (at * 8 + u64::from(first)).saturating_mul(self.granularity);
+                self.mark(start, u64::from(count) * self.granularity);
+                left &= !((((1_u16 << count) - 1) << first) as u8);
+            }
         }
     }
 
@@ -284,6 +332,41 @@ mod tests {
                 prop_assert_eq!(map.dirty_bytes(), dirty * BLOCK);
             }
         }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_copied_out_as_bits_comes_back(
+            len in 1..1_000_000u64, marks in proptest::collection::vec((0..1_000_000u64, 0..9000u64), 0..20)
+        ) {
+            let map = DirtyMap::new(len, 512);
+            for (at, bytes) in marks {
+                map.mark(at, bytes);
+            }
+            let mut bits = vec![0; map.bits_len() as usize];
+            prop_assert_eq!(map.bits(0, &mut bits), map.dirty_bytes() > 0);
+            let back = DirtyMap::new(len, 512);
+            let half = bits.len() / 16 * 8;
+            back.mark_bits(half as u64, &bits[half..]);
+            back.mark_bits(0, &bits[..half]);
+            let mut again = vec![0; bits.len()];
+            back.bits(0, &mut again);
+            prop_assert_eq!(&again, &bits);
+            prop_assert_eq!(back.dirty_bytes(), map.dirty_bytes());
+            let copy = map.copied();
+            copy.bits(0, &mut again);
+            prop_assert_eq!(again, bits);
+        }
+    }
+
+    #[test]
+    fn a_walk_ends_behind_a_last_block_that_is_not_whole() {
+        let map = DirtyMap::new(1000, 512);
+        map.mark(999, 1);
+        assert_eq!(map.next_dirty(0, u64::MAX), Some(512..1000));
+        assert_eq!(map.next_dirty(1000, u64::MAX), None);
+        assert!(!map.is_dirty(0) && map.is_dirty(512));
+        assert_eq!(map.copied().dirty_bytes(), 512);
     }
 
     #[test]

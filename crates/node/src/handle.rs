@@ -7,6 +7,7 @@ use futures_util::future::LocalBoxFuture;
 use infill_base::{Ctx, ExtentKind, Extents, Gather, IoResult, Limits, WriteFlags, ZeroFlags};
 use infill_storage::{Storage, rt};
 
+use crate::bitmaps::Bitmaps;
 use crate::changes::{self, Change, ChangeKind, Changes, Held, InFlight, Watcher, Watching};
 use crate::fetch::FetchTable;
 use crate::latency::{LatencyBoard, LatencyKind};
@@ -90,6 +91,7 @@ struct Cell<D: ?Sized> {
     fetches: FetchTable,
     latency: LatencyBoard,
     changes: Changes,
+    bitmaps: Bitmaps,
     driver: D,
 }
 
@@ -122,6 +124,7 @@ impl NodeHandle {
             fetches: FetchTable::default(),
             latency: LatencyBoard::default(),
             changes: Changes::default(),
+            bitmaps: Bitmaps::default(),
             driver: node,
         }))
     }
@@ -210,6 +213,15 @@ impl NodeHandle {
 
     pub(crate) fn changes(&self) -> &Changes {
         &self.0.changes
+    }
+
+    pub(crate) fn bitmap_list(&self) -> &Bitmaps {
+        &self.0.bitmaps
+    }
+
+    /// Whether somebody sees this node's changes, which therefore must all go through this handle.
+    pub fn is_watched(&self) -> bool {
+        self.0.changes.watchers().is_some()
     }
 
     /// Keeps new changes (writes, zeroes, discards, resizes) out and waits until none is in flight. They wait until the

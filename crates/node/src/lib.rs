@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod backing;
+mod bitmaps;
 mod changes;
 mod dirty;
 mod edge;
@@ -33,6 +34,9 @@ use bytes::{Bytes, BytesMut};
 use infill_base::{Ctx, ErrorKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags};
 
 pub use backing::{BackingSlot, Below, COPY_ON_READ_BYTES_MAX, CopyOnRead, Fetched, LinkGuard};
+pub use bitmaps::{
+    BITMAP_GRANULARITY_MIN, BITMAP_NAME_BYTES_MAX, BITMAPS_MAX, Bitmap, BitmapError, BitmapUse,
+};
 pub use changes::{Change, ChangeKind, Held, Kept, Watcher, Watching};
 pub use dirty::DirtyMap;
 pub use edge::{Edge, Port, Through};

@@ -1,5 +1,6 @@
 //! Commands with their arguments, typed. What is not listed in [`NAMES`] cannot be executed.
 
+use crate::bitmap::BitmapCommand;
 use crate::blockdev::BlockdevOptions;
 use crate::error::QmpError;
 use crate::export::{BlockExportOptions, NbdServerOptions, RemoveMode};
@@ -114,6 +115,8 @@ pub enum Command {
         /// The node that takes its place.
         overlay: String,
     },
+    /// `block-dirty-bitmap-*`, `x-debug-block-dirty-bitmap-sha256`.
+    Bitmap(BitmapCommand),
     /// `query-named-block-nodes`.
     QueryNamedBlockNodes {
         /// Without the nodes below each.
@@ -171,6 +174,13 @@ pub const NAMES: &[&str] = &[
     "blockdev-add",
     "blockdev-del",
     "blockdev-snapshot",
+    "block-dirty-bitmap-add",
+    "block-dirty-bitmap-clear",
+    "block-dirty-bitmap-disable",
+    "block-dirty-bitmap-enable",
+    "block-dirty-bitmap-merge",
+    "block-dirty-bitmap-remove",
+    "x-debug-block-dirty-bitmap-sha256",
     "query-named-block-nodes",
     "query-block",
     "nbd-server-start",
@@ -202,12 +212,6 @@ pub const NAMES: &[&str] = &[
 /// Commands of qemu-storage-daemon 10 that are not built.
 pub const UNBUILT: &[&str] = &[
     "block-commit",
-    "block-dirty-bitmap-add",
-    "block-dirty-bitmap-clear",
-    "block-dirty-bitmap-disable",
-    "block-dirty-bitmap-enable",
-    "block-dirty-bitmap-merge",
-    "block-dirty-bitmap-remove",
     "block-job-change",
     "block-set-write-threshold",
     "block_resize",
@@ -243,7 +247,6 @@ pub const UNBUILT: &[&str] = &[
     "x-blockdev-amend",
     "x-blockdev-change",
     "x-blockdev-set-iothread",
-    "x-debug-block-dirty-bitmap-sha256",
     "x-debug-query-block-graph",
 ];
 
@@ -306,7 +309,10 @@ impl Command {
                 mode: arguments.opt_word("mode")?.unwrap_or_default(),
             },
             "object-del" => Command::ObjectDel { id: arguments.str("id")? },
-            _ => read_job(name, &mut arguments)?,
+            _ => match BitmapCommand::read(name, &mut arguments)? {
+                Some(command) => Command::Bitmap(command),
+                None => read_job(name, &mut arguments)?,
+            },
         };
         arguments.finish()?;
         Ok(command)

@@ -1,6 +1,7 @@
 //! Options of the NBD server and of exports.
 
 use crate::address::SocketAddress;
+use crate::bitmap::{BitmapRef, bitmap_refs};
 use crate::error::QmpError;
 use crate::members::{Members, Words};
 use crate::names;
@@ -90,6 +91,8 @@ pub struct BlockExportOptions {
     pub writethrough: bool,
     /// The I/O thread that was asked for: it must exist.
     pub iothread: Option<String>,
+    /// Bitmaps that clients may ask for.
+    pub bitmaps: Vec<BitmapRef>,
     /// Whether clients may ask how deep in the chain data lies.
     pub allocation_depth: bool,
 }
@@ -112,16 +115,11 @@ impl BlockExportOptions {
         }
         let name = members.opt_str("name")?;
         let description = members.opt_str("description")?;
-        let bitmaps = members.opt_list("bitmaps")?.unwrap_or_default();
+        let bitmaps = bitmap_refs(&mut members, "bitmaps")?.unwrap_or_default();
         let allocation_depth = members.opt_bool("allocation-depth")?.unwrap_or(false);
         members.finish()?;
         if !names::is_id(&id) {
             return Err(QmpError::generic("Invalid block export id"));
-        }
-        if !bitmaps.is_empty() {
-            return Err(QmpError::generic(
-                "'bitmaps' is not supported yet: dirty bitmaps cannot be exported; leave it out",
-            ));
         }
         for (what, text) in [("name", &name), ("description", &description)] {
             if text.as_ref().is_some_and(|text| text.len() > NBD_STRING_BYTES_MAX) {
@@ -138,6 +136,7 @@ impl BlockExportOptions {
             writable,
             writethrough,
             iothread,
+            bitmaps,
             allocation_depth,
         })
     }

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod bitmap;
 mod blockdev;
 pub mod command;
 mod error;
@@ -24,6 +25,7 @@ mod output;
 mod session;
 
 pub use address::SocketAddress;
+pub use bitmap::{BitmapAdd, BitmapCommand, BitmapMerge, BitmapRef};
 pub use blockdev::{
     BackingOption, BlockdevOptions, BlockdevRef, ChildRole, DetectZeroes, Driver, Locking, NbdCredentials,
     NbdTls, Qcow2Options,

@@ -218,6 +218,18 @@ impl Members {
         }
     }
 
+    /// An optional list of members that are names or objects each.
+    pub fn opt_alternates(&mut self, name: &str, kind: &str) -> Result<Option<Vec<Alternate>>, QmpError> {
+        let Some(items) = self.opt_list(name)? else { return Ok(None) };
+        let one = |(at, item)| match item {
+            Value::String(text) => Ok(Alternate::Name(text)),
+            Value::Object(object) => Ok(Alternate::Object(self.inside(&format!("{name}[{at}]"), object))),
+            // The protocol's words for what has no name of its own.
+            _ => Err(QmpError::generic(format!("Invalid parameter type for 'null', expected: {kind}"))),
+        };
+        items.into_iter().enumerate().map(one).collect::<Result<_, _>>().map(Some)
+    }
+
     /// Whether the member is there and was not taken.
     pub fn has(&self, name: &str) -> bool {
         self.object.contains_key(name)

@@ -37,6 +37,7 @@ use infill_storage::{RangeLock, StorageHandle, rt};
 
 use crate::objects::Objects;
 use crate::tls::Credentials;
+pub use exchange::hold;
 pub use format::{FormatKind, probe_storage};
 pub use hold::Access;
 use hold::Holds;
@@ -244,6 +245,16 @@ impl Blockdevs {
     pub fn chain(&self, name: &str) -> Vec<String> {
         let entries = lock(&self.0.entries);
         let below = |name: &String| entries.get(name).and_then(|entry| entry.facts.backing.clone());
+        std::iter::successors(Some(name.to_owned()), below).take(CHAIN_LAYERS_MAX + 1).collect()
+    }
+
+    /// Names of the layers from `name` down, filters between them too.
+    pub fn chain_with_filters(&self, name: &str) -> Vec<String> {
+        let entries = lock(&self.0.entries);
+        let below = |name: &String| {
+            let facts = &entries.get(name)?.facts;
+            if facts.is_filter() { facts.file.clone() } else { facts.backing.clone() }
+        };
         std::iter::successors(Some(name.to_owned()), below).take(CHAIN_LAYERS_MAX + 1).collect()
     }
 

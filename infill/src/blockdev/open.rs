@@ -358,6 +358,8 @@ impl<'a> Opening<'a> {
         let (file, below) = self.child(file, ChildRole::ImageFile, &settings, &name, access).await?;
         // A format lies on the storage itself where there is one: one step less for each request.
         let storage = self.pending_storage(&file).or_else(|| self.blockdevs.storage(&file));
+        // Unless somebody there has to see what it writes.
+        let storage = storage.filter(|_| !below.is_watched());
         let storage = storage.unwrap_or_else(|| StorageHandle::new(NodeStorage(below)));
         let node = match window {
             None => format.open(storage, open).await?,

@@ -225,6 +225,7 @@ impl Control {
             Command::QueryNamedBlockNodes { flat } => return self.query_named_block_nodes(flat),
             // Nodes are not attached to devices here.
             Command::QueryBlock => return Ok(json!([])),
+            Command::Bitmap(command) => return self.bitmap_command(command).await,
             Command::QueryBlockExports => return Ok(self.query_block_exports()),
             Command::QueryJobs => return Ok(self.query_jobs()),
             Command::QueryBlockJobs => return Ok(self.query_block_jobs()),

@@ -9,8 +9,8 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use infill_io::{Address, Listener};
 use infill_nbd::{Export, ExportError, Exports, Removal, Server, ServerLimits};
-use infill_node::Edge;
-use infill_qmp::{BlockExportOptions, NbdServerOptions, QmpError, RemoveMode, SocketAddress};
+use infill_node::{BitmapUse, Edge};
+use infill_qmp::{BitmapRef, BlockExportOptions, NbdServerOptions, QmpError, RemoveMode, SocketAddress};
 use infill_storage::rt;
 use serde_json::{Value, json};
 
@@ -34,6 +34,8 @@ struct Entry {
     edge: Edge,
     name: String,
     shutting_down: bool,
+    /// What clients are told of, which nobody changes meanwhile.
+    _bitmaps: Vec<BitmapUse>,
 }
 
 /// All exports.
@@ -159,6 +161,7 @@ impl Control {
         if self.exported.server.borrow().is_none() {
             return Err(QmpError::generic("NBD server not running"));
         }
+        let bitmaps = self.bitmaps_to_export(&options, facts.read_only)?;
         let name = options.export_name().to_owned();
         let access = if *writable { Access::Writer } else { Access::Reader };
         let edge =
@@ -168,6 +171,7 @@ impl Control {
             description,
             writable: *writable,
             allocation_depth: options.allocation_depth,
+            bitmaps: bitmaps.iter().map(|used| used.bitmap().clone()).collect(),
             ..Export::new(name.clone(), edge.clone())
         };
         if let Err(error) = self.exported.registry.add(export) {
@@ -177,9 +181,40 @@ impl Control {
                 other => other.to_string(),
             }));
         }
-        let entry = Entry { edge, name, shutting_down: false };
+        let entry = Entry { edge, name, shutting_down: false, _bitmaps: bitmaps };
         self.exported.entries.borrow_mut().insert(options.id, entry);
         Ok(())
+    }
+
+    /// The bitmaps that an export tells of. One without a node is looked for down the chain.
+    fn bitmaps_to_export(
+        &self,
+        options: &BlockExportOptions,
+        node_read_only: bool,
+    ) -> Result<Vec<BitmapUse>, QmpError> {
+        let mut used: Vec<BitmapUse> = Vec::new();
+        for BitmapRef { node, name } in &options.bitmaps {
+            let bitmap = match node {
+                Some(node) => self.bitmap(node, name)?.1,
+                None => {
+                    let layers = self.blockdevs().chain_with_filters(&options.node_name);
+                    let mut found =
+                        layers.iter().filter_map(|layer| self.blockdevs().get(layer).ok()?.bitmap(name).ok());
+                    let missing = || QmpError::generic(format!("Bitmap '{name}' is not found"));
+                    found.next().ok_or_else(missing)?
+                }
+            };
+            if used.iter().any(|earlier| Arc::ptr_eq(earlier.bitmap(), &bitmap)) {
+                continue;
+            }
+            let use_ = bitmap.use_readable().map_err(|error| QmpError::generic(error.to_string()))?;
+            if !options.writable && !node_read_only && bitmap.is_recording() {
+                let why = format!("Enabled bitmap '{name}' incompatible with readonly export");
+                return Err(QmpError::generic(why));
+            }
+            used.push(use_);
+        }
+        Ok(used)
     }
 
     /// `block-export-del`.

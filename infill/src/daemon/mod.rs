@@ -20,6 +20,7 @@
 //! 3. Nodes are synced and closed, each after those that lie on it.
 //! 4. Monitors are sent what is left for them, for at most [`FAREWELL_TIME`]; the pid file goes.
 
+mod bitmaps;
 mod chardev;
 mod cmdline;
 mod control;
@@ -31,6 +32,7 @@ mod nodes;
 mod objects;
 mod pidfile;
 mod sandbox;
+mod sha256;
 mod state;
 
 use std::ffi::OsString;

@@ -71,6 +71,9 @@ impl Control {
         for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr", "write_threshold"] {
             out.insert(limit.into(), json!(0));
         }
+        if let Some(bitmaps) = super::bitmaps::told(&blockdevs.get(name)?) {
+            out.insert("dirty-bitmaps".into(), bitmaps);
+        }
         out.insert("image".into(), image);
         Ok(Value::Object(out))
     }

@@ -38,6 +38,10 @@ pub const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 pub const CONTEXT_ALLOCATION: &str = "base:allocation";
 /// Name of QEMU's context that tells which layer of a chain holds a run.
 pub const CONTEXT_DEPTH: &str = "qemu:allocation-depth";
+/// What the names of QEMU's contexts that tell what a dirty bitmap says begin with.
+pub const CONTEXT_BITMAP_PREFIX: &str = "qemu:dirty-bitmap:";
+/// Flag of a bitmap's context: it is dirty.
+pub const STATE_DIRTY: u64 = 1;
 /// Flag of [`CONTEXT_ALLOCATION`]: nothing is allocated there.
 pub const STATE_HOLE: u64 = 1;
 /// Flag of [`CONTEXT_ALLOCATION`]: it reads as zeroes.

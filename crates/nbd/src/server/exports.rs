@@ -8,12 +8,14 @@ use std::fmt;
 
 use event_listener::{Event, EventListener};
 use infill_base::{align_down, align_up};
-use infill_node::{Edge, Through};
+use infill_node::{Bitmap, Edge, Through};
 use infill_storage::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use infill_storage::sync::{Arc, Mutex, lock};
 
-use super::limits::EXPORTS_MAX;
-use crate::proto::{ExportInfo, Info, Mode, PAYLOAD_BYTES_MAX, STRING_BYTES_MAX, TransmissionFlags};
+use super::limits::{EXPORT_BITMAPS_MAX, EXPORTS_MAX};
+use crate::proto::{
+    CONTEXT_BITMAP_PREFIX, ExportInfo, Info, Mode, PAYLOAD_BYTES_MAX, STRING_BYTES_MAX, TransmissionFlags,
+};
 
 /// Largest minimum block size that the protocol allows, in bytes.
 const BLOCK_BYTES_MIN_MAX: u32 = 64 << 10;
@@ -34,6 +36,8 @@ pub struct Export {
     pub writable: bool,
     /// Whether the context `qemu:allocation-depth` is offered.
     pub allocation_depth: bool,
+    /// Dirty bitmaps, each offered as a context `qemu:dirty-bitmap:NAME`.
+    pub bitmaps: Vec<Arc<Bitmap>>,
 }
 
 impl Export {
@@ -45,6 +49,7 @@ impl Export {
             node: node.into(),
             writable: false,
             allocation_depth: false,
+            bitmaps: Vec::new(),
         }
     }
 }
@@ -275,6 +280,16 @@ fn check(export: &Export) -> Result<(), ExportError> {
             return refused(format!(
                 "the {what} of an NBD export has at most {STRING_BYTES_MAX} bytes and no NUL"
             ));
+        }
+    }
+    if export.bitmaps.len() > EXPORT_BITMAPS_MAX {
+        return refused(format!("at most {EXPORT_BITMAPS_MAX} bitmaps of one NBD export are offered"));
+    }
+    for bitmap in &export.bitmaps {
+        if CONTEXT_BITMAP_PREFIX.len() + bitmap.name().len() > STRING_BYTES_MAX
+            || bitmap.name().contains('\0')
+        {
+            return refused(format!("the name of the bitmap '{}' cannot be told over NBD", bitmap.name()));
         }
     }
     let limits = export.node.node_limits();

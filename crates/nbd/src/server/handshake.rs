@@ -8,15 +8,16 @@
 
 use bytes::{Buf, BytesMut};
 use infill_base::{ErrorKind, Gather, IoError, IoResult};
-use infill_node::Through;
+use infill_node::{Bitmap, Through};
 use infill_storage::stream::{Connection, StreamRead, StreamWrite};
+use infill_storage::sync::Arc;
 
 use super::exports::{Attached, Exports};
 use super::limits::{LIST_BYTES_MAX, OPTIONS_PER_EXPORT, ServerLimits};
 use crate::proto::{
-    CONTEXT_ALLOCATION, CONTEXT_DEPTH, ClientFlags, ExportInfo, Greeting, HandshakeFlags, INFO_BLOCK_SIZE,
-    INFO_DESCRIPTION, INFO_NAME, Info, Mode, OPTION_BYTES_MAX, OptionError, OptionHeader, OptionReply,
-    OptionRequest,
+    CONTEXT_ALLOCATION, CONTEXT_BITMAP_PREFIX, CONTEXT_DEPTH, ClientFlags, ExportInfo, Greeting,
+    HandshakeFlags, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_NAME, Info, Mode, OPTION_BYTES_MAX, OptionError,
+    OptionHeader, OptionReply, OptionRequest,
 };
 use crate::tls::ServerTls;
 
@@ -34,19 +35,38 @@ const WITHOUT_TLS: &str = "this server wants TLS: begin with STARTTLS";
 pub(super) const CONTEXT_NAMES: [(u32, &str); 2] = [(0, CONTEXT_ALLOCATION), (1, CONTEXT_DEPTH)];
 
 /// Which metadata contexts a client has chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Contexts {
     /// `base:allocation`.
     pub allocation: bool,
     /// `qemu:allocation-depth`.
     pub depth: bool,
+    /// `qemu:dirty-bitmap:…`, each with its number on the wire.
+    pub bitmaps: Vec<(u32, Arc<Bitmap>)>,
 }
 
 impl Contexts {
-    fn chosen(self) -> impl Iterator<Item = (u32, &'static str)> {
-        let wanted = [self.allocation, self.depth];
-        CONTEXT_NAMES.into_iter().zip(wanted).filter_map(|(context, wanted)| wanted.then_some(context))
+    /// Whether there is none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.len() == 0
     }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        usize::from(self.allocation) + usize::from(self.depth) + self.bitmaps.len()
+    }
+
+    fn chosen(&self) -> impl Iterator<Item = (u32, String)> {
+        let wanted = [self.allocation, self.depth];
+        let fixed =
+            CONTEXT_NAMES.into_iter().zip(wanted).filter_map(|(context, wanted)| wanted.then_some(context));
+        let bitmaps = self.bitmaps.iter().map(|(id, bitmap)| (*id, bitmap_context(bitmap)));
+        fixed.map(|(id, name)| (id, name.to_owned())).chain(bitmaps)
+    }
+}
+
+fn bitmap_context(bitmap: &Bitmap) -> String {
+    format!("{CONTEXT_BITMAP_PREFIX}{}", bitmap.name())
 }
 
 /// What a handshake that ended with GO or EXPORT_NAME has agreed on.
@@ -130,7 +150,7 @@ pub(super) async fn handshake(
             Next::Transmission(export, info) => {
                 haggle.flush().await?;
                 let contexts = match &haggle.chosen {
-                    Some((name, contexts)) if *name == export.export().name => *contexts,
+                    Some((name, contexts)) if *name == export.export().name => contexts.clone(),
                     _ => Contexts::default(),
                 };
                 let Haggle { connection: Connection { reader, writer, .. }, received, mode, .. } = haggle;
@@ -362,9 +382,18 @@ impl<'a> Haggle<'a> {
             contexts.depth |= query == CONTEXT_DEPTH || all("qemu:", query);
         }
         contexts.depth &= export.allocation_depth;
+        for (id, bitmap) in (CONTEXT_NAMES.len() as u32..).zip(&export.bitmaps) {
+            let name = bitmap_context(bitmap);
+            let wanted = |query: &str| {
+                query == name || all("qemu:", query) || (!set && query == CONTEXT_BITMAP_PREFIX)
+            };
+            if wanted("") || queries.iter().any(|query| wanted(query)) {
+                contexts.bitmaps.push((id, bitmap.clone()));
+            }
+        }
         for (id, context) in contexts.chosen() {
             // In a list the number means nothing.
-            let reply = OptionReply::MetaContext { id: if set { id } else { 0 }, name: context.to_owned() };
+            let reply = OptionReply::MetaContext { id: if set { id } else { 0 }, name: context };
             self.reply(option, &reply);
         }
         self.reply(option, &OptionReply::Ack);

@@ -12,6 +12,8 @@ pub const OPTIONS_MAX: u32 = 64;
 pub const OPTIONS_PER_EXPORT: u32 = 4;
 /// Most bytes that one LIST, or one list of contexts, answers.
 pub const LIST_BYTES_MAX: usize = 4 << 20;
+/// Most dirty bitmaps of one export.
+pub const EXPORT_BITMAPS_MAX: usize = 64;
 /// Exports of one server.
 pub const EXPORTS_MAX: usize = 10_000;
 /// Connections of one server, handshakes included.

@@ -101,7 +101,7 @@ impl Target {
                 let kind = if large { ErrorKind::TooLarge } else { ErrorKind::InvalidInput };
                 Err(Failure::new(kind, format!("the payload may have at most {PAYLOAD_BYTES_MAX} bytes")))
             }
-            Command::BlockStatus if self.contexts == Contexts::default() => {
+            Command::BlockStatus if self.contexts.is_empty() => {
                 invalid("no metadata context was chosen for this export")
             }
             Command::BlockStatus if header.len == 0 => invalid("a block status of nothing"),
@@ -141,7 +141,7 @@ impl Target {
             Command::WriteZeroes => self.write_zeroes(cx, at, len, header.flags).await?,
             Command::BlockStatus => {
                 let one = header.flags.contains(CommandFlags::REQ_ONE);
-                let status = block_status(&self.node.node(), cx, self.contexts, at, len, one).await?;
+                let status = block_status(&self.node.node(), cx, &self.contexts, at, len, one).await?;
                 return Ok(Body::Status(status));
             }
             // Done already, not let through by `check`, or an end of the session.

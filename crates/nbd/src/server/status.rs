@@ -1,11 +1,11 @@
 //! Block status: what a range of the chain is, and which layer says so.
 
 use infill_base::{Ctx, ErrorKind, ExtentKind, IoError, IoResult, align_down};
-use infill_node::NodeHandle;
 use infill_node::generic::chain_map;
+use infill_node::{DirtyMap, NodeHandle};
 
 use super::handshake::{CONTEXT_NAMES, Contexts};
-use crate::proto::{STATE_HOLE, STATE_ZERO, StatusExtent};
+use crate::proto::{STATE_DIRTY, STATE_HOLE, STATE_ZERO, StatusExtent};
 
 /// Most runs that one context answers at once. A client asks again from the last one.
 const EXTENTS_MAX: usize = 64 << 10;
@@ -43,17 +43,24 @@ impl Runs {
 pub(super) async fn block_status(
     node: &NodeHandle,
     cx: &Ctx,
-    contexts: Contexts,
+    contexts: &Contexts,
     at: u64,
     len: u64,
     one: bool,
 ) -> IoResult<Vec<(u32, Vec<StatusExtent>)>> {
-    let most = if one { 1 } else { EXTENTS_MAX };
+    // What all contexts together hold stays within what the request is charged for.
+    let most = if one { 1 } else { EXTENTS_MAX / contexts.len().max(2) * 2 };
     let unit = node.populate_unit();
     let stride = unit.saturating_mul(STRIDE_UNITS).clamp(STRIDE_BYTES_MIN, STRIDE_BYTES_MAX);
     let (mut allocation, mut depth) = (Runs::default(), Runs::default());
     let (mut next, end, mut mapped_count) = (at, at + len, 0);
-    while next < end && mapped_count < MAPPED_MAX && allocation.0.len() <= most && depth.0.len() <= most {
+    let asked = contexts.allocation || contexts.depth;
+    while asked
+        && next < end
+        && mapped_count < MAPPED_MAX
+        && allocation.0.len() <= most
+        && depth.0.len() <= most
+    {
         // Strides end at round places, so that a run is not cut twice.
         let until = end.min(align_down(next, stride).saturating_add(stride));
         let mapped = chain_map(node, cx, next, until - next).await?;
@@ -75,5 +82,28 @@ pub(super) async fn block_status(
     }
     let chosen = [(contexts.allocation, allocation), (contexts.depth, depth)];
     let answers = CONTEXT_NAMES.into_iter().zip(chosen).filter(|(_, (wanted, _))| *wanted);
-    Ok(answers.map(|((id, _), (_, runs))| (id, runs.cut(most))).collect())
+    let bitmaps =
+        contexts.bitmaps.iter().map(|(id, bitmap)| (*id, dirty_runs(bitmap.map(), at, at + len, most)));
+    Ok(answers
+        .map(|((id, _), (_, runs))| (id, runs))
+        .chain(bitmaps)
+        .map(|(id, runs)| (id, runs.cut(most)))
+        .collect())
+}
+
+/// What a bitmap says of a range, as far as `most` runs tell it.
+fn dirty_runs(map: &DirtyMap, at: u64, end: u64, most: usize) -> Runs {
+    let (mut runs, mut next) = (Runs::default(), at);
+    while next < end && runs.0.len() <= most {
+        let dirty = map.next_dirty(next, end - next).filter(|run| run.start < end);
+        let (start, stop) = dirty.map_or((end, end), |run| (run.start.max(next), run.end.min(end)));
+        if start > next {
+            runs.push(start - next, 0);
+        }
+        if stop > start {
+            runs.push(stop - start, STATE_DIRTY);
+        }
+        next = stop;
+    }
+    runs
 }
