@@ -11,6 +11,8 @@
 //! its range), and a dirty bit that is lost (it is cleared before the source is read, and set after the guest's write has
 //! landed).
 
+pub mod backup;
+mod keep;
 pub mod mirror;
 mod transfer;
 
@@ -29,6 +31,7 @@ use crate::job::Job;
 use crate::rate::Pace;
 use crate::state::{ErrorAction, OnError, Operation};
 
+pub use keep::KeepOld;
 pub use transfer::{BLOCK_BYTES, Failed, Scope, Transfer};
 
 /// Bytes in memory at a time.
@@ -163,7 +166,18 @@ impl Copier {
     /// Copies until `goal` is reached. A cancelled job does not wait for what is in flight: it goes on by itself, and the
     /// target's content means nothing then.
     pub(crate) async fn run(&mut self, job: &Job, goal: Goal) -> IoResult<()> {
-        let outcome = self.copy(job, goal).await;
+        self.run_until(job, goal, &|| None).await
+    }
+
+    /// As [`Copier::run`]; it also gives up when `failure` says that the copy has failed elsewhere, which is looked at whenever
+    /// [`Transfer::marked`] has fired.
+    pub(crate) async fn run_until(
+        &mut self,
+        job: &Job,
+        goal: Goal,
+        failure: &dyn Fn() -> Option<Failed>,
+    ) -> IoResult<()> {
+        let outcome = self.copy(job, goal, failure).await;
         if outcome.is_err() {
             let rest = std::mem::take(&mut self.in_flight);
             rt::spawn(async move { rest.for_each(|_| std::future::ready(())).await });
@@ -171,7 +185,7 @@ impl Copier {
         outcome
     }
 
-    async fn copy(&mut self, job: &Job, goal: Goal) -> IoResult<()> {
+    async fn copy(&mut self, job: &Job, goal: Goal, failure: &dyn Fn() -> Option<Failed>) -> IoResult<()> {
         let (mut due, mut timer) = (Duration::MAX, Fuse::<LocalBoxFuture<'static, ()>>::terminated());
         let mut changed = job.listen().fuse();
         loop {
@@ -180,6 +194,10 @@ impl Copier {
                 changed = job.listen().fuse();
             }
             let marked = self.transfer.marked.listen();
+            if let Some(Failed { operation, error }) = failure() {
+                job.io_error(OnError::Report, operation, &error);
+                return Err(error);
+            }
             let now = rt::now();
             self.housekeeping(job, now);
             let wake = self.issue(job, now);

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use event_listener::Event;
-use infill_base::{Ctx, ExtentKind, IoError, IoResult, WriteFlags, ZeroFlags};
+use infill_base::{Ctx, ExtentKind, IoError, IoResult, WriteFlags, ZeroFlags, align_down};
 use infill_node::generic::{chain_extents, chain_map};
 use infill_node::{BackingSlot, DirtyMap, NodeHandle};
 use infill_storage::RangeLock;
@@ -63,6 +63,9 @@ pub struct Transfer {
     pub hot: DirtyMap,
     /// Held for a range while it is written to the target.
     pub ranges: RangeLock,
+    /// Blocks whose content of the past is on the source alone, where it is the past that is copied. Taken out, under the
+    /// lock of their range, when the target has it.
+    old: Option<DirtyMap>,
     /// Fires when something was marked hot.
     pub marked: Event,
     /// Whether zeroes may become holes on the target.
@@ -82,9 +85,26 @@ impl std::fmt::Debug for Transfer {
 impl Transfer {
     /// Nothing is copied yet.
     pub fn new(source: NodeHandle, target: NodeHandle, scope: Scope, unmap: bool) -> Arc<Transfer> {
+        Arc::new(Transfer::of(source, target, scope, unmap, None))
+    }
+
+    /// A copy of the source as it is now, whatever is written there later: `old` is what is to be copied of it, at
+    /// [`BLOCK_BYTES`].
+    pub fn of_the_past(source: NodeHandle, target: NodeHandle, scope: Scope, old: DirtyMap) -> Arc<Transfer> {
+        Arc::new(Transfer::of(source, target, scope, true, Some(old)))
+    }
+
+    fn of(
+        source: NodeHandle,
+        target: NodeHandle,
+        scope: Scope,
+        unmap: bool,
+        old: Option<DirtyMap>,
+    ) -> Transfer {
         let len = source.len();
         let walked = AtomicU64::new(if matches!(scope, Scope::Nothing) { len } else { 0 });
-        Arc::new(Transfer {
+        Transfer {
+            old,
             cold: DirtyMap::new(len, BLOCK_BYTES),
             hot: DirtyMap::new(len, BLOCK_BYTES),
             ranges: RangeLock::new(),
@@ -96,7 +116,17 @@ impl Transfer {
             scope,
             walked,
             written_bytes: AtomicU64::new(0),
-        })
+        }
+    }
+
+    /// What is old, of a copy of the past.
+    pub fn old(&self) -> &DirtyMap {
+        self.old.as_ref().unwrap_or(&self.cold)
+    }
+
+    /// Whether something of the range is old.
+    pub fn has_old(&self, at: u64, end: u64) -> bool {
+        self.old().next_dirty(at, end - at).is_some_and(|run| run.start < end)
     }
 
     /// Somebody has changed the range: it is copied at the end.
@@ -142,25 +172,60 @@ impl Transfer {
         }
         let stride = MAP_STRIDE_BYTES.min(self.len - at);
         let runs = self.runs(at, stride).await.map_err(read_failed)?;
-        let end = runs.last().map_or(at, |(run, _)| run.end);
-        if end <= at {
+        let seen = runs.last().map_or(at, |(run, _)| run.end);
+        if seen <= at {
             let why = IoError::new(infill_base::ErrorKind::Io, "the source gave no extents").at(at, stride);
             return Err(read_failed(why));
         }
-        let zero = self.target_zeroes(at, end).await.map_err(write_failed)?;
+        let zero = self.target_zeroes(at, seen).await.map_err(write_failed)?;
+        let mut needed = Vec::new();
         for (run, what) in runs {
             match what {
-                What::Data => self.cold.mark(run.start, run.end - run.start),
-                What::Zero => {
-                    for part in without(&run, &zero) {
-                        self.cold.mark(part.start, part.end - part.start);
-                    }
-                }
+                What::Data => needed.push(run),
+                What::Zero => needed.extend(without(&run, &zero)),
                 What::Nothing => {}
             }
         }
+        let end = match &self.old {
+            None => {
+                needed.iter().for_each(|run| self.cold.mark(run.start, run.end - run.start));
+                seen
+            }
+            Some(old) => self.note_old(old, at, seen, &needed),
+        };
         self.walked.store(end, Ordering::Relaxed);
         Ok(end < self.len)
+    }
+
+    /// Of the past, in `[at, seen)`: what is `needed` is to be copied where it is still old, and the rest need not be
+    /// kept. Where a block is still old nobody has written to it, so that what was seen of it is how it was. Gives how
+    /// far that went, in whole blocks.
+    fn note_old(&self, old: &DirtyMap, at: u64, seen: u64, needed: &[Range<u64>]) -> u64 {
+        let mut end = if seen < self.len { align_down(seen, BLOCK_BYTES) } else { self.len };
+        let block = at..(at + BLOCK_BYTES).min(self.len);
+        let mut needed = needed.to_vec();
+        if end <= at {
+            // Not even a block was seen: it is copied, whatever it is.
+            end = block.end;
+            needed = vec![block];
+        }
+        let mut next = at;
+        for run in &needed {
+            let start = align_down(run.start, BLOCK_BYTES).max(next);
+            let stop = run.end.next_multiple_of(BLOCK_BYTES).min(end);
+            if start >= stop {
+                continue;
+            }
+            old.clear(next, start - next);
+            next = start;
+            while let Some(part) = old.next_dirty(next, stop - next).filter(|part| part.start < stop) {
+                self.cold.mark(part.start, part.end.min(stop) - part.start);
+                next = part.end.min(stop);
+            }
+            next = stop;
+        }
+        old.clear(next, end - next);
+        end
     }
 
     /// What the source has from `at` on.
@@ -191,10 +256,19 @@ impl Transfer {
         Ok(zero.map(|extent| extent.start..extent.end()).collect())
     }
 
-    /// Copies the range as it reads now, with nobody else writing it to the target meanwhile.
+    /// Copies the range as it reads now (of the past: what is old of it), with nobody else writing it to the target
+    /// meanwhile.
     pub async fn copy(&self, cx: &Ctx, at: u64, len: u64) -> Result<(), Failed> {
         let _range = self.ranges.exclusive(at, at + len).await;
-        self.copy_held(cx, at, len).await
+        let Some(old) = &self.old else { return self.copy_held(cx, at, len).await };
+        let (mut next, end) = (at, at + len);
+        while let Some(run) = old.next_dirty(next, end - next).filter(|run| run.start < end) {
+            let (start, stop) = (run.start.max(next), run.end.min(end));
+            self.copy_held(cx, start, stop - start).await?;
+            old.clear(start, stop - start);
+            next = stop;
+        }
+        Ok(())
     }
 
     /// As [`Transfer::copy`], for a caller who holds the range.
