@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::JobError;
 use crate::event::{BlockJobProgress, JobEvent};
+use crate::group::Group;
 use crate::kept::KeptJob;
 use crate::manager::{JobOptions, Shared};
 use crate::state::{ErrorAction, IoStatus, JobStatus, JobType, JobVerb, OnError, Operation};
@@ -101,6 +102,8 @@ struct State {
     io_status: IoStatus,
     error: Option<String>,
     waiting_for: Option<String>,
+    /// Those that it completes together with.
+    group: Option<Group>,
 }
 
 #[derive(Debug)]
@@ -147,6 +150,7 @@ impl Job {
             io_status: kept.io_status,
             error: kept.error,
             waiting_for: kept.waiting_for,
+            group: None,
         };
         let jobs = Arc::downgrade(jobs);
         Job(Arc::new(Inner { options, kind, jobs, state: Mutex::new(state), changed: Event::new() }))
@@ -398,6 +402,12 @@ impl Job {
         }
     }
 
+    /// Completes together with the others of `group`, or not at all. To be called before it has had its first turn.
+    pub fn join(&self, group: &Group) {
+        group.join(self);
+        self.state().group = Some(group.clone());
+    }
+
     /// Waits until it is over (concluded, or gone). `Err` with the reason if it failed or was cancelled.
     pub async fn wait(&self) -> Result<(), String> {
         loop {
@@ -563,10 +573,24 @@ impl Job {
             let mut state = self.state();
             state.busy = false;
             self.become_(&mut state, JobStatus::Waiting);
-            self.become_(&mut state, JobStatus::Pending);
         }
+        let group = self.state().group.clone();
+        if let Some(group) = group {
+            group.wait(self, || self.check_goes_on()).await?;
+        }
+        self.go(JobStatus::Pending);
         self.wait_for_finalize().await?;
         work.prepare(self).await
+    }
+
+    /// Whether nobody has asked it to stop for good.
+    fn check_goes_on(&self) -> IoResult<()> {
+        let state = self.state();
+        match (state.cancelled, state.suspended) {
+            (true, _) => Err(cancelled()),
+            (_, true) => Err(suspended()),
+            _ => Ok(()),
+        }
     }
 
     async fn wait_for_finalize(&self) -> IoResult<()> {
@@ -594,6 +618,10 @@ impl Job {
     }
 
     fn conclude(&self, outcome: IoResult<()>) {
+        let group = self.state().group.take();
+        if let Some(group) = group {
+            group.left(self, outcome.is_ok());
+        }
         let mut state = self.state();
         state.busy = false;
         state.over = true;

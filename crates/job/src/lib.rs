@@ -11,6 +11,7 @@ mod control;
 pub mod copy;
 mod error;
 mod event;
+mod group;
 mod job;
 mod kept;
 mod manager;
@@ -20,6 +21,7 @@ pub mod stream;
 
 pub use error::{ErrorClass, JobError};
 pub use event::{BlockJobProgress, EVENTS_KEPT_MAX, Events, JobEvent};
+pub use group::Group;
 pub use job::{BlockJobInfo, Ending, Job, JobInfo, Work};
 pub use kept::KeptJob;
 pub use manager::{JOB_ID_BYTES_MAX, JOBS_MAX, JobOptions, Jobs};

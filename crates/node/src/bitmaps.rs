@@ -214,6 +214,15 @@ impl Bitmap {
         }
     }
 
+    /// Uses it, alone, in order to take it away.
+    pub fn use_removable(self: &Arc<Self>) -> Result<BitmapUse, BitmapError> {
+        self.check_removable()?;
+        match self.used.swap(true, Ordering::SeqCst) {
+            true => Err(BitmapError::Busy(self.name.clone())),
+            false => Ok(BitmapUse(self.clone())),
+        }
+    }
+
     /// Uses it, alone, for changing it.
     pub fn use_changeable(self: &Arc<Self>) -> Result<BitmapUse, BitmapError> {
         self.check_changeable()?;

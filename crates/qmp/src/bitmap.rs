@@ -73,6 +73,19 @@ pub(crate) fn bitmap_refs(arguments: &mut Members, member: &str) -> Result<Optio
 }
 
 impl BitmapCommand {
+    /// The node that it names.
+    pub fn node(&self) -> &str {
+        match self {
+            BitmapCommand::Add(add) => &add.node,
+            BitmapCommand::Merge(merge) => &merge.node,
+            BitmapCommand::Remove(node, _)
+            | BitmapCommand::Clear(node, _)
+            | BitmapCommand::Enable(node, _)
+            | BitmapCommand::Disable(node, _)
+            | BitmapCommand::Sha256(node, _) => node,
+        }
+    }
+
     /// Reads the arguments of the command called `name`; `None` if it is none on bitmaps.
     pub(crate) fn read(name: &str, arguments: &mut Members) -> Result<Option<BitmapCommand>, QmpError> {
         let mut both = || Ok::<_, QmpError>((arguments.str("node")?, arguments.str("name")?));

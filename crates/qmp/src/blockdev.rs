@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use infill_base::DiscardMode;
 
 use crate::address::SocketAddress;
+use crate::bitmap::BitmapRef;
 use crate::error::QmpError;
 use crate::members::{Alternate, Members, Words};
 use crate::names::check_node_name;
@@ -163,6 +164,39 @@ pub enum Driver {
         /// The last layer that is copied from.
         bottom: Option<String>,
     },
+    /// `copy-before-write`.
+    CopyBeforeWrite {
+        /// The disk.
+        file: BlockdevRef,
+        /// Where its old bytes are kept.
+        target: BlockdevRef,
+        /// What of it is kept; all where there is none.
+        bitmap: Option<BitmapRef>,
+        /// What happens where old bytes cannot be kept.
+        on_error: OnCbwError,
+        /// How long a guest waits for that at most, in seconds; `None` is without a limit.
+        timeout: Option<u32>,
+    },
+    /// `snapshot-access`.
+    SnapshotAccess {
+        /// The `copy-before-write` node.
+        file: BlockdevRef,
+    },
+}
+
+/// What happens where old bytes cannot be kept before a guest overwrites them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum OnCbwError {
+    /// The guest's write fails.
+    #[default]
+    BreakGuestWrite,
+    /// The write goes on, and the disk as it was is lost.
+    BreakSnapshot,
+}
+
+impl Words for OnCbwError {
+    const WORDS: &'static [(&'static str, OnCbwError)] =
+        &[("break-guest-write", OnCbwError::BreakGuestWrite), ("break-snapshot", OnCbwError::BreakSnapshot)];
 }
 
 impl Driver {
@@ -177,6 +211,8 @@ impl Driver {
             Driver::Qcow2 { .. } => "qcow2",
             Driver::Qed { .. } => "qed",
             Driver::CopyOnRead { .. } => "copy-on-read",
+            Driver::CopyBeforeWrite { .. } => "copy-before-write",
+            Driver::SnapshotAccess { .. } => "snapshot-access",
         }
     }
 }
@@ -352,6 +388,8 @@ enum DriverName {
     Qcow2,
     Qed,
     CopyOnRead,
+    CopyBeforeWrite,
+    SnapshotAccess,
     Unbuilt(&'static str),
 }
 
@@ -360,7 +398,7 @@ macro_rules! unbuilt_drivers {
 }
 
 /// Drivers of QEMU that are not built here.
-const UNBUILT: [(&str, DriverName); 33] = unbuilt_drivers![
+const UNBUILT: [(&str, DriverName); 31] = unbuilt_drivers![
     "blkdebug",
     "blklogwrites",
     "blkreplay",
@@ -368,9 +406,7 @@ const UNBUILT: [(&str, DriverName); 33] = unbuilt_drivers![
     "bochs",
     "cloop",
     "compress",
-    "copy-before-write",
     "dmg",
-    "snapshot-access",
     "ftp",
     "ftps",
     "gluster",
@@ -407,6 +443,8 @@ impl Words for DriverName {
         ("qcow2", DriverName::Qcow2),
         ("qed", DriverName::Qed),
         ("copy-on-read", DriverName::CopyOnRead),
+        ("copy-before-write", DriverName::CopyBeforeWrite),
+        ("snapshot-access", DriverName::SnapshotAccess),
     ];
 
     fn of(word: &str) -> Option<&'static DriverName> {
@@ -443,6 +481,22 @@ impl DriverName {
                 let bottom = members.opt_str("bottom")?;
                 Ok(Driver::CopyOnRead { file, bottom })
             }
+            DriverName::CopyBeforeWrite => {
+                let file = read_ref(members, "file")?;
+                let target = read_ref(members, "target")?;
+                let bitmap = match members.opt_object("bitmap")? {
+                    None => None,
+                    Some(mut object) => {
+                        let found = BitmapRef { node: Some(object.str("node")?), name: object.str("name")? };
+                        object.finish()?;
+                        Some(found)
+                    }
+                };
+                let on_error = members.opt_word("on-cbw-error")?.unwrap_or_default();
+                let timeout = members.opt_u32("cbw-timeout")?.filter(|seconds| *seconds > 0);
+                Ok(Driver::CopyBeforeWrite { file, target, bitmap, on_error, timeout })
+            }
+            DriverName::SnapshotAccess => Ok(Driver::SnapshotAccess { file: read_ref(members, "file")? }),
             DriverName::Unbuilt(name) => Err(unbuilt(
                 &format!("driver '{name}'"),
                 "use one of file, host_device, nbd, null-co, raw, qcow2, qed, copy-on-read",

@@ -1,11 +1,13 @@
 //! Commands with their arguments, typed. What is not listed in [`NAMES`] cannot be executed.
 
+use crate::backup::BlockdevBackup;
 use crate::bitmap::BitmapCommand;
 use crate::blockdev::BlockdevOptions;
 use crate::error::QmpError;
 use crate::export::{BlockExportOptions, NbdServerOptions, RemoveMode};
 use crate::members::{Members, Words};
 use crate::object::ObjectOptions;
+use crate::transaction::Transaction;
 
 /// What a manager asks of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,6 +117,10 @@ pub enum Command {
         /// The node that takes its place.
         overlay: String,
     },
+    /// `blockdev-backup`.
+    BlockdevBackup(Box<BlockdevBackup>),
+    /// `transaction`.
+    Transaction(Transaction),
     /// `block-dirty-bitmap-*`, `x-debug-block-dirty-bitmap-sha256`.
     Bitmap(BitmapCommand),
     /// `query-named-block-nodes`.
@@ -174,6 +180,8 @@ pub const NAMES: &[&str] = &[
     "blockdev-add",
     "blockdev-del",
     "blockdev-snapshot",
+    "blockdev-backup",
+    "transaction",
     "block-dirty-bitmap-add",
     "block-dirty-bitmap-clear",
     "block-dirty-bitmap-disable",
@@ -215,7 +223,6 @@ pub const UNBUILT: &[&str] = &[
     "block-job-change",
     "block-set-write-threshold",
     "block_resize",
-    "blockdev-backup",
     "blockdev-create",
     "blockdev-mirror",
     "blockdev-reopen",
@@ -243,7 +250,6 @@ pub const UNBUILT: &[&str] = &[
     "query-qmp-schema",
     "ringbuf-read",
     "ringbuf-write",
-    "transaction",
     "x-blockdev-amend",
     "x-blockdev-change",
     "x-blockdev-set-iothread",
@@ -288,6 +294,10 @@ impl Command {
             }
             "object-add" => return Ok(Command::ObjectAdd(ObjectOptions::read(arguments)?)),
             "block-stream" => return BlockStream::read(arguments).map(Command::BlockStream),
+            "blockdev-backup" => {
+                return Ok(Command::BlockdevBackup(Box::new(BlockdevBackup::read(arguments)?)));
+            }
+            "transaction" => return Transaction::read(arguments).map(Command::Transaction),
             "query-version" => Command::QueryVersion,
             "query-commands" => Command::QueryCommands,
             "quit" => Command::Quit,

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod address;
+pub mod backup;
 mod bitmap;
 mod blockdev;
 pub mod command;
@@ -23,12 +24,13 @@ pub mod names;
 mod object;
 mod output;
 mod session;
+pub mod transaction;
 
 pub use address::SocketAddress;
 pub use bitmap::{BitmapAdd, BitmapCommand, BitmapMerge, BitmapRef};
 pub use blockdev::{
     BackingOption, BlockdevOptions, BlockdevRef, ChildRole, DetectZeroes, Driver, Locking, NbdCredentials,
-    NbdTls, Qcow2Options,
+    NbdTls, OnCbwError, Qcow2Options,
 };
 pub use error::{ErrorClass, QmpError};
 pub use export::{

@@ -218,6 +218,19 @@ impl Members {
         }
     }
 
+    /// An optional list of objects.
+    pub fn opt_objects(&mut self, name: &str) -> Result<Option<Vec<Members>>, QmpError> {
+        let Some(items) = self.opt_list(name)? else { return Ok(None) };
+        let one = |(at, item)| {
+            let name = format!("{name}[{at}]");
+            match item {
+                Value::Object(object) => Ok(self.inside(&name, object)),
+                _ => Err(self.mistyped(&name, "object")),
+            }
+        };
+        items.into_iter().enumerate().map(one).collect::<Result<_, _>>().map(Some)
+    }
+
     /// An optional list of members that are names or objects each.
     pub fn opt_alternates(&mut self, name: &str, kind: &str) -> Result<Option<Vec<Alternate>>, QmpError> {
         let Some(items) = self.opt_list(name)? else { return Ok(None) };

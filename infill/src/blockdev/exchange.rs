@@ -67,24 +67,39 @@ impl Blockdevs {
     /// `blockdev-snapshot`: puts `overlay`, which has no backing yet, on `name`, for all users of `name`.
     pub async fn snapshot(&self, name: &str, overlay: &str) -> Result<()> {
         let _turn = self.0.turn.exclusive(0, 1).await;
+        self.can_snapshot(name, overlay)?;
+        let held = hold(name, &self.0.graph.get(name)?).await?;
+        self.snapshot_held(name, overlay, &held).await
+    }
+
+    /// Refuses what [`Blockdevs::snapshot`] would.
+    pub fn can_snapshot(&self, name: &str, overlay: &str) -> Result<()> {
         let find = |name: &str| {
             self.0.graph.get(name).map_err(|_| anyhow!("Cannot find device='{name}' nor node-name='{name}'"))
         };
-        let (node, top) = (find(name)?, find(overlay)?);
+        find(name)?;
+        let top = find(overlay)?;
         if !self.0.graph.users(overlay).is_empty() {
             bail!("The overlay is already in use");
         }
-        if self.facts(overlay)?.backing.is_some() {
+        let facts = self.facts(overlay)?;
+        if facts.backing.is_some() {
             bail!("The overlay already has a backing image");
         }
-        let Some(slot) = top.backing().filter(|_| self.facts(overlay).is_ok_and(|facts| !facts.is_filter()))
-        else {
+        if top.backing().is_none() || facts.is_filter() {
             bail!("The overlay does not support backing images");
-        };
+        }
         if self.chain(name).iter().any(|layer| layer == overlay) {
             bail!("Making '{overlay}' an overlay of '{name}' would create a cycle");
         }
-        let held = hold(name, &node).await?;
+        Ok(())
+    }
+
+    /// As [`Blockdevs::snapshot`], for a caller who holds `name`, and changes the graph alone.
+    pub async fn snapshot_held(&self, name: &str, overlay: &str, held: &Held) -> Result<()> {
+        self.can_snapshot(name, overlay)?;
+        let (node, top) = (held.node(), self.0.graph.get(overlay)?);
+        let Some(slot) = top.backing() else { bail!("The overlay does not support backing images") };
         // What was acknowledged so far is asked to be stable later, of the overlay.
         if !node.info().read_only {
             node.sync(&Ctx::GUEST).await.with_context(|| format!("syncing '{name}'"))?;
@@ -94,8 +109,27 @@ impl Blockdevs {
             slot.replace(None).await;
             return Err(error);
         }
-        self.back(overlay, name)?;
-        drop(held);
+        self.back(overlay, name)
+    }
+
+    /// Takes [`Blockdevs::snapshot_held`] back. The caller has held both nodes since, so that nothing was written.
+    pub async fn take_snapshot_back(&self, name: &str, overlay: &str) -> Result<()> {
+        let top = self.0.graph.get(overlay)?;
+        let Some(slot) = top.backing() else { bail!("'{overlay}' is no overlay") };
+        let user = format!("node '{overlay}'");
+        // First: users that write may not come back to a node that somebody relies on.
+        self.0.graph.detach(overlay, name);
+        {
+            let mut entries = lock(&self.0.entries);
+            if let Some(entry) = entries.get_mut(name) {
+                entry.holds.give_back(&user, entry.file.as_deref());
+            }
+            if let Some(entry) = entries.get_mut(overlay) {
+                entry.facts.backing = None;
+            }
+        }
+        self.replace(overlay, name, &[])?;
+        slot.replace(None).await;
         Ok(())
     }
 

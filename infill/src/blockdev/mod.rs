@@ -10,6 +10,7 @@
 //!   added by name stay until they are deleted.
 
 mod exchange;
+mod fleece;
 mod format;
 mod hold;
 mod info;
@@ -22,18 +23,19 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use infill_base::Ctx;
 use infill_io::FileStorage;
+use infill_job::copy::fleece::Past;
 use infill_nbd::{OnLost, SourceWatch};
 use infill_node::{Edge, Graph, NodeHandle};
 use infill_qmp::BlockdevOptions;
 use infill_storage::sync::{Mutex, lock};
-use infill_storage::{RangeLock, StorageHandle, rt};
+use infill_storage::{RangeGuard, RangeLock, StorageHandle, rt};
 
 use crate::objects::Objects;
 use crate::tls::Credentials;
@@ -79,6 +81,8 @@ pub struct NodeFacts {
     pub driver: &'static str,
     /// Name of the node that it lies on.
     pub file: Option<String>,
+    /// Name of the node that it puts something aside on.
+    pub target: Option<String>,
     /// Name of the node that backs it.
     pub backing: Option<String>,
     /// Whether it refuses writes.
@@ -94,7 +98,7 @@ pub struct NodeFacts {
 impl NodeFacts {
     /// Whether it passes everything on to the node that it lies on.
     pub fn is_filter(&self) -> bool {
-        self.driver == "copy-on-read"
+        matches!(self.driver, "copy-on-read" | "copy-before-write")
     }
 }
 
@@ -134,6 +138,8 @@ struct Shared {
     entries: Mutex<BTreeMap<String, Entry>>,
     policy: OpenPolicy,
     objects: Objects,
+    /// Disks as they were, by the filter that keeps them.
+    pasts: Mutex<BTreeMap<String, Weak<Past>>>,
     next: AtomicU64,
     /// One change of the graph at a time.
     turn: RangeLock,
@@ -151,6 +157,7 @@ impl Blockdevs {
             entries: Mutex::default(),
             policy,
             objects: Objects::default(),
+            pasts: Mutex::default(),
             next: AtomicU64::new(0),
             turn: RangeLock::new(),
         }))
@@ -206,6 +213,11 @@ impl Blockdevs {
                 Err(error)
             }
         }
+    }
+
+    /// The graph is changed by nobody else while what this gives lives.
+    pub async fn change_graph(&self) -> RangeGuard {
+        self.0.turn.exclusive(0, 1).await
     }
 
     /// The node of that name.

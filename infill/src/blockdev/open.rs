@@ -47,7 +47,7 @@ struct Pending {
 
 /// One description on its way into the graph.
 pub struct Opening<'a> {
-    blockdevs: &'a Blockdevs,
+    pub(super) blockdevs: &'a Blockdevs,
     /// A file before what lies on it; layers from the top down.
     pending: Vec<Pending>,
     /// Holds that were taken on nodes of the graph.
@@ -74,7 +74,8 @@ impl<'a> Opening<'a> {
         let mut edges = Vec::new();
         for Pending { name, node, entry } in self.pending {
             edges.extend(entry.facts.backing.clone().map(|below| (name.clone(), below)));
-            self.blockdevs.0.graph.insert(&name, node, entry.facts.file.iter().cloned().collect())?;
+            let children = entry.facts.file.iter().chain(&entry.facts.target).cloned().collect();
+            self.blockdevs.0.graph.insert(&name, node, children)?;
             lock(&self.blockdevs.0.entries).insert(name, entry);
         }
         for (above, below) in edges {
@@ -106,6 +107,8 @@ impl<'a> Opening<'a> {
                     self.open_protocol(options, implicit).await
                 }
                 Driver::CopyOnRead { .. } => self.open_filter(options, implicit).await,
+                Driver::CopyBeforeWrite { .. } => self.open_copy_before_write(options, implicit).await,
+                Driver::SnapshotAccess { .. } => self.open_snapshot_access(options, implicit).await,
                 Driver::Raw { .. } | Driver::Qcow2 { .. } | Driver::Qed { .. } => {
                     self.open_chain(options, implicit).await
                 }
@@ -176,7 +179,7 @@ impl<'a> Opening<'a> {
     }
 
     /// Takes a name for a new node.
-    fn reserve_name(&mut self, wanted: Option<&String>) -> Result<String> {
+    pub(super) fn reserve_name(&mut self, wanted: Option<&String>) -> Result<String> {
         let name = match wanted {
             None => self.blockdevs.generated_name(),
             Some(name) => {
@@ -267,7 +270,7 @@ impl<'a> Opening<'a> {
     }
 
     /// A child by reference or description, held by `parent`.
-    async fn child(
+    pub(super) async fn child(
         &mut self,
         child: BlockdevRef,
         role: ChildRole,
@@ -308,6 +311,22 @@ impl<'a> Opening<'a> {
         Ok(node)
     }
 
+    /// Adds a node that lies on others as they are.
+    pub(super) fn push_filter(
+        &mut self,
+        settings: &BlockdevOptions,
+        implicit: bool,
+        name: &str,
+        driver: &'static str,
+        node: NodeHandle,
+        (file, target): (String, Option<String>),
+    ) {
+        let mut facts = facts_of(settings, driver, settings.is_read_only(), implicit);
+        (facts.file, facts.target) = (Some(file), target);
+        let entry = Entry::without_storage(facts);
+        self.pending.push(Pending { name: name.to_owned(), node, entry });
+    }
+
     async fn open_filter(&mut self, options: BlockdevOptions, implicit: bool) -> Result<String> {
         let settings = settings_of(&options);
         let Driver::CopyOnRead { file, bottom } = options.driver else { bail!("not a filter") };
@@ -319,11 +338,8 @@ impl<'a> Opening<'a> {
         }
         let name = self.reserve_name(settings.node_name.as_ref())?;
         let (file, below) = self.child(file, ChildRole::Filtered, &settings, &name, Access::Writer).await?;
-        let mut facts = facts_of(&settings, "copy-on-read", false, implicit);
-        facts.file = Some(file);
-        let entry = Entry::without_storage(facts);
         let node = NodeHandle::new(CopyOnReadNode::new(below));
-        self.pending.push(Pending { name: name.clone(), node, entry });
+        self.push_filter(&settings, implicit, &name, "copy-on-read", node, (file, None));
         Ok(name)
     }
 
@@ -606,7 +622,7 @@ fn address_of(server: &SocketAddress) -> Result<Address> {
 }
 
 /// What children may inherit of a description, without its driver.
-fn settings_of(options: &BlockdevOptions) -> BlockdevOptions {
+pub(super) fn settings_of(options: &BlockdevOptions) -> BlockdevOptions {
     let driver = Driver::Null { size: 0, latency_ns: 0, read_zeroes: false };
     BlockdevOptions {
         node_name: options.node_name.clone(),
@@ -625,6 +641,7 @@ fn facts_of(options: &BlockdevOptions, driver: &'static str, read_only: bool, im
     NodeFacts {
         driver,
         file: None,
+        target: None,
         backing: None,
         read_only,
         cache_direct: options.is_direct(),

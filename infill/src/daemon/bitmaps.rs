@@ -62,14 +62,7 @@ impl Control {
             .blockdevs()
             .get(name)
             .map_err(|_| QmpError::generic(format!("Cannot find device='{name}' nor node-name='{name}'")))?;
-        // A format lies on the bytes of a file themselves, where no bitmap sees what it writes.
-        let users = self.blockdevs().graph().users(name);
-        let above = users.iter().find(|user| user.starts_with("node '"));
-        if let (true, Some(above)) = (self.blockdevs().storage(name).is_some(), above) {
-            return Err(QmpError::generic(format!(
-                "a bitmap of '{name}' would not see what {above} writes: add it to that one"
-            )));
-        }
+        self.blockdevs().all_go_through(name).map_err(|error| refused(&error))?;
         Ok(node)
     }
 

@@ -225,6 +225,8 @@ impl Control {
             Command::QueryNamedBlockNodes { flat } => return self.query_named_block_nodes(flat),
             // Nodes are not attached to devices here.
             Command::QueryBlock => return Ok(json!([])),
+            Command::BlockdevBackup(backup) => self.blockdev_backup(*backup).await?,
+            Command::Transaction(transaction) => self.transaction(transaction).await?,
             Command::Bitmap(command) => return self.bitmap_command(command).await,
             Command::QueryBlockExports => return Ok(self.query_block_exports()),
             Command::QueryJobs => return Ok(self.query_jobs()),

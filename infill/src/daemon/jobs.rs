@@ -12,11 +12,10 @@ use infill_qmp::{ErrorClass, QmpError};
 use serde_json::{Map, Value, json};
 
 use super::control::{Control, refused};
-use super::nodes::busy;
 use crate::blockdev::{Access, Blockdevs};
 
 /// A job's refusal as a command's.
-fn job_refused(error: JobError) -> QmpError {
+pub(super) fn job_refused(error: JobError) -> QmpError {
     let class = match error.class {
         infill_job::ErrorClass::GenericError => ErrorClass::GenericError,
         infill_job::ErrorClass::DeviceNotActive => ErrorClass::DeviceNotActive,
@@ -112,14 +111,19 @@ fn block_job_info(info: BlockJobInfo) -> Value {
 }
 
 /// The nodes that a stream works on, which nobody may take away: given back when this goes.
-struct Claims {
+pub(super) struct Claims {
     blockdevs: Blockdevs,
     user: String,
     nodes: Vec<String>,
 }
 
 impl Claims {
-    fn take(&mut self, name: &str, access: Access) -> Result<NodeHandle, QmpError> {
+    /// Nothing yet, for the job `id`.
+    pub(super) fn new(blockdevs: &Blockdevs, id: &str) -> Claims {
+        Claims { blockdevs: blockdevs.clone(), user: format!("job '{id}'"), nodes: Vec::new() }
+    }
+
+    pub(super) fn take(&mut self, name: &str, access: Access) -> Result<NodeHandle, QmpError> {
         let node = self.blockdevs.claim(name, &self.user, access).map_err(|error| refused(&error))?;
         self.nodes.push(name.to_owned());
         Ok(node)
@@ -189,15 +193,12 @@ impl Control {
         let kept = self.kept_layer(&chain, &options.end)?;
         let filled = &chain[..kept.unwrap_or(chain.len())];
         for layer in filled {
-            if self.blockdevs().graph().users(layer).iter().any(|user| user.starts_with("job '")) {
-                return Err(busy(layer));
-            }
+            self.not_busy(layer)?;
         }
         if options.backing_file.is_some() && kept.is_none() {
             return Err(QmpError::generic("backing file specified, but streaming the entire chain"));
         }
-        let user = format!("job '{}'", options.job_id);
-        let mut claims = Claims { blockdevs: self.blockdevs().clone(), user, nodes: Vec::new() };
+        let mut claims = Claims::new(self.blockdevs(), &options.job_id);
         let top = claims.take(device, Access::Writer)?;
         for layer in filled.iter().skip(1) {
             claims.take(layer, Access::Reader)?;
@@ -285,7 +286,7 @@ fn follow_swap(control: Rc<Control>, mut claims: Claims) -> LocalBoxFuture<'stat
     })
 }
 
-const fn on_error(policy: command::OnError) -> OnError {
+pub(super) const fn on_error(policy: command::OnError) -> OnError {
     match policy {
         command::OnError::Report => OnError::Report,
         command::OnError::Ignore => OnError::Ignore,
@@ -296,7 +297,7 @@ const fn on_error(policy: command::OnError) -> OnError {
 }
 
 /// Lets every other task of this reactor that is ready have its turn.
-async fn yield_once() {
+pub(super) async fn yield_once() {
     let mut yielded = false;
     std::future::poll_fn(|cx| {
         if std::mem::replace(&mut yielded, true) {

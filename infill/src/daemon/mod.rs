@@ -20,6 +20,7 @@
 //! 3. Nodes are synced and closed, each after those that lie on it.
 //! 4. Monitors are sent what is left for them, for at most [`FAREWELL_TIME`]; the pid file goes.
 
+mod backup;
 mod bitmaps;
 mod chardev;
 mod cmdline;
@@ -34,6 +35,7 @@ mod pidfile;
 mod sandbox;
 mod sha256;
 mod state;
+mod transaction;
 
 use std::ffi::OsString;
 use std::io::IsTerminal as _;

@@ -13,7 +13,7 @@ impl Control {
         let users = self.blockdevs().graph().users(name);
         let is_used = |kind: &str| users.iter().any(|user| user.starts_with(kind));
         if is_used("job '") {
-            return Err(busy(name));
+            return Err(self.busy(name));
         }
         if facts.implicit {
             return Err(QmpError::generic(format!("Node {name} is not owned by the monitor")));
@@ -31,6 +31,23 @@ impl Control {
             return Err(QmpError::generic(format!("Node {name} is in use")));
         }
         self.blockdevs().del(name).await.map_err(|error| refused(&error))
+    }
+
+    /// The refusal of a node that a job works on.
+    pub(super) fn busy(&self, name: &str) -> QmpError {
+        let users = self.blockdevs().graph().users(name);
+        let id = users.iter().find_map(|user| user.strip_prefix("job '")?.strip_suffix('\''));
+        let kind = id.and_then(|id| self.jobs().get(id).ok()).map_or("stream", |job| job.kind().as_str());
+        QmpError::generic(format!("Node '{name}' is busy: block device is in use by block job: {kind}"))
+    }
+
+    /// Refuses a node that a job works on.
+    pub(super) fn not_busy(&self, name: &str) -> Result<(), QmpError> {
+        let users = self.blockdevs().graph().users(name);
+        match users.iter().any(|user| user.starts_with("job '")) {
+            true => Err(self.busy(name)),
+            false => Ok(()),
+        }
     }
 
     /// `query-named-block-nodes`.
@@ -77,10 +94,4 @@ impl Control {
         out.insert("image".into(), image);
         Ok(Value::Object(out))
     }
-}
-
-/// The refusal of a node that a job works on.
-pub fn busy(name: &str) -> QmpError {
-    // Streams are the only jobs that take nodes for themselves so far.
-    QmpError::generic(format!("Node '{name}' is busy: block device is in use by block job: stream"))
 }

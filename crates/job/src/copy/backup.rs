@@ -9,6 +9,8 @@
 //! 2. The job waits to be finalized.
 //! 3. The bitmap says what was written since the job began (where it is to); then the event.
 
+use std::any::Any;
+
 use infill_base::{Ctx, IoResult};
 use infill_node::{BackingSlot, BitmapUse, DirtyMap, Held, NodeHandle, Watching};
 use infill_storage::sync::Arc;
@@ -72,6 +74,8 @@ pub struct BackupOptions {
     pub on_target_error: OnError,
     /// Bytes per second below which politeness towards guests does not take it.
     pub min_rate: u64,
+    /// Dropped when the job is over, before that is told.
+    pub keep: Option<Box<dyn Any>>,
 }
 
 impl BackupOptions {
@@ -85,6 +89,7 @@ impl BackupOptions {
             on_source_error: OnError::default(),
             on_target_error: OnError::default(),
             min_rate: FILL_MIN_RATE,
+            keep: None,
         }
     }
 }
@@ -149,7 +154,7 @@ pub fn prepare(
         let since = Arc::new(DirtyMap::new(source.len(), granularity));
         Followed { _watching: held.watch(since.clone()), since, used }
     });
-    let keep = Arc::new(KeepOld::new(transfer.clone(), false));
+    let keep = Arc::new(KeepOld::new(transfer.clone(), false, None));
     let work = Backup {
         endless: sync == BackupSync::Nothing,
         watching: Some(held.watch(keep.clone())),
@@ -157,6 +162,7 @@ pub fn prepare(
         transfer,
         keep,
         bitmap,
+        _kept: options.keep,
         _claim: claim,
     };
     Ok(Prepared { job, work })
@@ -177,6 +183,7 @@ struct Backup {
     bitmap: Option<Followed>,
     /// Runs until it is cancelled.
     endless: bool,
+    _kept: Option<Box<dyn Any>>,
     _claim: Claim,
 }
 

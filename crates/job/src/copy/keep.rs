@@ -1,12 +1,16 @@
 //! Old bytes are kept before guests overwrite them: what a backup and a fleecing filter share.
 
+use std::time::Duration;
+
 use futures_util::future::{Either, LocalBoxFuture, select};
-use infill_base::{Ctx, IoError, IoResult, align_down};
+use infill_base::{Ctx, ErrorKind, IoError, IoResult, align_down};
 use infill_node::{Change, Kept, Watcher};
+use infill_storage::rt;
 use infill_storage::sync::atomic::{AtomicBool, Ordering};
 use infill_storage::sync::{Arc, Mutex, lock};
 
 use super::{BLOCK_BYTES, Failed, Transfer};
+use crate::state::Operation;
 
 /// Watches the source of a [`Transfer`] of the past: a change waits until what it overwrites is on the target.
 ///
@@ -19,12 +23,14 @@ pub struct KeepOld {
     failure: Mutex<Option<Failed>>,
     /// Whether a guest's write fails where the old bytes cannot be kept, and the disk as it was stays.
     breaks_guest: bool,
+    /// How long a guest waits at most for the old bytes to be kept.
+    limit: Option<Duration>,
 }
 
 impl KeepOld {
     /// Keeps what `transfer` still calls old.
-    pub fn new(transfer: Arc<Transfer>, breaks_guest: bool) -> KeepOld {
-        KeepOld { transfer, on: AtomicBool::new(true), failure: Mutex::default(), breaks_guest }
+    pub fn new(transfer: Arc<Transfer>, breaks_guest: bool, limit: Option<Duration>) -> KeepOld {
+        KeepOld { transfer, on: AtomicBool::new(true), failure: Mutex::default(), breaks_guest, limit }
     }
 
     /// Nobody wants the old bytes any more: guests that wait go on.
@@ -52,9 +58,19 @@ impl KeepOld {
         }
     }
 
+    async fn copy(&self, cx: &Ctx, at: u64, len: u64) -> Result<(), Failed> {
+        let copying = self.transfer.copy(cx, at, len);
+        let Some(limit) = self.limit else { return copying.await };
+        rt::timeout(limit, copying).await.unwrap_or_else(|| {
+            let why = format!("it took longer than {limit:?} to keep what a write would overwrite");
+            let error = IoError::new(ErrorKind::TimedOut, why).at(at, len);
+            Err(Failed { operation: Operation::Write, error })
+        })
+    }
+
     /// Copies what is old of a range.
     async fn keep(&self, cx: &Ctx, at: u64, end: u64) -> IoResult<Kept> {
-        let copying = std::pin::pin!(self.transfer.copy(cx, at, end - at));
+        let copying = std::pin::pin!(self.copy(cx, at, end - at));
         let ended = std::pin::pin!(self.ended());
         match select(copying, ended).await {
             Either::Left((Err(failed), _)) if self.breaks_guest => Err(told(failed)),

@@ -12,6 +12,7 @@
 //! landed).
 
 pub mod backup;
+pub mod fleece;
 mod keep;
 pub mod mirror;
 mod transfer;

@@ -1,0 +1,194 @@
+//! `transaction`: several actions of one moment, all or nothing.
+//!
+//! # Order
+//! 1. Whatever can be refused without holding anybody is refused.
+//! 2. Changes of all nodes that are named are held, an overlay before what lies below it.
+//! 3. Actions are prepared in their order. Where one fails, those before it are taken back in reverse, and nothing has
+//!    changed: nobody could write meanwhile.
+//! 4. What cannot be taken back is done: bitmaps go. Nodes are let go, and jobs start.
+
+use std::collections::BTreeMap;
+
+use infill_job::copy::backup::Prepared;
+use infill_job::{Group, Job};
+use infill_node::{BitmapUse, Held};
+use infill_qmp::transaction::{Transaction, TransactionAction};
+use infill_qmp::{BitmapCommand, QmpError};
+
+use super::backup::Checked;
+use super::bitmaps::Undo;
+use super::control::{Control, refused};
+use super::jobs::yield_once;
+use crate::blockdev::hold;
+
+/// An action whose arguments are in order.
+enum Action {
+    Abort,
+    Bitmap(BitmapCommand),
+    Backup(Box<Checked>),
+    Snapshot { node: String, overlay: String },
+}
+
+/// What takes a prepared action back.
+enum Back {
+    Simple(Undo),
+    Snapshot { node: String, overlay: String },
+}
+
+/// What was prepared so far.
+#[derive(Default)]
+struct Done {
+    back: Vec<Back>,
+    removals: Vec<(infill_node::NodeHandle, BitmapUse)>,
+    backups: Vec<Prepared>,
+    overlays: Vec<String>,
+}
+
+impl Control {
+    /// `transaction`.
+    pub(super) async fn transaction(&self, transaction: Transaction) -> Result<(), QmpError> {
+        let Transaction { actions, grouped } = transaction;
+        let _graph = self.blockdevs().change_graph().await;
+        let names = self.nodes_to_hold(&actions);
+        let mut ready = Vec::new();
+        for action in actions {
+            ready.push(match action {
+                TransactionAction::Abort => Action::Abort,
+                TransactionAction::Bitmap(command) => Action::Bitmap(command),
+                TransactionAction::Backup(backup) => Action::Backup(Box::new(self.check_backup(*backup)?)),
+                TransactionAction::Snapshot { node, overlay } => Action::Snapshot { node, overlay },
+            });
+        }
+        let mut held = BTreeMap::new();
+        for name in names {
+            let node = self.blockdevs().get(&name).map_err(|error| refused(&error))?;
+            held.insert(name.clone(), hold(&name, &node).await.map_err(|error| refused(&error))?);
+        }
+        let mut done = Done::default();
+        for action in ready {
+            if let Err(error) = self.prepare_action(action, &held, &mut done).await {
+                self.take_back(done).await;
+                return Err(error);
+            }
+        }
+        for (node, used) in done.removals {
+            node.remove_bitmap(used.bitmap());
+        }
+        drop(held);
+        done.overlays.iter().for_each(|overlay| self.note_backing(overlay));
+        self.start_all(done.backups, grouped)?;
+        yield_once().await;
+        Ok(())
+    }
+
+    /// The nodes that are named and exist, overlays before what lies below them.
+    fn nodes_to_hold(&self, actions: &[TransactionAction]) -> Vec<String> {
+        let named = actions.iter().flat_map(|action| match action {
+            TransactionAction::Abort => Vec::new(),
+            TransactionAction::Bitmap(command) => vec![command.node()],
+            TransactionAction::Backup(backup) => vec![backup.device.as_str()],
+            TransactionAction::Snapshot { node, overlay } => vec![node.as_str(), overlay.as_str()],
+        });
+        let mut names: Vec<String> = named.map(ToOwned::to_owned).collect();
+        names.retain(|name| self.blockdevs().get(name).is_ok());
+        names.sort();
+        names.dedup();
+        names.sort_by_key(|name| std::cmp::Reverse(self.blockdevs().chain_with_filters(name).len()));
+        names
+    }
+
+    async fn prepare_action(
+        &self,
+        action: Action,
+        held: &BTreeMap<String, Held>,
+        done: &mut Done,
+    ) -> Result<(), QmpError> {
+        match action {
+            Action::Abort => Err(QmpError::generic("Transaction aborted using Abort action")),
+            Action::Bitmap(command) => self.prepare_bitmap(command, held, done),
+            Action::Backup(checked) => {
+                let missing = || QmpError::generic("the disk of a backup has gone");
+                let held = held.get(checked.device()).ok_or_else(missing)?;
+                done.backups.push(self.prepare_backup(*checked, held)?);
+                Ok(())
+            }
+            Action::Snapshot { node, overlay } => {
+                self.not_busy(&node)?;
+                let (Some(below), Some(_)) = (held.get(&node), held.get(&overlay)) else {
+                    let name = if held.contains_key(&node) { overlay } else { node };
+                    let why = format!("Cannot find device='{name}' nor node-name='{name}'");
+                    return Err(QmpError::generic(why));
+                };
+                let snapshot = self.blockdevs().snapshot_held(&node, &overlay, below).await;
+                snapshot.map_err(|error| refused(&error))?;
+                done.overlays.push(overlay.clone());
+                done.back.push(Back::Snapshot { node, overlay });
+                Ok(())
+            }
+        }
+    }
+
+    fn prepare_bitmap(
+        &self,
+        command: BitmapCommand,
+        held: &BTreeMap<String, Held>,
+        done: &mut Done,
+    ) -> Result<(), QmpError> {
+        let undo = match &command {
+            BitmapCommand::Add(add) => {
+                self.node_for_bitmap(&add.node)?;
+                let missing = || QmpError::generic(format!("Node '{}' not found", add.node));
+                self.add_bitmap(held.get(&add.node).ok_or_else(missing)?, add)?
+            }
+            BitmapCommand::Remove(node, name) => {
+                let (node, bitmap) = self.bitmap(node, name)?;
+                let used = bitmap.use_removable().map_err(|error| QmpError::generic(error.to_string()))?;
+                done.removals.push((node, used));
+                return Ok(());
+            }
+            BitmapCommand::Clear(node, name) => self.clear_bitmap(node, name)?,
+            BitmapCommand::Enable(node, name) => self.record(node, name, true)?,
+            BitmapCommand::Disable(node, name) => self.record(node, name, false)?,
+            BitmapCommand::Merge(merge) => self.merge_bitmaps(merge)?,
+            BitmapCommand::Sha256(..) => return Ok(()),
+        };
+        done.back.push(Back::Simple(undo));
+        Ok(())
+    }
+
+    /// Takes everything back that was prepared, the last first.
+    async fn take_back(&self, done: Done) {
+        drop(done.backups);
+        for back in done.back.into_iter().rev() {
+            match back {
+                Back::Simple(undo) => undo(),
+                Back::Snapshot { node, overlay } => {
+                    if let Err(error) = self.blockdevs().take_snapshot_back(&node, &overlay).await {
+                        tracing::error!("a snapshot of '{node}' could not be taken back: {error:#}");
+                    }
+                }
+            }
+        }
+    }
+
+    fn start_all(&self, backups: Vec<Prepared>, grouped: bool) -> Result<(), QmpError> {
+        let group = Group::new();
+        let mut started: Vec<Job> = Vec::new();
+        for prepared in backups {
+            match self.start_backup(prepared) {
+                Ok(job) => started.push(job),
+                Err(error) => {
+                    for job in started {
+                        // It has not begun.
+                        let _over = job.cancel();
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        if grouped {
+            started.iter().for_each(|job| job.join(&group));
+        }
+        Ok(())
+    }
+}
