@@ -7,8 +7,9 @@ mod common;
 #[path = "common/qmp.rs"]
 mod qmp;
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use certs::{Authority, Certs, End};
 use common::{INFILL, Process, fails, run, text, wait_for_socket};
@@ -300,6 +301,24 @@ fn serve_insists_on_tls_and_prints_where_it_is_found() {
     fails("nbdinfo", &[&plain]);
     open.signal("TERM");
     open.wait_for_success();
+    // Over TCP the host's name, or address, is what the certificate must be for.
+    let mut command = Command::new(INFILL);
+    command.args(["serve", "-t", "-r", "-f", "raw", "-x", "disk", "-p", "0", "--tls-creds"]);
+    command.arg(certs.dir("good")).arg(&disk).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut tcp = Process(command.spawn().unwrap());
+    let mut printed = String::new();
+    BufReader::new(tcp.0.stdout.take().unwrap()).read_line(&mut printed).unwrap();
+    assert!(printed.starts_with("nbds://127.0.0.1:"), "{printed}");
+    let credentials = format!("?tls-certificates={}", text(&certs.dir("good")));
+    for host in ["127.0.0.1", "localhost"] {
+        let uri = printed.trim().replace("127.0.0.1", host) + &credentials;
+        run(INFILL, &["info", "-f", "raw", &uri]);
+        run("nbdinfo", &[&uri]);
+    }
+    let elsewhere = printed.trim().to_owned() + &credentials + "&tls-hostname=elsewhere";
+    assert!(fails(INFILL, &["info", "-f", "raw", &elsewhere]).contains("it is not for 'elsewhere'"));
+    tcp.signal("TERM");
+    tcp.wait_for_success();
     let said = fails(INFILL, &["serve", "-f", "raw", "--tls-creds", "/nonexistent", text(&disk)]);
     assert!(said.contains("Unable to access credentials /nonexistent/ca-cert.pem"), "{said}");
 }

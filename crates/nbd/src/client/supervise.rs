@@ -147,6 +147,7 @@ async fn reconnect(shared: &Shared, retry: &mut Retry) -> Option<Open> {
     };
     let mut attempts: FuturesUnordered<LocalBoxFuture<'_, _>> = FuturesUnordered::new();
     let mut due = now + retry.pause();
+    let mut refused = false;
     loop {
         let changed = shared.changed.listen();
         if shared.over() {
@@ -186,7 +187,13 @@ async fn reconnect(shared: &Shared, retry: &mut Retry) -> Option<Open> {
         if matches!(failed, Failed::Broke(_)) && retry.strike() {
             shared.no_use(&IoError::from(failed.clone()));
         }
-        tracing::debug!(storage = %shared.name, error = %IoError::from(failed), "connecting again failed");
+        let error = IoError::from(failed);
+        // Credentials do not mend themselves: somebody has to know. Once, for this is tried on and on.
+        if error.kind() == ErrorKind::NotPermitted && !std::mem::replace(&mut refused, true) {
+            tracing::warn!(storage = %shared.name, %error, "not let in again; it is tried on");
+        } else {
+            tracing::debug!(storage = %shared.name, %error, "connecting again failed");
+        }
         due = rt::now() + retry.pause();
     }
 }
