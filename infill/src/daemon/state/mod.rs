@@ -56,6 +56,18 @@ pub struct State {
     changed: Signal,
 }
 
+/// Entries that are being written: what was not is dirty again, also where nobody waits for it to the end.
+struct Dirty<'a> {
+    state: &'a State,
+    entries: BTreeSet<u64>,
+}
+
+impl Drop for Dirty<'_> {
+    fn drop(&mut self) {
+        self.state.dirty.borrow_mut().append(&mut self.entries);
+    }
+}
+
 impl State {
     /// Opens the state in `dir`. With `forget` it begins empty.
     pub fn open(dir: &Path, forget: bool) -> Result<State> {
@@ -165,8 +177,8 @@ impl State {
     /// Writes what has changed. On stable storage when it returns; after an error it is tried again with the next change.
     pub async fn commit(&self) -> Result<()> {
         let _turn = self.committing.exclusive(0, 1).await;
-        let dirty = std::mem::take(&mut *self.dirty.borrow_mut());
-        if dirty.is_empty() {
+        let mut dirty = Dirty { state: self, entries: std::mem::take(&mut *self.dirty.borrow_mut()) };
+        if dirty.entries.is_empty() {
             return Ok(());
         }
         let record = |at: &u64| {
@@ -174,16 +186,11 @@ impl State {
             let bytes = entries.get(at).map(|entry| serde_json::to_vec(&entry.record)).transpose()?;
             Ok((*at, bytes))
         };
-        let changes: Result<Vec<_>> = dirty.iter().map(record).collect();
+        let changes = dirty.entries.iter().map(record).collect::<Result<Vec<_>>>()?;
         let store = self.store.clone();
-        let written = match changes {
-            Ok(changes) => rt::offload(move || store.write(&changes)).await,
-            Err(error) => Err(error),
-        };
-        if written.is_err() {
-            self.dirty.borrow_mut().extend(dirty);
-        }
-        written
+        rt::offload(move || store.write(&changes)).await?;
+        dirty.entries.clear();
+        Ok(())
     }
 
     /// The overlay `name` lies on `backing` from now on (`None`: on nothing): its description follows, wherever it stands.
