@@ -477,6 +477,23 @@ fn an_end_in_order_keeps_jobs_without_a_word_of_cancel() {
 }
 
 #[test]
+fn an_export_comes_back_without_a_bitmap_that_was_in_memory() {
+    let place = Place::new();
+    let (daemon, mut qmp) = place.start(&[]);
+    place.serve(&mut qmp);
+    qmp.run("block-dirty-bitmap-add", json!({"node": "top", "name": "b0"}));
+    let export = json!({"type": "nbd", "id": "e1", "node-name": "top", "name": "b", "bitmaps": ["b0"]});
+    qmp.run("block-dirty-bitmap-disable", json!({"node": "top", "name": "b0"}));
+    qmp.run("block-export-add", export);
+    daemon.process.kill();
+    let (daemon, mut qmp) = place.start(&[]);
+    let entries = qmp.run("__infill_query-state", json!({}))["entries"].clone();
+    assert!(entries.as_array().unwrap().iter().all(|entry| entry.get("held").is_none()), "{entries}");
+    run("nbdinfo", &["--size", &format!("nbd+unix:///b?socket={}", text(&place.path("nbd.sock")))]);
+    daemon.quit(&mut qmp);
+}
+
+#[test]
 fn a_name_that_was_made_up_is_not_kept() {
     let place = Place::new();
     let (daemon, mut qmp) = place.start(&[]);

@@ -8,7 +8,8 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use infill_qmp::QmpError;
+use infill_qmp::command::Command;
+use infill_qmp::{BlockExportOptions, QmpError};
 use infill_storage::rt;
 use serde_json::json;
 
@@ -105,7 +106,12 @@ impl Control {
             self.jobs().go_on_as(id, Some(kept.clone()));
         }
         let outcome = match record.now() {
-            Ok(command) => self.carry_out(command).await.map(drop),
+            Ok(mut command) => {
+                if let Command::BlockExportAdd(export) = &mut command {
+                    self.leave_out_bitmaps(export);
+                }
+                self.carry_out(command).await.map(drop)
+            }
             Err(error) => Err(error),
         };
         if record.job.is_some() {
@@ -116,6 +122,29 @@ impl Control {
             }
         }
         outcome
+    }
+
+    /// An export comes back without the bitmaps that went with the last daemon: clients then ask for everything.
+    fn leave_out_bitmaps(&self, export: &mut BlockExportOptions) {
+        let node_name = &export.node_name;
+        export.bitmaps.retain(|wanted| {
+            let layers = match &wanted.node {
+                Some(node) => vec![node.clone()],
+                None => self.blockdevs().chain_with_filters(node_name),
+            };
+            let has = |layer: &String| {
+                self.blockdevs().get(layer).is_ok_and(|node| node.bitmap(&wanted.name).is_ok())
+            };
+            let found = layers.iter().any(has);
+            if !found {
+                tracing::warn!(
+                    export = export.id,
+                    bitmap = wanted.name,
+                    "exported without a bitmap that is gone"
+                );
+            }
+            found
+        });
     }
 
     /// Notes how an attempt has ended, and tells it where that is news. Whether the entry was made.
