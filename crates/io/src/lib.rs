@@ -4,6 +4,7 @@
 //!   them `infill_storage::rt` works.
 //! * [`FileStorage`]: a file or block device as a storage, locked as QEMU locks its images.
 //! * [`Listener`], [`TcpConnector`], [`UnixConnector`], [`stdio`]: byte streams.
+//! * [`JournalDir`]: memory that outlives the process.
 //! * [`Relay`]: a slow or bad link in between.
 //! * [`sandbox`]: what the process gives up for good.
 //! * [`termination`]: waits for a signal that asks the process to end.
@@ -13,6 +14,7 @@
 
 mod connect;
 mod file;
+mod journal;
 mod locks;
 mod net;
 mod reactor;
@@ -22,6 +24,7 @@ mod signal;
 
 pub use connect::{TcpConnector, UnixConnector, connector};
 pub use file::{Create, FileOptions, FileStorage};
+pub use journal::JournalDir;
 pub use locks::Share;
 pub use net::{Accepted, Address, Listener, stdio};
 pub use reactor::{Reactor, Reactors};

@@ -3,6 +3,7 @@
 //! * [`Storage`] is for those who write drivers (plain `async fn`); [`StorageHandle`] is what everybody holds.
 //! * [`rt`] is the seam to the runtime: spawn, sleep, now. `infill-io` and `infill-sim` provide one each.
 //! * [`unaligned`] reads and writes metadata at any alignment.
+//! * [`journal`] is what a process leaves to its successor of changes that only memory has.
 //! * [`RangeLock`], [`Permits`], [`rounds`] and [`sync`] are the concurrency helpers; all are safe between threads.
 //!
 //! # Contract
@@ -14,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod handle;
+pub mod journal;
 mod memory;
 mod null;
 mod permits;
