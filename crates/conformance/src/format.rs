@@ -4,6 +4,7 @@ use infill_base::{Ctx, DiscardMode, OpenError};
 use infill_node::{BackingRef, CheckReport, NodeHandle, RawNode, Repair};
 use infill_sim::Media;
 use infill_storage::StorageHandle;
+use infill_storage::journal::Journaling;
 
 use crate::Violation;
 use crate::layout::Layout;
@@ -242,6 +243,15 @@ impl Format {
 
     /// Opens an image for reading and writing, with every discard done.
     pub async fn open(&self, storage: &StorageHandle) -> Result<NodeHandle, OpenError> {
+        self.open_with(storage, Journaling::Off).await
+    }
+
+    /// As [`Format::open`], with a journal.
+    pub async fn open_with(
+        &self,
+        storage: &StorageHandle,
+        journal: Journaling,
+    ) -> Result<NodeHandle, OpenError> {
         let (cx, storage) = (Ctx::GUEST, storage.clone());
         match self {
             Format::Raw => Ok(NodeHandle::new(RawNode::new(storage, false))),
@@ -249,6 +259,7 @@ impl Format {
                 let options = infill_qcow2::OpenOptions {
                     discard: DiscardMode::Unmap,
                     metadata_cache_bytes: shape.cache_bytes,
+                    journal,
                     fault: shape.fault,
                     ..Default::default()
                 };
@@ -258,6 +269,7 @@ impl Format {
                 let options = infill_qed::OpenOptions {
                     discard: DiscardMode::Unmap,
                     metadata_cache_bytes: shape.cache_bytes,
+                    journal,
                     fault: shape.fault,
                     ..Default::default()
                 };

@@ -156,7 +156,7 @@ pub struct ReadTicket {
     id: u64,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct ActiveRead {
     at: u64,
     len: u64,
@@ -189,7 +189,7 @@ impl fmt::Display for Mismatch {
 }
 
 /// A disk in memory that knows what it may show.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Model {
     sectors: Vec<Sector>,
     /// Sizes that a crash may leave, in bytes, and when the change to each was over; the last one is the size now.

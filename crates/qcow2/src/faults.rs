@@ -25,10 +25,35 @@ pub enum Fault {
     FreedByRoundThatCopied,
     /// A larger L1 table is written from the cache, not from what is on the disk.
     LargerL1FromCache,
+    /// An entry is set before its record is in the journal.
+    RecordAfterEntry,
+    /// Records are dropped after the first sync of a round.
+    RecordsDroppedAtSync1,
+    /// Records are dropped that came after the round has copied.
+    RecordsDroppedPastMark,
+    /// What is populated has no record.
+    PopulateUnrecorded,
+    /// A table that is made has no record.
+    TableUnrecorded,
+    /// The journal is replayed without asking whether somebody else has written to the image.
+    ReplayedUnasked,
+    /// What was not recorded is acknowledged without a round.
+    OwedUnpaid,
 }
 
 impl Fault {
-    /// All of them.
+    /// Those of the journal, which a crash alone does not show: a process has to die before.
+    pub const OF_JOURNAL: [Fault; 7] = [
+        Fault::RecordAfterEntry,
+        Fault::RecordsDroppedAtSync1,
+        Fault::RecordsDroppedPastMark,
+        Fault::PopulateUnrecorded,
+        Fault::TableUnrecorded,
+        Fault::ReplayedUnasked,
+        Fault::OwedUnpaid,
+    ];
+
+    /// All others.
     pub const ALL: [Fault; 10] = [
         Fault::LiveSliceWritten,
         Fault::TableAfterAck,

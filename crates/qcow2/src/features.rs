@@ -50,11 +50,6 @@ bitflags! {
     }
 }
 
-impl Autoclear {
-    /// The bits that a writer who keeps no bitmaps may leave set.
-    pub const KEPT_BY_WRITER: Autoclear = Autoclear::VOLATILE_JOURNAL;
-}
-
 /// Incompatible bit: clusters lie in another file.
 const EXTERNAL_DATA_FILE: u32 = 2;
 /// Incompatible bit: another host owns the disk now, this copy of it is not to be started. Far from the bits that the

@@ -5,11 +5,13 @@ use infill_base::{Ctx, DiscardMode, ErrorKind, IoError, IoResult, OpenError, ran
 use infill_node::mapping::{ByteOrder, SLICE_BYTES, SliceCache, SliceLayout};
 use infill_node::{BackingSlot, Repair};
 use infill_storage::StorageHandle;
+use infill_storage::journal::{Journaling, Ledger};
 use infill_storage::sync::atomic::{AtomicU64, Ordering};
-use infill_storage::sync::{Mutex, lock};
+use infill_storage::sync::{Arc, Mutex, lock};
 
 use crate::check::check;
 use crate::entry::{CompressedCluster, L1Entry, be64};
+use crate::features::Autoclear;
 use crate::geometry::{Geometry, TABLE_ENTRY_BYTES};
 use crate::header::{Header, Purpose, WriteGate};
 use crate::in_flight::InFlight;
@@ -29,6 +31,8 @@ pub struct OpenOptions {
     pub discard: DiscardMode,
     /// Bytes of L2 slices that are cached.
     pub metadata_cache_bytes: u64,
+    /// What becomes of changes that only memory has when the process dies.
+    pub journal: Journaling,
     /// A mistake to make, for a test that has to find it.
     #[cfg(feature = "planted-faults")]
     pub fault: Option<crate::faults::Fault>,
@@ -40,6 +44,7 @@ impl Default for OpenOptions {
             read_only: false,
             discard: DiscardMode::default(),
             metadata_cache_bytes: METADATA_CACHE_BYTES,
+            journal: Journaling::Off,
             #[cfg(feature = "planted-faults")]
             fault: None,
         }
@@ -58,6 +63,8 @@ pub(crate) struct Image {
     pub(crate) size: AtomicU64,
     pub(crate) l1: L1,
     pub(crate) slices: SliceCache,
+    /// Every change of `l1` and `slices` goes through it.
+    pub(crate) ledger: Ledger,
     pub(crate) backing: BackingSlot,
     pub(crate) in_flight: InFlight,
     /// `None`: open read-only.
@@ -72,8 +79,8 @@ impl Image {
     pub(crate) async fn open(
         cx: &Ctx,
         storage: StorageHandle,
-        options: OpenOptions,
-    ) -> Result<Image, OpenError> {
+        mut options: OpenOptions,
+    ) -> Result<Arc<Image>, OpenError> {
         let mut header = Header::read(cx, &storage, Purpose::Use).await?;
         let geometry = header.geometry();
         let align = storage.limits().request_align;
@@ -88,19 +95,42 @@ impl Image {
             });
         }
         let read_only = options.read_only || !storage.limits().writable;
+        let journal = std::mem::take(&mut options.journal);
+        let bit = header.autoclear().contains(Autoclear::VOLATILE_JOURNAL);
+        #[cfg(feature = "planted-faults")]
+        let bit = bit || options.fault == Some(crate::faults::Fault::ReplayedUnasked);
+        if let Some(found) = journal.pending(&storage.name(), read_only, bit)? {
+            // Before any repair: that would take what only the journal names for leaked.
+            let image = Image::build(cx, &storage, header.clone(), &options, Journaling::Off).await?;
+            Arc::new(image).replay(found).await?;
+            journal.replayed();
+        }
         if !read_only && header.writable()? == WriteGate::RepairFirst {
             header = repaired(cx, &storage).await?;
         }
+        options.read_only = read_only;
+        Ok(Arc::new(Image::build(cx, &storage, header, &options, journal).await?))
+    }
+
+    /// What is in memory of an image whose header has passed.
+    async fn build(
+        cx: &Ctx,
+        storage: &StorageHandle,
+        header: Header,
+        options: &OpenOptions,
+        journal: Journaling,
+    ) -> Result<Image, OpenError> {
+        let (geometry, align) = (header.geometry(), storage.limits().request_align);
         let table = header.l1();
         let len = u64::from(table.count) * TABLE_ENTRY_BYTES;
-        let bytes = metaio::read(cx, &storage, table.at.0, len as usize).await?;
+        let bytes = metaio::read(cx, storage, table.at.0, len as usize).await?;
         let layout = SliceLayout {
             slice_bytes: SLICE_BYTES.max(align as usize).min(geometry.cluster_bytes() as usize),
             entry_words: (geometry.l2_entry_bytes() / TABLE_ENTRY_BYTES) as usize,
             order: ByteOrder::Big,
         };
         let l1 = L1::new(table, &bytes, align);
-        let writer = (!read_only).then(|| Writer::new(storage.clone(), &header));
+        let writer = (!options.read_only).then(|| Writer::new(storage.clone(), &header));
         if let Some(writer) = &writer {
             let tables = bytes.chunks_exact(TABLE_ENTRY_BYTES as usize).map(|entry| L1Entry(be64(entry)));
             let tables = tables.filter_map(|entry| entry.view(&geometry).ok().flatten());
@@ -112,13 +142,14 @@ impl Image {
             size: AtomicU64::new(header.size()),
             l1,
             slices: SliceCache::new(layout, options.metadata_cache_bytes),
+            ledger: Ledger::new(journal),
             backing: BackingSlot::new(None),
             in_flight: InFlight::default(),
             writer,
             unpacked: Mutex::new(None),
             header: Mutex::new(header),
-            options,
-            storage,
+            options: options.clone(),
+            storage: storage.clone(),
         })
     }
 

@@ -31,6 +31,7 @@ mod geometry;
 mod header;
 mod image;
 mod in_flight;
+mod journal;
 mod l1;
 mod lookup;
 mod maintain;

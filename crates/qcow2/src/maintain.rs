@@ -140,6 +140,9 @@ impl Image {
         self.sync().await?;
         // What the round has unmapped falls in the cache afterwards, and is for a second one.
         writer.freeing.settle(0, 1).await;
-        if writer.refcounts.is_dirty() { self.sync().await } else { Ok(()) }
+        if writer.refcounts.is_dirty() {
+            self.sync().await?;
+        }
+        self.end_journal().await
     }
 }

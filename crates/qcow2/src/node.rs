@@ -20,7 +20,7 @@ impl Qcow2 {
     /// Opens the image in `storage`. Its backing file is not opened: `info().backing` says what the header names, and
     /// whoever wants it puts a node into [`Node::backing`]'s slot before any I/O.
     pub async fn open(cx: &Ctx, storage: StorageHandle, options: OpenOptions) -> Result<Qcow2, OpenError> {
-        Ok(Qcow2(Arc::new(Image::open(cx, storage, options).await?)))
+        Ok(Qcow2(Image::open(cx, storage, options).await?))
     }
 
     fn is_read_only(&self) -> bool {
@@ -64,15 +64,18 @@ impl Node for Qcow2 {
     }
 
     async fn write(&self, cx: &Ctx, at: u64, data: Gather, flags: WriteFlags) -> IoResult<()> {
-        self.0.write(cx, at, data, flags).await
+        self.0.write(cx, at, data, flags).await?;
+        self.0.written_through().await
     }
 
     async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
-        self.0.write_zeroes(cx, at, len, flags).await
+        self.0.write_zeroes(cx, at, len, flags).await?;
+        self.0.written_through().await
     }
 
     async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
-        self.0.discard(cx, at, len).await
+        self.0.discard(cx, at, len).await?;
+        self.0.written_through().await
     }
 
     async fn sync(&self, _cx: &Ctx) -> IoResult<()> {
@@ -95,11 +98,15 @@ impl Node for Qcow2 {
     }
 
     async fn populate(&self, cx: &Ctx, at: u64, data: Bytes, generation: u64) -> IoResult<Populated> {
-        self.0.populate(cx, at, data, generation).await
+        let populated = self.0.populate(cx, at, data, generation).await?;
+        self.0.written_through().await?;
+        Ok(populated)
     }
 
     async fn populate_zero(&self, cx: &Ctx, at: u64, len: u64, generation: u64) -> IoResult<Populated> {
-        self.0.populate_zero(cx, at, len, generation).await
+        let populated = self.0.populate_zero(cx, at, len, generation).await?;
+        self.0.written_through().await?;
+        Ok(populated)
     }
 
     async fn set_backing_ref(&self, _cx: &Ctx, backing: Option<BackingRef>) -> IoResult<()> {

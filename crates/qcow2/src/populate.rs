@@ -213,6 +213,8 @@ impl Image {
                             allocated: linked,
                             zero: old.zero,
                         };
+                        #[cfg(feature = "planted-faults")]
+                        self.plant_unrecorded(&share.slice, share.index, new);
                         self.link(&share.slice, share.index, L2View::Standard(old), new);
                     }
                     let bytes = self.bytes_in(&share, linked);
@@ -336,6 +338,8 @@ impl Image {
                 && absent != 0
             {
                 let new = StandardCluster { zero: cluster.zero | absent, ..cluster };
+                #[cfg(feature = "planted-faults")]
+                self.plant_unrecorded(&share.slice, share.index, new);
                 self.link(&share.slice, share.index, old, new);
             }
             let linked = self.bytes_in(&share, absent);

@@ -246,6 +246,21 @@ impl Refcounts {
         }
     }
 
+    /// Makes sure that a cluster which an entry names is counted: 0 becomes 1, in the cache.
+    pub async fn count_named(&self, cx: &Ctx, cluster: HostCluster) -> IoResult<()> {
+        if self.refcount(cx, cluster).await? > 0 {
+            return Ok(());
+        }
+        let (index, _) = self.geometry.refcount_indices(cluster);
+        self.need_block(index, cluster)?;
+        loop {
+            if lock(&self.cache).count_named(cluster.0) {
+                return Ok(());
+            }
+            self.load_block(cx, index).await?;
+        }
+    }
+
     /// Which metadata lies in the run, as far as header and refcount table tell: what a damaged entry must not make
     /// anybody overwrite.
     pub async fn metadata_at(&self, cx: &Ctx, run: HostRun) -> IoResult<Option<&'static str>> {

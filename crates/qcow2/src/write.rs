@@ -475,7 +475,7 @@ impl Image {
         if self.entry(slice, index) == entry {
             return;
         }
-        self.slices.set(slice, index, [entry.word, entry.bitmap]);
+        self.set_entry(slice, index, entry);
         match old {
             L2View::Compressed(cluster) => self.unmapped(Freed::compressed(cluster, &self.geometry)),
             L2View::Standard(StandardCluster { host: Some(host), .. }) if new.host != Some(host) => {

@@ -7,7 +7,8 @@
 //! 1. takes the list of what was unmapped, then copies the changed L1 sectors, then the changed slices, then the changed
 //!    refcount sectors: so no copy names what is not copied, and whatever the list holds is unmapped in the copies;
 //! 2. writes the refcount copies, and syncs: this covers every payload that a copy names, and every new L2 table;
-//! 3. writes the copies of slices and L1 sectors, and syncs. Now the FLUSHes are answered;
+//! 3. writes the copies of slices and L1 sectors, and syncs. Now the FLUSHes are answered, and the records of what was
+//!    changed before step 1 are dropped from the journal;
 //! 4. afterwards, when all operations that may still touch what was unmapped are over, punches it and lowers its
 //!    refcounts in the cache: they reach the file with the next round. A crash leaks, and never doubles.
 //!
@@ -20,6 +21,7 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use infill_base::{Ctx, DiscardMode, Gather, IoResult, WriteFlags};
 use infill_node::mapping::FrozenSlice;
+use infill_storage::journal::Mark;
 use infill_storage::rt;
 use infill_storage::sync::{Arc, lock};
 
@@ -74,6 +76,9 @@ impl Freed {
 
 /// What a round has copied.
 struct Copies {
+    /// The records of these changes.
+    #[cfg_attr(not(feature = "planted-faults"), expect(dead_code, reason = "the round has it"))]
+    mark: Mark,
     l1: Vec<L1Copy>,
     slices: Vec<FrozenSlice>,
     refcounts: Vec<RefcountCopy>,
@@ -88,11 +93,8 @@ impl Image {
 
     /// Writes back when so much has changed that it should be, before more does.
     pub(crate) async fn relieve(self: &Arc<Image>) -> IoResult<()> {
-        if self.slices.wants_round() || self.writer()?.refcounts.wants_round() {
-            self.sync().await
-        } else {
-            Ok(())
-        }
+        let wanted = self.slices.wants_round() || self.ledger.wants_round();
+        if wanted || self.writer()?.refcounts.wants_round() { self.sync().await } else { Ok(()) }
     }
 
     /// Notes that an entry in the cache no longer names this. To be called after the entry was set.
@@ -109,11 +111,12 @@ impl Image {
     async fn round(self: Arc<Image>) -> IoResult<()> {
         let writer = self.writer()?;
         let mut freed = std::mem::take(&mut *lock(&writer.freed));
+        let mark = self.ledger.mark();
         let l1 = self.l1.freeze();
         let slices = self.slices.freeze();
         #[cfg(feature = "planted-faults")]
         self.plant_before_writes(writer, &mut freed, &slices).await;
-        let mut copies = Copies { l1, slices, refcounts: writer.refcounts.freeze() };
+        let mut copies = Copies { mark, l1, slices, refcounts: writer.refcounts.freeze() };
         let result = self.write_copies(&mut copies).await;
         let ok = result.is_ok();
         self.l1.written(copies.l1, ok);
@@ -123,7 +126,11 @@ impl Image {
         if self.fault(Fault::FreedByRoundThatCopied) {
             freed.append(&mut lock(&writer.freed));
         }
+        #[cfg(feature = "planted-faults")]
+        let mark = if self.fault(Fault::RecordsDroppedPastMark) { self.ledger.mark() } else { mark };
         if ok {
+            // Before the space is used again.
+            self.ledger.stable(mark);
             self.clone().free(writer, freed).await;
         } else {
             lock(&writer.freed).append(&mut freed);
@@ -143,6 +150,10 @@ impl Image {
             return Ok(());
         }
         self.sync_storage().await?;
+        #[cfg(feature = "planted-faults")]
+        if self.fault(Fault::RecordsDroppedAtSync1) {
+            self.ledger.stable(copies.mark);
+        }
         let slices = copies.slices.iter().map(|slice| (slice.host(), slice.bytes().clone()));
         let l1 = copies.l1.iter().map(|copy| (copy.at, copy.bytes.clone()));
         self.write_all(slices.chain(l1).collect()).await?;

@@ -12,7 +12,6 @@ use infill_storage::sync::{Arc, Mutex, lock};
 use infill_storage::{RangeLock, StorageHandle, rt};
 
 use crate::entry::{L1Entry, L2Entry, L2TableRef, L2View, StandardCluster};
-use crate::features::Autoclear;
 use crate::geometry::{GuestCluster, HostOffset, L1Index};
 use crate::header::{Header, HeaderChange};
 use crate::image::Image;
@@ -80,11 +79,15 @@ impl Image {
     /// Syncs the storage. A failure poisons the image.
     pub(crate) async fn sync_storage(&self) -> IoResult<()> {
         let writer = self.writer()?;
-        self.storage.sync(&Ctx::GUEST).await.inspect_err(|_| writer.poison())
+        self.storage.sync(&Ctx::GUEST).await.inspect_err(|_| {
+            writer.poison();
+            // What is recorded may name what is not there.
+            self.ledger.void();
+        })
     }
 
-    /// Before the first write: clears the bits of features that we do not keep up, stable before anything depends on
-    /// it.
+    /// Before the first write: clears the bits of features that we do not keep up and sets that of the journal, stable
+    /// before anything depends on it.
     pub(crate) async fn prepare(self: &Arc<Image>) -> IoResult<&Writer> {
         let writer = self.writer()?;
         if writer.prepared.load(Ordering::Acquire) {
@@ -95,8 +98,9 @@ impl Image {
             let writer = image.writer()?;
             let turn = writer.rounds.turn().await;
             if !writer.prepared.load(Ordering::Acquire) {
-                if !image.header().autoclear().is_empty() {
-                    image.change_header(&turn, &[HeaderChange::Autoclear(Autoclear::empty())]).await?;
+                let wanted = image.begin_journal();
+                if image.header().autoclear() != wanted {
+                    image.change_header(&turn, &[HeaderChange::Autoclear(wanted)]).await?;
                 }
                 writer.prepared.store(true, Ordering::Release);
             }
@@ -234,7 +238,7 @@ impl Image {
         }
         let table = L2TableRef { at, copied: true };
         writer.refcounts.note_l2_tables(std::iter::once(at));
-        self.l1.set(L1Index(l1_index.0), L1Entry::table(table));
+        self.set_table(L1Index(l1_index.0), L1Entry::table(table));
         if let Some(old) = old {
             self.unmapped(Freed::table(self.geometry.host_cluster(old.at)));
         }

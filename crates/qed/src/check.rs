@@ -52,7 +52,7 @@ pub(crate) async fn check_header(
 ) -> Result<CheckReport, OpenError> {
     let mut header = header.clone();
     if repair > Repair::Nothing && header.autoclear() != 0 {
-        header = header.without_autoclear();
+        header = header.with_autoclear(0);
         header.store(cx, storage).await?;
         storage.sync(cx).await?;
     }

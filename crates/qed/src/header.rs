@@ -34,6 +34,10 @@ bitflags! {
     }
 }
 
+/// Autoclear feature: Infill's volatile journal belongs to exactly this state of the image. Far from the bits that the
+/// format hands out in ascending order.
+pub const VOLATILE_JOURNAL: u64 = 1 << 62;
+
 /// A header that breaks the format's rules.
 pub(crate) fn malformed(what: impl Into<String>) -> OpenError {
     OpenError::Malformed { format: FORMAT, what: what.into() }
@@ -144,7 +148,7 @@ impl Header {
         self.features
     }
 
-    /// Feature bits that whoever writes clears first: none is known, so all of them.
+    /// Feature bits that whoever writes clears first, but for those that it keeps true.
     pub fn autoclear(&self) -> u64 {
         self.autoclear
     }
@@ -174,11 +178,11 @@ impl Header {
         next
     }
 
-    /// The header without autoclear features.
-    pub(crate) fn without_autoclear(&self) -> Header {
+    /// The header with these autoclear features and no others.
+    pub(crate) fn with_autoclear(&self, bits: u64) -> Header {
         let mut next = self.clone();
-        next.autoclear = 0;
-        next.put(32, &[0; 8]);
+        next.autoclear = bits;
+        next.put(32, &bits.to_le_bytes());
         next
     }
 

@@ -28,6 +28,7 @@ use bytes::Bytes;
 use infill_base::{Ctx, DiscardMode, ErrorKind, IoError, IoResult, OpenError, range_end};
 use infill_node::BackingSlot;
 use infill_node::mapping::{ByteOrder, SLICE_BYTES, SliceCache, SliceLayout};
+use infill_storage::journal::{Journaling, Ledger};
 use infill_storage::rounds::Rounds;
 use infill_storage::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use infill_storage::sync::{Arc, Mutex, Weak, lock};
@@ -38,7 +39,7 @@ use crate::check::{check_header, refuse_unrepaired};
 use crate::fault::Fault;
 use crate::format::limits::METADATA_CACHE_BYTES_DEFAULT;
 use crate::geometry::{HostOffset, Layout};
-use crate::header::{Features, Header};
+use crate::header::{Features, Header, VOLATILE_JOURNAL};
 use crate::space::{Space, Taken};
 
 /// So long nothing must have been allocated before the mark *need check* is cleared (QEMU's time, too).
@@ -57,6 +58,8 @@ pub struct OpenOptions {
     pub discard: DiscardMode,
     /// Memory for cached tables, in bytes.
     pub metadata_cache_bytes: u64,
+    /// What becomes of changes that only memory has when the process dies.
+    pub journal: Journaling,
     /// A mistake to make, for tests of the tests.
     #[cfg(feature = "planted-faults")]
     pub fault: Option<Fault>,
@@ -68,9 +71,24 @@ impl Default for OpenOptions {
             read_only: false,
             discard: DiscardMode::default(),
             metadata_cache_bytes: METADATA_CACHE_BYTES_DEFAULT,
+            journal: Journaling::Off,
             #[cfg(feature = "planted-faults")]
             fault: None,
         }
+    }
+}
+
+impl OpenOptions {
+    /// Whether a mistake is planted.
+    #[cfg(feature = "planted-faults")]
+    fn planted(&self, fault: Fault) -> bool {
+        self.fault == Some(fault)
+    }
+
+    /// Never: there are no planted mistakes in this build.
+    #[cfg(not(feature = "planted-faults"))]
+    fn planted(&self, _: Fault) -> bool {
+        false
     }
 }
 
@@ -88,6 +106,8 @@ pub(crate) struct Image {
     pub space: Space,
     pub l1: SliceCache,
     pub l2: SliceCache,
+    /// Every change of `l1` and `l2` goes through it.
+    pub ledger: Ledger,
     pub rounds: Rounds,
     /// Guest bytes.
     pub ranges: RangeLock,
@@ -101,9 +121,9 @@ pub(crate) struct Image {
     /// Clusters that entries in the cache do not name any more, but entries on the disk may.
     pub freed: Mutex<Vec<HostOffset>>,
     turn: RangeLock,
-    /// Unknown autoclear features are cleared, and the file has whole clusters.
+    /// The header has the autoclear features that we keep true, and the file has whole clusters.
     prepared: AtomicBool,
-    ordered: AtomicBool,
+    pub ordered: AtomicBool,
     /// NEED_CHECK is set and stable.
     marked: AtomicBool,
     /// Counts what took leave to change entries in marked mode.
@@ -118,7 +138,7 @@ impl Image {
     pub(crate) async fn open(
         cx: &Ctx,
         storage: StorageHandle,
-        options: OpenOptions,
+        mut options: OpenOptions,
     ) -> Result<Arc<Image>, OpenError> {
         let limits = storage.limits();
         if limits.request_align as usize > SLICE_BYTES {
@@ -132,24 +152,44 @@ impl Image {
         }
         let mut header = Header::read(cx, &storage).await?;
         let read_only = options.read_only || !limits.writable;
+        options.read_only = read_only;
+        let journal = std::mem::take(&mut options.journal);
+        let bit = header.autoclear() & VOLATILE_JOURNAL != 0 || options.planted(Fault::ReplayedUnasked);
+        if let Some(found) = journal.pending(&storage.name(), read_only, bit)? {
+            // Before any repair: that would take what only the journal names for leaked.
+            let image = Image::build(storage.clone(), header.clone(), &options, Journaling::Off);
+            image.replay(cx, found).await?;
+            journal.replayed();
+        }
         if !read_only && header.features().contains(Features::NEED_CHECK) {
             let report = check_header(cx, &storage, &header, infill_node::Repair::All).await?;
             refuse_unrepaired(&report)?;
             tracing::info!(image = storage.name(), ?report, "was not closed cleanly and is repaired");
             header = Header::read(cx, &storage).await?;
         }
+        Ok(Image::build(storage, header, &options, journal))
+    }
+
+    /// What is in memory of an image whose header has passed.
+    fn build(
+        storage: StorageHandle,
+        header: Header,
+        options: &OpenOptions,
+        journal: Journaling,
+    ) -> Arc<Image> {
         let layout = header.layout();
         let slices = SliceLayout { slice_bytes: SLICE_BYTES, entry_words: 1, order: ByteOrder::Little };
         // One L1 slice stands for 512 L2 tables: an eighth for them is plenty.
         let l1_bytes = (options.metadata_cache_bytes / 8).min(layout.geometry.table_bytes());
-        Ok(Arc::new(Image {
+        Arc::new(Image {
             layout,
-            read_only,
+            read_only: options.read_only,
             len: AtomicU64::new(header.size()),
             backing: BackingSlot::new(None),
             space: Space::new(layout.geometry, storage.len(), header.size()),
             l1: SliceCache::new(slices, l1_bytes),
             l2: SliceCache::new(slices, options.metadata_cache_bytes - l1_bytes),
+            ledger: Ledger::new(journal),
             rounds: Rounds::new(),
             ranges: RangeLock::new(),
             making: RangeLock::new(),
@@ -158,29 +198,20 @@ impl Image {
             new_tables: Mutex::default(),
             freed: Mutex::default(),
             turn: RangeLock::new(),
-            prepared: AtomicBool::new(
-                header.autoclear() == 0 && layout.geometry.in_cluster(storage.len()) == 0,
-            ),
+            prepared: AtomicBool::new(false),
             ordered: AtomicBool::new(header.backing().is_some()),
             marked: AtomicBool::new(false),
             activity: AtomicU64::new(0),
             poisoned: AtomicBool::new(false),
             header: Mutex::new(header),
-            options,
+            options: options.clone(),
             storage,
-        }))
+        })
     }
 
     /// Whether a mistake is planted.
-    #[cfg(feature = "planted-faults")]
     pub(crate) fn planted(&self, fault: Fault) -> bool {
-        self.options.fault == Some(fault)
-    }
-
-    /// Never: there are no planted mistakes in this build.
-    #[cfg(not(feature = "planted-faults"))]
-    pub(crate) fn planted(&self, _: Fault) -> bool {
-        false
+        self.options.planted(fault)
     }
 
     /// The header as it stands in the file.
@@ -232,6 +263,8 @@ impl Image {
         let result = self.storage.sync(cx).await;
         if result.is_err() {
             self.poisoned.store(true, Ordering::Release);
+            // What is recorded may name what is not there.
+            self.ledger.void();
         }
         result
     }
@@ -247,7 +280,14 @@ impl Image {
 
     /// Writes changed tables before there are too many of them. To be called with nothing held.
     pub(crate) async fn relieve(self: &Arc<Image>, cx: &Ctx) -> IoResult<()> {
-        if self.l2.wants_round() || self.l1.wants_round() { self.flush(cx).await } else { Ok(()) }
+        let wanted = self.l2.wants_round() || self.l1.wants_round() || self.ledger.wants_round();
+        if wanted { self.flush(cx).await } else { Ok(()) }
+    }
+
+    /// To be called before anything is acknowledged: what can be seen and has no record is stable afterwards.
+    pub(crate) async fn written_through(self: &Arc<Image>, cx: &Ctx) -> IoResult<()> {
+        let owes = self.ledger.owes() && !self.planted(Fault::OwedUnpaid);
+        if owes { self.flush(cx).await } else { Ok(()) }
     }
 
     /// Whether entries are ordered behind what they name.
@@ -283,10 +323,14 @@ impl Image {
                 return Ok(());
             }
             // What lies in a part of a cluster belongs to a write that was lost. Longer again, it must be zero.
-            if !image.planted(Fault::PartialClusterKept) {
+            let partial = image.layout.geometry.in_cluster(image.storage.len()) != 0;
+            if partial && !image.planted(Fault::PartialClusterKept) {
                 image.storage.set_len(&cx, image.space.end()).await?;
             }
-            image.store(&cx, image.header().without_autoclear()).await?;
+            let bits = image.begin_journal();
+            if partial || image.header().autoclear() != bits {
+                image.store(&cx, image.header().with_autoclear(bits)).await?;
+            }
             image.prepared.store(true, Ordering::Release);
             Ok(())
         })
@@ -294,7 +338,7 @@ impl Image {
     }
 
     /// Puts `header` in place of the present one, and syncs. The caller holds the turn.
-    async fn store(&self, cx: &Ctx, header: Header) -> IoResult<()> {
+    pub(crate) async fn store(&self, cx: &Ctx, header: Header) -> IoResult<()> {
         header.store(cx, &self.storage).await?;
         self.sync_storage(cx).await?;
         *lock(&self.header) = header;
@@ -406,7 +450,8 @@ impl Image {
             let _turn = image.turn.exclusive(0, 1).await;
             image.space.trim(&cx, &image.storage).await?;
             image.unmark(&cx).await?;
-            image.sync_storage(&cx).await
+            image.sync_storage(&cx).await?;
+            image.end_journal(&cx).await
         })
         .await
     }

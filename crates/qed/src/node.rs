@@ -67,16 +67,21 @@ impl Node for Qed {
         if !data.is_empty() {
             self.0.write(cx, at, data).await?;
         }
-        if flags.contains(WriteFlags::FUA) { self.0.flush(cx).await } else { Ok(()) }
+        if flags.contains(WriteFlags::FUA) {
+            self.0.flush(cx).await
+        } else {
+            self.0.written_through(cx).await
+        }
     }
 
     async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
         self.0.write_zeroes(cx, at, len, flags).await?;
-        if flags.contains(ZeroFlags::FUA) { self.0.flush(cx).await } else { Ok(()) }
+        if flags.contains(ZeroFlags::FUA) { self.0.flush(cx).await } else { self.0.written_through(cx).await }
     }
 
     async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
-        self.0.discard(cx, at, len).await
+        self.0.discard(cx, at, len).await?;
+        self.0.written_through(cx).await
     }
 
     async fn sync(&self, cx: &Ctx) -> IoResult<()> {
@@ -96,11 +101,15 @@ impl Node for Qed {
     }
 
     async fn populate(&self, cx: &Ctx, at: u64, data: Bytes, generation: u64) -> IoResult<Populated> {
-        self.0.populate(cx, at, &data, generation).await
+        let populated = self.0.populate(cx, at, &data, generation).await?;
+        self.0.written_through(cx).await?;
+        Ok(populated)
     }
 
     async fn populate_zero(&self, cx: &Ctx, at: u64, len: u64, generation: u64) -> IoResult<Populated> {
-        self.0.populate_zero(cx, at, len, generation).await
+        let populated = self.0.populate_zero(cx, at, len, generation).await?;
+        self.0.written_through(cx).await?;
+        Ok(populated)
     }
 
     async fn set_backing_ref(&self, cx: &Ctx, backing: Option<BackingRef>) -> IoResult<()> {

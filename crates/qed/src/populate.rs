@@ -7,6 +7,7 @@ use infill_node::Populated;
 use infill_storage::sync::Arc;
 
 use crate::entry::Cluster;
+use crate::fault::Fault;
 use crate::geometry::{GuestCluster, HostOffset};
 use crate::image::Image;
 use crate::space::Taken;
@@ -158,6 +159,9 @@ impl Image {
             let bytes = self.unit().min(group.bytes - nth * self.unit());
             if self.pinned(&pins, cluster)? == Cluster::Absent {
                 let what = own(nth).map_or(Cluster::Zero, |own| Cluster::Data(own.at));
+                if self.planted(Fault::PopulateUnrecorded) {
+                    self.set_unrecorded(&pins, cluster, what);
+                }
                 self.set(&pins, cluster, what);
                 done.linked += bytes;
             } else {

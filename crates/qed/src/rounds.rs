@@ -8,6 +8,7 @@
 //! 2. Write the copies of L2 tables that nothing on the disk names yet. **Sync 1**, which also covers the payloads and
 //!    the length of the file.
 //! 3. Write the copies of L2 tables that are named, and of the L1 table. **Sync 2.**
+//!    Drop the records of what was changed before the freeze from the journal.
 //! 4. Give the space of clusters back that were unmapped before the freeze.
 //!
 //! Clusters that were written and not linked (see [`crate::space`]) are zeroed before the first sync of a round, and
@@ -22,6 +23,7 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use infill_base::{Ctx, IoResult, ZeroFlags};
 use infill_node::mapping::{FrozenSlice, SLICE_BYTES, SliceCache};
+use infill_storage::journal::Mark;
 use infill_storage::sync::{Arc, lock};
 use infill_storage::{rt, unaligned};
 
@@ -64,6 +66,7 @@ impl Image {
         self.check_writable()?;
         // First what was freed: the entries that said so were set before, so they are among the copies.
         let freed = std::mem::take(&mut *lock(&self.freed));
+        let mark = self.ledger.mark();
         let named: Vec<u64> =
             lock(&self.new_tables).iter().filter(|(_, named)| **named).map(|(table, _)| *table).collect();
         let (l1, mut l2);
@@ -82,7 +85,7 @@ impl Image {
             }
         }
         let soiled = self.zero_soiled(cx).await;
-        let result = self.write_copies(cx, &l1, &l2, &named).await;
+        let result = self.write_copies(cx, &l1, &l2, &named, mark).await;
         let ok = result.is_ok();
         if ok {
             self.space.cleaned(soiled);
@@ -91,7 +94,10 @@ impl Image {
         }
         written(&self.l1, l1, ok);
         written(&self.l2, l2, ok);
+        let mark = if self.planted(Fault::RecordsDroppedPastMark) { self.ledger.mark() } else { mark };
         if ok {
+            // Before the space is used again.
+            self.ledger.stable(mark);
             self.give_back(cx, freed).await;
         } else {
             lock(&self.freed).extend(freed);
@@ -99,7 +105,14 @@ impl Image {
         result
     }
 
-    async fn write_copies(&self, cx: &Ctx, l1: &[Copy], l2: &[Copy], named: &[u64]) -> IoResult<()> {
+    async fn write_copies(
+        &self,
+        cx: &Ctx,
+        l1: &[Copy],
+        l2: &[Copy],
+        named: &[u64],
+        mark: Mark,
+    ) -> IoResult<()> {
         // Asked after the freeze: whoever set an entry over a backing has said so before.
         if !self.is_ordered() {
             self.write_all(cx, l1.iter().chain(l2)).await?;
@@ -113,6 +126,9 @@ impl Image {
         self.write_all(cx, new).await?;
         if !self.planted(Fault::NoFirstSync) {
             self.sync_storage(cx).await?;
+        }
+        if self.planted(Fault::RecordsDroppedAtSync1) {
+            self.ledger.stable(mark);
         }
         if old.is_empty() && l1.is_empty() {
             return Ok(());

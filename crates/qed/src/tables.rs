@@ -10,6 +10,7 @@ use infill_storage::unaligned;
 use smallvec::SmallVec;
 
 use crate::entry::{Cluster, EntryError, l2_table};
+use crate::fault::Fault;
 use crate::geometry::{GuestCluster, HostOffset, L1Index, L2Index, SLICE_ENTRIES};
 use crate::image::Image;
 
@@ -46,7 +47,7 @@ fn place(index: u32) -> (u32, usize) {
 }
 
 impl Image {
-    async fn slice(
+    pub(crate) async fn slice(
         &self,
         cx: &Ctx,
         cache: &SliceCache,
@@ -145,7 +146,13 @@ impl Image {
     }
 
     /// Sets a held entry. The caller holds the cluster's guest range alone, and what is named is completely written.
-    pub(crate) fn set(&self, pins: &Pins, cluster: GuestCluster, what: Cluster) {
+    pub(crate) fn set(self: &Arc<Image>, pins: &Pins, cluster: GuestCluster, what: Cluster) {
+        let (slice, entry) = pins.at(cluster);
+        self.set_recorded(&self.l2, slice, entry, what.raw());
+    }
+
+    /// The planted mistake: an entry is set behind the journal's back.
+    pub(crate) fn set_unrecorded(&self, pins: &Pins, cluster: GuestCluster, what: Cluster) {
         let (slice, entry) = pins.at(cluster);
         self.l2.set(slice, entry, [what.raw(), 0]);
     }
@@ -171,7 +178,10 @@ impl Image {
         lock(&self.new_tables).insert(taken.at.0, false);
         let (slice, entry) = place(l1.0);
         let slice = self.slice(cx, &self.l1, self.layout.l1, slice).await?;
-        self.l1.set(&slice, entry, [taken.at.0, 0]);
+        if self.planted(Fault::TableUnrecorded) {
+            self.l1.set(&slice, entry, [taken.at.0, 0]);
+        }
+        self.set_recorded(&self.l1, &slice, entry, taken.at.0);
         lock(&self.new_tables).insert(taken.at.0, true);
         Ok(taken.at)
     }

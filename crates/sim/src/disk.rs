@@ -156,6 +156,31 @@ impl SimDisk {
         }))
     }
 
+    /// The disk on which a process died at `point`: what had completed is not synced for that, and of what was in flight
+    /// there is everything, nothing or a part, and it has completed.
+    pub fn after_kill(point: &CrashPoint, options: DiskOptions, rng: &mut Rng) -> SimDisk {
+        let disk = SimDisk::with(point.durable.clone(), options);
+        {
+            let mut state = lock(&disk.0.state);
+            state.live = point.live.clone();
+            let times = point.pending.iter().filter_map(|pending| pending.completed);
+            state.clock = times.max().unwrap_or(0);
+            state.next_id = point.pending.iter().map(|pending| pending.op.id).max().unwrap_or(0);
+            for pending in &point.pending {
+                if pending.completed.is_some() {
+                    state.pending.push(pending.clone());
+                    continue;
+                }
+                let Some(op) = survivors(&pending.op, rng) else { continue };
+                apply(&mut state.live, &op);
+                state.clock += 1;
+                let completed = Some(state.clock);
+                state.pending.push(Pending { op: Arc::new(op), completed });
+            }
+        }
+        disk
+    }
+
     /// What reads show now.
     pub fn media(&self) -> Media {
         lock(&self.0.state).live.clone()
@@ -401,6 +426,25 @@ impl SimDisk {
         self.tell(Boundary::Synced);
         Ok(())
     }
+}
+
+/// What of an operation in flight happens although its process dies; `None`: nothing.
+fn survivors(op: &PendingOp, rng: &mut Rng) -> Option<PendingOp> {
+    let kind = rng.below(3);
+    let keep = (0..op.sectors.len()).map(|_| kind == 1 || rng.per_mille(500)).collect::<Vec<_>>();
+    if kind == 0 {
+        return None;
+    }
+    let sectors = op.sectors.iter().zip(keep).filter(|(_, keep)| *keep).map(|(sector, _)| sector.clone());
+    let sectors: Vec<(u64, Bytes)> = sectors.collect();
+    // A part ends where its last sector does.
+    let end = sectors.last().map_or(0, |(index, _)| op.end.min((index + 1) * SECTOR_BYTES));
+    (op.set_len.is_some() || !sectors.is_empty()).then_some(PendingOp {
+        id: op.id,
+        sectors,
+        end,
+        set_len: op.set_len,
+    })
 }
 
 /// Sectors that a durable write replaced do not come back from older pending ones.

@@ -6,6 +6,7 @@
 
 mod crash;
 mod disk;
+mod journal;
 mod media;
 mod pipe;
 mod rng;
@@ -13,6 +14,7 @@ mod world;
 
 pub use crash::{Boundary, CrashPoint, Pending, PendingOp};
 pub use disk::{DiskOp, DiskOptions, Hold, SimDisk};
+pub use journal::JournalPages;
 pub use media::{Media, SECTOR_BYTES};
 pub use pipe::{pipe, torn_pipe};
 pub use rng::Rng;

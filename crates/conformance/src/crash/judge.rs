@@ -6,12 +6,13 @@ use std::sync::Arc;
 use bytes::Bytes;
 use infill_base::Ctx;
 use infill_node::{NodeHandle, RawNode, Repair};
-use infill_sim::{Boundary, CrashPoint, DiskOptions, Media, Pending, Rng, SimDisk, World};
+use infill_sim::{Boundary, CrashPoint, DiskOptions, JournalPages, Media, Pending, Rng, SimDisk, World};
+use infill_storage::journal::Journaling;
 use infill_storage::sync::{Mutex, lock};
 use infill_storage::{MemoryStorage, StorageHandle};
 use rustc_hash::FxHashSet;
 
-use super::Plan;
+use super::{Outlived, Plan};
 use crate::format::failed;
 use crate::guest::{read_all, read_pieces};
 use crate::layout::Layout;
@@ -36,6 +37,14 @@ pub struct Tally {
     pub kills: u64,
     /// Streams that came to their end.
     pub streams: u64,
+    /// Deaths of a process whose successor answered a FLUSH and lost power.
+    pub deaths: u64,
+    /// Of them, those that left something to replay.
+    pub replays: u64,
+    /// Successors that died, or lost power, in the middle of a replay.
+    pub replays_cut: u64,
+    /// Successors that refused a journal because somebody else had written to the image.
+    pub refusals: u64,
 }
 
 impl AddAssign for Tally {
@@ -46,6 +55,10 @@ impl AddAssign for Tally {
         self.counted += other.counted;
         self.kills += other.kills;
         self.streams += other.streams;
+        self.deaths += other.deaths;
+        self.replays += other.replays;
+        self.replays_cut += other.replays_cut;
+        self.refusals += other.refusals;
     }
 }
 
@@ -73,14 +86,14 @@ pub(super) struct Ended {
     pub heir: Option<(Media, Vec<u8>, bool)>,
 }
 
-struct State {
-    rng: Rng,
+pub(super) struct State {
+    pub(super) rng: Rng,
     seen: FxHashSet<u64>,
     /// What was judged under these promises already.
     judged: FxHashSet<(u64, u64)>,
-    tally: Tally,
+    pub(super) tally: Tally,
     samples: Vec<Sample>,
-    violation: Option<Violation>,
+    pub(super) violation: Option<Violation>,
     /// A stream has said *completed*: no crash may bring the backing back (P4).
     detached: bool,
     heir: Option<(Media, Vec<u8>, bool)>,
@@ -90,13 +103,15 @@ struct State {
 /// Judges every state of one life. Cloning shares it.
 #[derive(Clone)]
 pub(super) struct Judge {
-    plan: Plan,
+    pub(super) plan: Plan,
     /// The format without a planted mistake.
-    sound: Format,
+    pub(super) sound: Format,
     pub model: Arc<Mutex<Model>>,
     pub backing: Option<Bytes>,
     backing_storage: Option<StorageHandle>,
     born: Media,
+    /// The memory of the journal, where one is kept.
+    pub(super) pages: Option<JournalPages>,
     state: Arc<Mutex<State>>,
 }
 
@@ -108,6 +123,9 @@ const USED_ON_PER_MILLE: u64 = 60;
 
 /// All combinations of whole writes are tried up to this many.
 const COMBINATIONS_MAX: usize = 8;
+
+/// Where deaths are judged, so many of 1000 boundaries are judged for a power cut, too.
+const POWER_CUTS_PER_MILLE: u64 = 200;
 
 /// Operations on a state that is used on.
 const OPS_AFTER_CRASH: usize = 8;
@@ -146,6 +164,10 @@ impl Judge {
         };
         let sound = plan.format.sound();
         Judge {
+            pages: plan.outlived.map(|outlived| match outlived {
+                Outlived::Journal(records) => JournalPages::new(records),
+                Outlived::WriteThrough => JournalPages::new(0),
+            }),
             sound,
             plan: plan.clone(),
             model: Arc::new(Mutex::new(model)),
@@ -203,6 +225,12 @@ impl Judge {
         {
             state.violation = Some(Violation::Broken(format!("order of writes: {what}")));
             return;
+        }
+        if self.pages.is_some() {
+            self.death(&mut state, point);
+            if state.violation.is_some() || !state.rng.per_mille(POWER_CUTS_PER_MILLE) {
+                return;
+            }
         }
         let counts = is_busy(point);
         let candidates = candidates(&mut state.rng, &self.plan, point, counts);
@@ -272,8 +300,13 @@ impl Judge {
     }
 
     /// Opens an image with its backing.
-    async fn open(&self, format: Format, storage: &StorageHandle) -> Result<(NodeHandle, bool), Violation> {
-        let node = format.open(storage).await.map_err(|error| failed("opening", &error))?;
+    pub(super) async fn open(
+        &self,
+        format: Format,
+        storage: &StorageHandle,
+        journal: Journaling,
+    ) -> Result<(NodeHandle, bool), Violation> {
+        let node = format.open_with(storage, journal).await.map_err(|error| failed("opening", &error))?;
         let backed = node.info().backing.is_some();
         if backed {
             let Some(slot) = node.backing() else {
@@ -307,7 +340,7 @@ impl Judge {
             }
             // What is only looked at is opened without the planted mistake; what is used on goes on with it.
             let format = if then.use_on { self.plan.format } else { self.sound };
-            let (node, backed) = self.open(format, &storage).await?;
+            let (node, backed) = self.open(format, &storage, Journaling::Off).await?;
             if detached && backed {
                 return Err(Violation::Broken(
                     "the stream had completed, the header names the backing".into(),
@@ -326,7 +359,7 @@ impl Judge {
         })
     }
 
-    async fn check(&self, storage: &StorageHandle, when: &str) -> Result<(), Violation> {
+    pub(super) async fn check(&self, storage: &StorageHandle, when: &str) -> Result<(), Violation> {
         let report = self.sound.check(storage, Repair::Nothing).await;
         let report = report.map_err(|error| failed(when, &error))?;
         if report.corruptions + report.check_errors > 0 {
@@ -337,7 +370,7 @@ impl Judge {
     }
 
     /// A disk that survived a crash goes on: writes, closes, gives leaks back, and shows the same.
-    async fn use_on(
+    pub(super) async fn use_on(
         &self,
         storage: &StorageHandle,
         node: NodeHandle,
@@ -365,7 +398,7 @@ impl Judge {
             let words = again.messages.iter().take(4).cloned().collect::<Vec<_>>().join("; ");
             return Err(Violation::Broken(format!("after giving leaks back the check finds: {words}")));
         }
-        let (node, _) = self.open(self.sound, storage).await?;
+        let (node, _) = self.open(self.sound, storage, Journaling::Off).await?;
         guest.on_node(node).compare_all().await
     }
 }

@@ -94,7 +94,9 @@ async fn open(
     storage: &StorageHandle,
     rng: &mut Rng,
 ) -> Result<NodeHandle, Violation> {
-    let node = plan.format.open(storage).await.map_err(|error| failed("opening", &error))?;
+    let opening = |error| failed("opening", &error);
+    let journal = judge.journaling().map_err(opening)?;
+    let node = plan.format.open_with(storage, journal).await.map_err(opening)?;
     if node.info().backing.is_some()
         && let (Some(slot), Some(content)) = (node.backing(), &judge.backing)
     {

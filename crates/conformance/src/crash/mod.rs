@@ -8,12 +8,17 @@
 //! process. Each is opened by the real driver for reading and writing, compared with the model (P1, P2, P4), checked
 //! (P3), and some are used on, checked again and kept for `qemu-img`. A later life begins with such a state.
 //!
+//! With [`Plan::outlived`] the death of the process is judged, too: at every boundary a
+//! successor replays the journal, answers a FLUSH, and loses power; all that was acknowledged before has to be there. Some
+//! successors die in the middle of it, some find that somebody else has written to the image.
+//!
 //! A state *counts* if its content was not seen before, and it was taken while at least one metadata write and one
 //! payload were not synced.
 //!
 //! Everything follows from [`Plan::seed`]: a run is repeated by it.
 
 mod creation;
+mod death;
 mod judge;
 mod life;
 
@@ -27,6 +32,15 @@ use crate::{Format, Mix, Violation};
 
 pub use creation::creation;
 pub use judge::{BACKING_NAME, Sample, Tally};
+
+/// What a process does for the guest that outlives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outlived {
+    /// It records, with room for so many records.
+    Journal(u64),
+    /// It writes through.
+    WriteThrough,
+}
 
 /// What a run does.
 #[derive(Clone)]
@@ -59,6 +73,9 @@ pub struct Plan {
     pub sample_every: u64,
     /// Whether the order of writes is asserted too; without it only what the states show counts.
     pub rules: bool,
+    /// Whether deaths of the process are judged, whose guest lives on and has its FLUSH answered by the next process; and
+    /// what it does for that.
+    pub outlived: Option<Outlived>,
     /// What lies between the format and the disk: a way to plant faults below the format.
     pub storage: fn(StorageHandle) -> StorageHandle,
 }
@@ -82,6 +99,7 @@ impl Plan {
             states_per_point: 4,
             sample_every: 0,
             rules: true,
+            outlived: None,
             storage: |storage| storage,
         }
     }
@@ -120,6 +138,11 @@ impl Plan {
 }
 
 impl Plan {
+    /// A short run of a process that a guest outlives.
+    pub fn deadly(format: Format, outlived: Outlived, seed: u64) -> Plan {
+        Plan { outlived: Some(outlived), ..Plan::short(format, seed) }
+    }
+
     /// A short run in which every kind of operation has its turn and the disk itself is well: to look for a planted
     /// mistake.
     pub fn short(format: Format, seed: u64) -> Plan {

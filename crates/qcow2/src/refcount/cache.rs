@@ -323,6 +323,16 @@ impl Cache {
         self.ready(index).map(|block| refcount_get(&block.bytes, in_block, &geometry))
     }
 
+    /// Raises a refcount of 0 to 1. False: its block is not here.
+    pub(super) fn count_named(&mut self, cluster: u64) -> bool {
+        let Some(now) = self.get(cluster) else { return false };
+        if now == 0 {
+            let (index, in_block) = self.geometry.refcount_indices(HostCluster(cluster));
+            self.set(index, in_block..in_block + 1, |_| 1);
+        }
+        true
+    }
+
     /// Sets refcounts of a block that is here.
     fn set(&mut self, index: u64, in_block: Range<u64>, value: impl Fn(u64) -> u64) {
         let (geometry, sector_bits) = (self.geometry, self.sector_bytes as u64 * 8);

@@ -55,7 +55,7 @@ fn an_unknown_incompatible_bit_is_refused_by_number_and_other_bits_are_not() {
     assert!(error.contains("bit 3, 40"), "{error}");
     let header = parse(&with(24, &[0xff; 16])).unwrap();
     assert_eq!(header.autoclear(), u64::MAX);
-    let cleared = header.without_autoclear();
+    let cleared = header.with_autoclear(0);
     assert_eq!(parse(&cleared.sector).unwrap().autoclear(), 0);
     // The compatible bits stay.
     assert_eq!(cleared.sector[24..32], [0xff; 8]);

@@ -2,8 +2,8 @@
 
 use infill_base::{IoResult, OpenError};
 
-use super::{Found, RECORDS_MAX, RECORDS_WANT_ROUND, Record, VolatileJournal};
-use crate::sync::atomic::{AtomicU64, Ordering};
+use super::{Found, Record, VolatileJournal};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
 
 /// What becomes of changes that only memory has when the process dies.
@@ -44,6 +44,14 @@ struct State {
     /// The oldest record that is kept, and the next one.
     head: u64,
     tail: u64,
+    /// Records that there is room for.
+    capacity: u64,
+}
+
+impl State {
+    fn is_filling(&self) -> bool {
+        self.tail - self.head > self.capacity / 2
+    }
 }
 
 /// Records changes, or counts those that were not recorded. Shared by all reactors.
@@ -51,8 +59,8 @@ struct State {
 pub struct Ledger {
     off: bool,
     state: Mutex<State>,
-    /// Records that are kept.
-    kept: AtomicU64,
+    /// Half of the room is used.
+    full: AtomicBool,
     /// Changes without a record, and how many of them are stable.
     owed: AtomicU64,
     paid: AtomicU64,
@@ -68,8 +76,8 @@ impl Ledger {
         };
         Ledger {
             off: matches!(mode, Mode::Off),
-            state: Mutex::new(State { mode, head: 0, tail: 0 }),
-            kept: AtomicU64::new(0),
+            state: Mutex::new(State { mode, head: 0, tail: 0, capacity: 0 }),
+            full: AtomicBool::new(false),
             owed: AtomicU64::new(0),
             paid: AtomicU64::new(0),
         }
@@ -86,7 +94,7 @@ impl Ledger {
         };
         state.mode = Mode::Through;
         if possible {
-            journal.begin()?;
+            state.capacity = journal.begin()?;
             state.mode = Mode::Recording(journal);
         }
         Ok(possible)
@@ -99,10 +107,10 @@ impl Ledger {
         }
         let mut state = lock(&self.state);
         match &state.mode {
-            Mode::Recording(journal) if state.tail - state.head < RECORDS_MAX => {
+            Mode::Recording(journal) if state.tail - state.head < state.capacity => {
                 journal.put(state.tail, &record());
                 state.tail += 1;
-                self.kept.store(state.tail - state.head, Ordering::Relaxed);
+                self.full.store(state.is_filling(), Ordering::Relaxed);
             }
             mode => {
                 if let Mode::Recording(journal) = mode {
@@ -135,7 +143,7 @@ impl Ledger {
                 journal.set_gaps(false);
             }
         }
-        self.kept.store(state.tail - state.head, Ordering::Relaxed);
+        self.full.store(state.is_filling(), Ordering::Relaxed);
         self.paid.fetch_max(mark.owed, Ordering::AcqRel);
     }
 
@@ -146,13 +154,14 @@ impl Ledger {
 
     /// Whether so much is recorded that a round should come before more is.
     pub fn wants_round(&self) -> bool {
-        self.kept.load(Ordering::Relaxed) > RECORDS_WANT_ROUND
+        self.full.load(Ordering::Relaxed)
     }
 
     /// What is stable is unknown, so nothing that was recorded may be replayed: it would name what may not be there.
     pub fn void(&self) {
         let mut state = lock(&self.state);
         state.head = state.tail;
+        self.full.store(false, Ordering::Relaxed);
         if let Mode::Recording(journal) = &state.mode {
             journal.drop_before(state.head);
         }
@@ -165,13 +174,15 @@ impl Ledger {
     /// Gives the journal, if there is one; it stays as it is where something was changed meanwhile.
     pub fn end(&self) -> Option<Ended> {
         let mut state = lock(&self.state);
-        if state.head != state.tail || !matches!(state.mode, Mode::Recording(_)) {
+        if state.head != state.tail {
             return None;
         }
-        match std::mem::replace(&mut state.mode, Mode::Through) {
-            Mode::Recording(journal) => Some(Ended(journal)),
-            _ => None,
-        }
+        let ended = match &state.mode {
+            Mode::Attached(journal) | Mode::Recording(journal) => Ended(journal.clone()),
+            Mode::Off | Mode::Through => return None,
+        };
+        state.mode = Mode::Through;
+        Some(ended)
     }
 }
 
@@ -188,6 +199,13 @@ impl Ended {
 }
 
 impl Journaling {
+    /// What [`Journaling::pending`] gave is in the image, and stable.
+    pub fn replayed(&self) {
+        if let Journaling::Volatile(journal) = self {
+            journal.replayed();
+        }
+    }
+
     /// What a process before this one has left of an image: to be replayed before it is used. `bit`: the image says that
     /// nobody else has opened it for writing since.
     pub fn pending(&self, image: &str, read_only: bool, bit: bool) -> Result<Option<&Found>, OpenError> {

@@ -25,26 +25,28 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use infill_base::{IoResult, OpenError};
+use infill_base::{ErrorKind, IoError, IoResult, OpenError};
 
 use crate::sync::Arc;
 
 pub use ledger::{Ended, Journaling, Ledger, Mark};
 
-/// Records that a journal holds at most.
+/// Records that a journal of [`JOURNAL_BYTES`] holds. When half of them are used a round is wanted: the rest is for what
+/// is under way meanwhile.
 pub const RECORDS_MAX: u64 = 8192;
-
-/// Records after which a round is wanted: the rest is for what is under way meanwhile.
-pub const RECORDS_WANT_ROUND: u64 = RECORDS_MAX / 2;
 
 /// Longest text that names an image, in bytes.
 pub const IDENTITY_BYTES_MAX: usize = (HEADER_WORDS - IDENTITY) * WORD_BYTES;
 
 /// Memory of one journal, in bytes.
-pub const JOURNAL_BYTES: usize = JOURNAL_WORDS * WORD_BYTES;
+pub const JOURNAL_BYTES: usize = journal_bytes(RECORDS_MAX);
+
+/// Memory of a journal of `records`, in bytes.
+pub const fn journal_bytes(records: u64) -> usize {
+    (HEADER_WORDS + records as usize * RECORD_WORDS) * WORD_BYTES
+}
 
 const WORD_BYTES: usize = size_of::<u64>();
-const JOURNAL_WORDS: usize = HEADER_WORDS + RECORDS_MAX as usize * RECORD_WORDS;
 
 // The header's words.
 const MAGIC: u64 = u64::from_be_bytes(*b"INFILLVJ");
@@ -85,7 +87,7 @@ pub struct Record {
 
 /// Memory that outlives the process. One holder at a time.
 pub trait JournalMemory: Send + Sync + 'static {
-    /// Makes [`JOURNAL_BYTES`] of it there for good: a store to it cannot fail afterwards. What is new reads as zeroes.
+    /// Makes all of it there for good: a store to it cannot fail afterwards. What is new reads as zeroes.
     fn reserve(&self) -> IoResult<()>;
 
     /// Its words; none before [`JournalMemory::reserve`] where nothing was there.
@@ -198,11 +200,25 @@ impl VolatileJournal {
         self.0.memory.name()
     }
 
-    /// Makes an empty journal: what was found is forgotten, for it was replayed or is not wanted.
-    fn begin(&self) -> IoResult<()> {
+    /// What was found is in the image now, and stable.
+    pub fn replayed(&self) {
+        let words = self.0.memory.words();
+        if !self.0.found.is_empty() {
+            store(words, AT_HEAD, load(words, AT_TAIL));
+        }
+    }
+
+    /// Makes an empty journal (what was found is forgotten, for it was replayed or is not wanted); gives how many records
+    /// it holds.
+    fn begin(&self) -> IoResult<u64> {
         let inner = &*self.0;
         inner.memory.reserve()?;
         let words = inner.memory.words();
+        let capacity = capacity(words);
+        if capacity == 0 {
+            let why = format!("{} bytes of memory hold no journal", size_of_val(words));
+            return Err(IoError::new(ErrorKind::NoSpace, why).in_node(inner.memory.name()));
+        }
         // Void first: cut off in the middle, it holds nothing.
         store(words, AT_MAGIC, 0);
         (AT_HEAD..IDENTITY).for_each(|at| store(words, at, 0));
@@ -215,17 +231,17 @@ impl VolatileJournal {
         store(words, AT_VERSION, VERSION_NOW);
         store(words, AT_BOOT, (inner.boot.0 >> 64) as u64);
         store(words, AT_BOOT + 1, inner.boot.0 as u64);
-        store(words, AT_CAPACITY, RECORDS_MAX);
+        store(words, AT_CAPACITY, capacity);
         store(words, AT_IDENTITY_LEN, inner.identity.len() as u64);
         store(words, AT_CHECK, header_check(words));
         store(words, AT_MAGIC, MAGIC);
-        Ok(())
+        Ok(capacity)
     }
 
     /// Writes record number `number`; there is room for it.
     fn put(&self, number: u64, record: &Record) {
         let words = self.0.memory.words();
-        let slot = slot(number);
+        let slot = slot(number, capacity(words));
         let Record { place, old, new } = *record;
         let values = [place, old[0], old[1], new[0], new[1]];
         let check = check(number, values);
@@ -258,8 +274,13 @@ fn load(words: &[AtomicU64], at: usize) -> u64 {
     words[at].load(Ordering::Acquire)
 }
 
-fn slot(number: u64) -> usize {
-    HEADER_WORDS + (number % RECORDS_MAX) as usize * RECORD_WORDS
+fn capacity(words: &[AtomicU64]) -> u64 {
+    (words.len().saturating_sub(HEADER_WORDS) / RECORD_WORDS) as u64
+}
+
+/// Where record number `number` lies. There is room for one at least.
+fn slot(number: u64, capacity: u64) -> usize {
+    HEADER_WORDS + (number % capacity) as usize * RECORD_WORDS
 }
 
 /// Tells a record that is whole from one that is not, or is another.
@@ -305,14 +326,16 @@ fn read(words: &[AtomicU64], identity: &str, boot: BootId) -> Result<Found, Stri
     if !identity_is(words, identity) {
         return Ok(Found::default());
     }
-    let (head, tail, capacity) = (load(words, AT_HEAD), load(words, AT_TAIL), load(words, AT_CAPACITY));
-    let count = tail.checked_sub(head).filter(|count| *count <= RECORDS_MAX);
-    let fits = capacity == RECORDS_MAX && words.len() >= JOURNAL_WORDS;
-    let Some(_) = count.filter(|_| fits) else {
-        return Err(format!("claims records {head} to {tail} of {capacity}, which cannot be"));
-    };
+    let (head, tail, capacity) = (load(words, AT_HEAD), load(words, AT_TAIL), capacity(words));
+    let claimed = load(words, AT_CAPACITY);
+    let fits = tail.checked_sub(head).is_some_and(|count| count <= capacity);
+    if !fits || claimed != capacity || capacity == 0 {
+        return Err(format!(
+            "claims records {head} to {tail} of {claimed} in a ring of {capacity}, which cannot be"
+        ));
+    }
     let records = (head..tail).map(|number| {
-        let at = |nth: usize| words[slot(number) + nth].load(Ordering::Relaxed);
+        let at = |nth: usize| words[slot(number, capacity) + nth].load(Ordering::Relaxed);
         let values = [at(0), at(1), at(2), at(3), at(4)];
         let [place, old0, old1, new0, new1] = values;
         (at(5) == check(number, values))

@@ -12,7 +12,10 @@ struct Pages {
 
 impl Pages {
     fn new() -> Arc<Pages> {
-        Arc::new(Pages { words: (0..JOURNAL_WORDS).map(|_| AtomicU64::new(0)).collect(), full: false })
+        Arc::new(Pages {
+            words: (0..JOURNAL_BYTES / WORD_BYTES).map(|_| AtomicU64::new(0)).collect(),
+            full: false,
+        })
     }
 }
 
@@ -103,7 +106,7 @@ fn a_record_that_a_death_cut_off_is_not_there() {
     let ledger = ledger(&pages);
     ledger.change(|| record(8, 0, 1), || ());
     // All but the last store of the second one.
-    let torn = slot(1);
+    let torn = slot(1, RECORDS_MAX);
     (0..RECORD_WORDS - 1).for_each(|nth| pages.words[torn + nth].store(77, Ordering::Relaxed));
     assert_eq!(attach(&pages).found().records, [record(8, 0, 1)]);
 }
