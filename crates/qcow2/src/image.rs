@@ -105,6 +105,7 @@ impl Image {
             Arc::new(image).replay(found).await?;
             journal.replayed();
         }
+        let journal = if read_only { Journaling::Off } else { journal };
         if !read_only && header.writable()? == WriteGate::RepairFirst {
             header = repaired(cx, &storage).await?;
         }

@@ -161,6 +161,7 @@ impl Image {
             image.replay(cx, found).await?;
             journal.replayed();
         }
+        let journal = if read_only { Journaling::Off } else { journal };
         if !read_only && header.features().contains(Features::NEED_CHECK) {
             let report = check_header(cx, &storage, &header, infill_node::Repair::All).await?;
             refuse_unrepaired(&report)?;

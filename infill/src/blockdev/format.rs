@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use infill_base::{Ctx, DiscardMode};
 use infill_node::{CheckReport, NodeHandle, RawNode, Repair};
 use infill_storage::StorageHandle;
+use infill_storage::journal::Journaling;
 
 /// First bytes of an image that are looked at to find its format out.
 const PROBE_BYTES: u64 = 512;
@@ -22,7 +23,7 @@ pub enum FormatKind {
 }
 
 /// How an image is opened.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct FormatOptions {
     /// No writes.
     pub read_only: bool,
@@ -30,6 +31,8 @@ pub struct FormatOptions {
     pub discard: DiscardMode,
     /// Bytes of metadata that are kept in memory; `None` is the format's own choice.
     pub metadata_cache_bytes: Option<u64>,
+    /// What becomes of changes that only memory has when the process dies.
+    pub journal: Journaling,
 }
 
 impl FormatKind {
@@ -55,16 +58,18 @@ impl FormatKind {
     /// Opens what lies in `storage`, without its backing.
     pub async fn open(self, storage: StorageHandle, options: FormatOptions) -> Result<NodeHandle> {
         let cx = Ctx::GUEST;
-        let FormatOptions { read_only, discard, metadata_cache_bytes } = options;
+        let FormatOptions { read_only, discard, metadata_cache_bytes, journal } = options;
         Ok(match self {
             FormatKind::Raw => NodeHandle::new(RawNode::new(storage, read_only).discarding(discard)),
             FormatKind::Qcow2 => {
-                let mut options = infill_qcow2::OpenOptions { read_only, discard, ..Default::default() };
+                let mut options =
+                    infill_qcow2::OpenOptions { read_only, discard, journal, ..Default::default() };
                 options.metadata_cache_bytes = metadata_cache_bytes.unwrap_or(options.metadata_cache_bytes);
                 NodeHandle::new(infill_qcow2::Qcow2::open(&cx, storage, options).await?)
             }
             FormatKind::Qed => {
-                let mut options = infill_qed::OpenOptions { read_only, discard, ..Default::default() };
+                let mut options =
+                    infill_qed::OpenOptions { read_only, discard, journal, ..Default::default() };
                 options.metadata_cache_bytes = metadata_cache_bytes.unwrap_or(options.metadata_cache_bytes);
                 NodeHandle::new(infill_qed::Qed::open(&cx, storage, options).await?)
             }

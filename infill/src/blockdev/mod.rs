@@ -14,6 +14,7 @@ mod fleece;
 mod format;
 mod hold;
 mod info;
+mod journal;
 mod locate;
 mod name;
 mod open;
@@ -29,7 +30,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use infill_base::Ctx;
-use infill_io::FileStorage;
+use infill_io::{FileStorage, JournalDir};
 use infill_job::copy::fleece::Past;
 use infill_nbd::{OnLost, SourceWatch};
 use infill_node::{Edge, Graph, NodeHandle};
@@ -58,7 +59,7 @@ const KEEP_TIME: Duration = Duration::from_secs(5);
 pub const NODE_NAME_BYTES_MAX: usize = 31;
 
 /// What an image name or a header may make the opener do.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct OpenPolicy {
     /// No format is found out from bytes that a guest may have written.
     pub untrusted: bool,
@@ -66,11 +67,15 @@ pub struct OpenPolicy {
     pub backing_format: Option<FormatKind>,
     /// What happens to requests while an NBD source is away, where the options do not say it.
     pub on_lost: OnLost,
+    /// Where changes of images are recorded that only memory has, for the daemon that comes after this one. `None`: nobody
+    /// who outlives this process relies on them.
+    pub journal: Option<JournalDir>,
 }
 
 impl Default for OpenPolicy {
     fn default() -> Self {
-        OpenPolicy { untrusted: false, backing_format: None, on_lost: OnLost::Hold { limit: None } }
+        let on_lost = OnLost::Hold { limit: None };
+        OpenPolicy { untrusted: false, backing_format: None, on_lost, journal: None }
     }
 }
 

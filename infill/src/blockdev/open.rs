@@ -18,11 +18,13 @@ use infill_node::{BackingRef, CopyOnReadNode, NodeHandle, NodeStorage, RawNode};
 use infill_qmp::{
     BackingOption, BlockdevOptions, BlockdevRef, ChildRole, Driver, Locking, NbdCredentials, SocketAddress,
 };
+use infill_storage::journal::Journaling;
 use infill_storage::sync::lock;
 use infill_storage::{NullStorage, StorageHandle, rt};
 
 use super::format::{FormatKind, FormatOptions, probe_storage};
 use super::hold::{Access, Holds};
+use super::journal::journaling;
 use super::locate::{Located, locate};
 use super::name::resolve_backing;
 use super::secure::{Secured, secure};
@@ -351,10 +353,11 @@ impl<'a> Opening<'a> {
     ) -> Result<(String, BackingOption)> {
         let settings = settings_of(&options);
         let name = self.reserve_name(options.node_name.as_ref())?;
-        let open = FormatOptions {
+        let mut open = FormatOptions {
             read_only: options.is_read_only(),
             discard: options.discard_mode(),
             metadata_cache_bytes: cache_bytes(&options.driver),
+            journal: Journaling::Off,
         };
         let (format, file, backing, window) = match options.driver {
             Driver::Raw { file, offset: 0, size: None } => (FormatKind::Raw, file, BackingOption::None, None),
@@ -377,6 +380,10 @@ impl<'a> Opening<'a> {
         // Unless somebody there has to see what it writes.
         let storage = storage.filter(|_| !below.is_watched());
         let storage = storage.unwrap_or_else(|| StorageHandle::new(NodeStorage(below)));
+        let read_only = open.read_only;
+        if format != FormatKind::Raw {
+            open.journal = self.journaling(&file, &storage)?;
+        }
         let node = match window {
             None => format.open(storage, open).await?,
             Some((offset, size)) => {
@@ -385,11 +392,21 @@ impl<'a> Opening<'a> {
                 NodeHandle::new(node.discarding(open.discard))
             }
         };
-        let mut facts = facts_of(&settings, format.as_str(), open.read_only, implicit);
+        let mut facts = facts_of(&settings, format.as_str(), read_only, implicit);
         facts.file = Some(file);
         let entry = Entry::without_storage(facts);
         self.pending.push(Pending { name: name.clone(), node, entry });
         Ok((name, backing))
+    }
+
+    /// What becomes of changes of an image on the node `file` that only memory has when the process dies.
+    fn journaling(&self, file: &str, storage: &StorageHandle) -> Result<Journaling> {
+        let Some(dir) = &self.blockdevs.0.policy.journal else { return Ok(Journaling::Off) };
+        let of = |entry: &Entry| journaling(dir, entry.facts.driver, entry.path.as_deref(), storage);
+        if let Some(pending) = self.pending.iter().find(|pending| pending.name == file) {
+            return of(&pending.entry);
+        }
+        lock(&self.blockdevs.0.entries).get(file).map_or(Ok(Journaling::WriteThrough), of)
     }
 
     /// Opens a format node and everything below it, layer by layer.
@@ -475,7 +492,7 @@ impl<'a> Opening<'a> {
         backing: &BackingRef,
         settings: &BlockdevOptions,
     ) -> Result<(BlockdevOptions, bool)> {
-        let policy = self.blockdevs.0.policy;
+        let policy = &self.blockdevs.0.policy;
         let name = resolve_backing(overlay, &backing.filename)?;
         let said = backing.format.as_deref().map(FormatKind::parse).transpose()?.or(policy.backing_format);
         let (mut options, leaf) = match locate(&name)? {

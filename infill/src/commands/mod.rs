@@ -32,7 +32,12 @@ where
 
 /// The policy that options say. Who looks only once does not wait for a source that goes away meanwhile.
 pub fn policy(args: &ImageArgs) -> OpenPolicy {
-    OpenPolicy { untrusted: args.untrusted, backing_format: args.backing_format, on_lost: OnLost::Fail }
+    OpenPolicy {
+        untrusted: args.untrusted,
+        backing_format: args.backing_format,
+        on_lost: OnLost::Fail,
+        journal: None,
+    }
 }
 
 /// The image that options name, read-only.
