@@ -135,7 +135,8 @@ impl Place {
                 // Its state has them.
                 options.clear();
             }
-            let state = ["--state", text(&self.path("state")), "--journal", text(self.journal.path())];
+            let state = self.path("state");
+            let state = ["--state", text(&state), "--journal", text(self.journal.path())];
             options.splice(0..0, state.map(String::from));
         }
         let options: Vec<&str> = options.iter().map(String::as_str).collect();

@@ -42,7 +42,7 @@ impl JournalDir {
     }
 
     /// Where journals lie by default: `/run/infill/journal`, for others than root the same below their own directory of
-    /// run-time files.
+    /// run-time files; where that is on no tmpfs, `/dev/shm/infill-journal-UID`.
     pub fn usual() -> JournalDir {
         let user = rustix::process::geteuid();
         let run = match std::env::var_os("XDG_RUNTIME_DIR") {
@@ -50,7 +50,10 @@ impl JournalDir {
             Some(own) => PathBuf::from(own),
             None => PathBuf::from(format!("/run/user/{}", user.as_raw())),
         };
-        JournalDir::new(run.join("infill/journal"))
+        // One level: what lies deeper in a directory that everybody may write to could be moved away by somebody else.
+        let shared = JournalDir::new(format!("/dev/shm/infill-journal-{}", user.as_raw()));
+        let own = JournalDir::new(run.join("infill/journal"));
+        if own.check().is_err() && shared.check().is_ok() { shared } else { own }
     }
 
     /// Where it lies.

@@ -72,6 +72,8 @@ pub struct CommandLine {
     pub sandbox: Sandbox,
     /// What it can reach; empty is all but the system.
     pub sandbox_paths: Vec<PathBuf>,
+    /// Where changes of images are recorded that only memory has.
+    pub journal: Option<PathBuf>,
 }
 
 /// What a command line asks for.
@@ -84,8 +86,8 @@ pub enum Parsed {
 }
 
 /// Options with a value that make nothing.
-const OTHERS: [&str; 6] =
-    ["--pidfile", "--state", "--sandbox", "--sandbox-path", "--metrics", "--log-format"];
+const OTHERS: [&str; 7] =
+    ["--pidfile", "--state", "--journal", "--sandbox", "--sandbox-path", "--metrics", "--log-format"];
 
 const OBJECTS: &str = "List of user creatable objects:\n  iothread\n  tls-creds-x509\n";
 
@@ -145,6 +147,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
             None if name == "--state" => command_line.state = Some(text.into()),
             None if name == "--sandbox" => command_line.sandbox = Sandbox::read(&text)?,
             None if name == "--sandbox-path" => command_line.sandbox_paths.push(text.into()),
+            None if name == "--journal" => command_line.journal = Some(text.into()),
             None => command_line.pidfile = Some(text.into()),
         }
         if command_line.options.len() > OPTIONS_MAX {
@@ -218,6 +221,10 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
   --state <dir>          keep nodes, objects, the NBD server, exports and jobs in
                          <dir>, and begin with those that are kept there
   --forget               begin with nothing: what is kept in <dir> is dropped
+  --journal <dir>        keep volatile journals in <dir>, on a tmpfs: what the daemon
+                         has acknowledged and not flushed is not lost with it
+                         (default with --state: /run/infill/journal); where none
+                         can be kept, every allocation is written through
 
   --sandbox on|off|auto  give up what a storage daemon never needs: running
                          programs, other users and processes, writing below /etc,

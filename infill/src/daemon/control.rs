@@ -9,9 +9,9 @@ use std::rc::Rc;
 
 use event_listener::Event as Signal;
 use futures_util::future::{Either, select};
-use infill_io::Reactor;
+use infill_io::{JournalDir, Reactor};
 use infill_job::{Events, JobEvent, Jobs};
-use infill_nbd::{OnLost, SourceState, SourceWatch};
+use infill_nbd::{SourceState, SourceWatch};
 use infill_qmp::command::{Command, NAMES};
 use infill_qmp::{BlockdevOptions, Members, QmpError, encode};
 use infill_storage::{RangeLock, rt};
@@ -58,10 +58,11 @@ pub fn refused(error: &anyhow::Error) -> QmpError {
 }
 
 impl Control {
-    /// Nothing yet. Clients are served on `reactors`; what is made is kept in `state`.
-    pub fn new(reactors: Vec<Reactor>, state: Option<State>) -> Rc<Control> {
+    /// Nothing yet. Clients are served on `reactors`; what is made is kept in `state`,
+    /// what only memory has of images is recorded in `journal`.
+    pub fn new(reactors: Vec<Reactor>, state: Option<State>, journal: Option<JournalDir>) -> Rc<Control> {
         // Where the options do not say it, a source that goes away is waited for.
-        let policy = OpenPolicy { on_lost: OnLost::Hold { limit: None }, ..OpenPolicy::default() };
+        let policy = OpenPolicy { journal, ..OpenPolicy::default() };
         let jobs = Jobs::new();
         Rc::new(Control {
             blockdevs: Blockdevs::new(policy),

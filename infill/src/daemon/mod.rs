@@ -45,7 +45,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use futures_util::future::{Either, select};
-use infill_io::{Reactor, Reactors, termination};
+use infill_io::{JournalDir, Reactor, Reactors, termination};
 use infill_qmp::{Members, QmpError};
 use infill_storage::rt;
 use sd_notify::NotifyState;
@@ -71,16 +71,30 @@ pub fn main(arguments: Vec<OsString>) -> Result<ExitCode> {
             print(&text)?;
             Ok(ExitCode::SUCCESS)
         }
-        Parsed::Run(command_line) => {
+        Parsed::Run(mut command_line) => {
             log_to_stderr(command_line.log_json);
+            let journal = journal_dir(&command_line);
+            if let Some(journal) = journal.as_ref().filter(|_| !command_line.sandbox_paths.is_empty())
+                && journal.check().is_ok()
+            {
+                command_line.sandbox_paths.push(journal.path().to_owned());
+            }
             // Before there are threads: those that are made later are bound as this one is.
             command_line.sandbox.enter(&command_line.sandbox_paths)?;
             let count = std::thread::available_parallelism().map_or(1, usize::from).min(REACTORS_MAX);
             let reactors = Reactors::start(count).context("starting the reactors")?;
             let all = reactors.all();
-            reactors.block_on(move || run(command_line, all))?;
+            reactors.block_on(move || run(command_line, journal, all))?;
             Ok(ExitCode::SUCCESS)
         }
+    }
+}
+
+/// Where volatile journals are kept. Whoever comes back with its state has guests who rely on it.
+fn journal_dir(command_line: &CommandLine) -> Option<JournalDir> {
+    match &command_line.journal {
+        Some(dir) => Some(JournalDir::new(dir)),
+        None => command_line.state.is_some().then(JournalDir::usual),
     }
 }
 
@@ -96,11 +110,11 @@ fn log_to_stderr(json: bool) {
     };
 }
 
-async fn run(command_line: CommandLine, reactors: Vec<Reactor>) -> Result<()> {
+async fn run(command_line: CommandLine, journal: Option<JournalDir>, reactors: Vec<Reactor>) -> Result<()> {
     // From here on a signal ends it in order.
     let mut terminated = Box::pin(termination().context("waiting for signals")?);
     let state = command_line.state.as_deref().map(|dir| State::open(dir, command_line.forget)).transpose()?;
-    let control = Control::new(reactors, state);
+    let control = Control::new(reactors, state, journal);
     let metrics = command_line.metrics.as_deref().map(metrics::listen).transpose()?;
     if metrics.is_some() {
         control.meter_nodes();
