@@ -39,9 +39,11 @@ const OVERLAYS: [&[&str]; 4] = [
     &["-f", "qcow2"],
     &["-f", "qcow2", "-o", "extended_l2=on"],
     &["-f", "qcow2", "-o", "cluster_size=4096"],
-    // It has nowhere to say that a journal belongs to it: it is written through.
-    &["-f", "qcow2", "-o", "compat=0.10,cluster_size=4096"],
+    WRITTEN_THROUGH,
 ];
+
+/// It has nowhere to say that a journal belongs to it.
+const WRITTEN_THROUGH: &[&str] = &["-f", "qcow2", "-o", "compat=0.10,cluster_size=4096"];
 
 /// What a guest changes: first byte, length, and the data, or zeroes.
 struct Change {
@@ -94,6 +96,15 @@ impl Place {
 
     fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    /// A new overlay in the storage. Nobody has opened it, and no journal of the one before belongs to it.
+    fn new_overlay(&self, round: usize) {
+        self.disk.insert(&self.overlays[round % self.overlays.len()]);
+        let _ = std::fs::remove_dir_all(self.path("state"));
+        for file in std::fs::read_dir(self.journal.path()).unwrap() {
+            std::fs::remove_file(file.unwrap().path()).unwrap();
+        }
     }
 
     /// Serves the storage until it is dropped.
@@ -179,9 +190,7 @@ impl Place {
 
     /// A guest writes, its daemon is killed, the guest flushes at the next one, power is cut. True: something is missing.
     fn round(&mut self, reactors: &Reactors, program: Program, round: usize) -> bool {
-        let overlay = self.overlays[round % self.overlays.len()].clone();
-        self.disk.insert(&overlay);
-        let _ = std::fs::remove_dir_all(self.path("state"));
+        self.new_overlay(round);
         let daemon = self.start(program, false);
         if round % 3 == 1 {
             // Populates beside it: the guest writes in place into what they have linked.
@@ -194,6 +203,10 @@ impl Place {
         changes.iter().for_each(|change| change.apply(&mut expected));
         let socket = self.path("guest.sock");
         let guest = write(reactors, &socket, changes);
+        if program == Program::Infill {
+            let journals = std::fs::read_dir(self.journal.path()).unwrap().count();
+            assert_eq!(journals, usize::from(OVERLAYS[round % OVERLAYS.len()] != WRITTEN_THROUGH));
+        }
         daemon.process.kill();
         drop(guest);
         let daemon = self.start(program, true);
@@ -269,10 +282,8 @@ fn a_storage_whose_server_restarts_loses_nothing() {
     let mut place = Place::new(0x0f3);
     let guests = Reactors::start(1).unwrap();
     for round in 0..RESTARTS {
-        let overlay = place.overlays[round % place.overlays.len()].clone();
-        place.disk.insert(&overlay);
+        place.new_overlay(round);
         let server = place.serve();
-        let _ = std::fs::remove_dir_all(place.path("state"));
         let daemon = place.start(Program::Infill, false);
         let mut expected = place.base.clone();
         let (first, second) = (place.changes(), place.changes());
