@@ -20,7 +20,13 @@ fn qemu(tool: &str, args: &[&str]) {
     let output = output.unwrap_or_else(|error| {
         panic!("{tool} does not run ({error}); install it: apt-get install -y qemu-utils")
     });
-    assert!(output.status.success(), "{tool} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    // 3: leaks are left, which a process that died may leave, and QED keeps.
+    assert!(
+        matches!(output.status.code(), Some(0 | 3)),
+        "{tool} {args:?}: {} {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 fn disk(bytes: &[u8]) -> (SimDisk, StorageHandle) {
