@@ -413,3 +413,44 @@ fn of_a_disk_as_it_was_only_what_a_bitmap_marks_is_read() {
     common::fails("qemu-io", &["-r", "-f", "raw", "-c", "read 120k 64k", &uri]);
     scene.quit();
 }
+
+#[test]
+fn after_a_restart_the_guest_has_its_disk_and_a_disk_as_it_was_is_lost_rather_than_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    let server = format!("addr.type=unix,addr.path={}", text(&dir.path().join("nbd.sock")));
+    let start = |options: &[&str]| {
+        let daemon =
+            Daemon::start(Program::Infill, dir.path(), &[&["--state", text(&state)], options].concat());
+        let qmp = daemon.connect();
+        (daemon, qmp)
+    };
+    let (daemon, mut qmp) = start(&["--nbd-server", &server]);
+    for name in ["d", "old", "t"] {
+        let path = dir.path().join(name);
+        run("qemu-img", &["create", "-q", "-f", "qcow2", text(&path), &DISK_BYTES.to_string()]);
+        qmp.run("blockdev-add", node(name, "qcow2", &path));
+    }
+    qmp.run(
+        "blockdev-add",
+        json!({"driver": "copy-before-write", "node-name": "cbw", "file": "d", "target": "old"}),
+    );
+    qmp.run("blockdev-add", json!({"driver": "snapshot-access", "node-name": "was", "file": "cbw"}));
+    qmp.run("block-dirty-bitmap-add", json!({"node": "d", "name": "b"}));
+    let mut export = json!({"type": "nbd", "id": "d", "name": "d", "node-name": "cbw", "writable": true, "bitmaps": ["b"]});
+    qmp.run("block-export-add", export.clone());
+    (export["id"], export["name"], export["node-name"]) = (json!("was"), json!("was"), json!("was"));
+    (export["writable"], export["bitmaps"]) = (json!(false), json!([]));
+    qmp.run("block-export-add", export);
+    let uri = |export: &str| format!("nbd+unix:///{export}?socket={}", text(&dir.path().join("nbd.sock")));
+    run("qemu-io", &["-f", "raw", "-c", "write -P 1 0 64k", "-c", "flush", &uri("d")]);
+    run("qemu-io", &["-r", "-f", "raw", "-c", "read -P 0 0 64k", &uri("was")]);
+    qmp.run("blockdev-backup", json!({"job-id": "j", "device": "d", "target": "t", "sync": "none"}));
+    daemon.process.kill();
+    std::fs::remove_file(dir.path().join("monitor.sock")).unwrap();
+    let (daemon, mut qmp) = start(&[]);
+    run("qemu-io", &["-f", "raw", "-c", "read -P 1 0 64k", "-c", "write -P 2 0 64k", &uri("d")]);
+    common::fails("qemu-io", &["-r", "-f", "raw", "-c", "read 0 64k", &uri("was")]);
+    assert_eq!(qmp.run("query-jobs", json!({})), json!([]));
+    daemon.quit(&mut qmp);
+}

@@ -11,7 +11,8 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use infill_base::{Ctx, ErrorKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags};
 use infill_job::copy::backup::{BackupBitmap, BackupOptions, BackupSync, BitmapMode, prepare};
-use infill_job::{Job, JobOptions, JobStatus, Jobs};
+use infill_job::copy::fleece::{Past, SnapshotAccessNode};
+use infill_job::{Group, Job, JobOptions, JobStatus, Jobs};
 use infill_node::{BackingSlot, Bitmap, MemoryOverlay, Node, NodeHandle, NodeInfo, Populated};
 use infill_sim::{Rng, World};
 use infill_storage::rt;
@@ -405,4 +406,85 @@ fn with_nothing_to_copy_only_what_is_overwritten_is_kept_until_the_job_is_cancel
         scene.disk.write(&cx, 50_000, vec![3; 100], WriteFlags::empty()).await.unwrap();
         assert_eq!(control.written.load(Ordering::Relaxed), 4096);
     });
+}
+
+#[test]
+fn a_disk_as_it_was_reads_the_same_for_ever() {
+    for seed in 0..20 {
+        let world = World::new(seed);
+        let mut rng = world.fork_rng();
+        world.run(async {
+            let scene = Scene::new(&world).await;
+            scene.guests(4);
+            scene.after_writes(rng.below(50)).await;
+            let (target, control) = scene.slow(None, 64 * KIB, MS / 4);
+            let held = scene.disk.hold_changes().await;
+            let then = content(&scene.disk).await;
+            let past = Past::new(&held, target, None, false, Some(10_000 * MS)).unwrap();
+            drop(held);
+            let snapshot = NodeHandle::new(SnapshotAccessNode::new(past));
+            for _ in 0..30 {
+                let len = 1 + rng.below(100_000);
+                let at = rng.below(LEN - len);
+                let read = snapshot.read_vec(&Ctx::GUEST, at, len as usize).await.unwrap();
+                assert!(
+                    read[..] == then[at as usize..(at + len) as usize],
+                    "seed {seed}, {len} bytes at {at}"
+                );
+            }
+            assert!(content(&snapshot).await == then, "seed {seed}");
+            // Without room for old bytes it is lost rather than wrong, and guests go on.
+            control.fails.store(true, Ordering::Relaxed);
+            let mut lost = false;
+            for _ in 0..200 {
+                scene.after_writes(5).await;
+                match snapshot.read_vec(&Ctx::GUEST, 0, LEN as usize / 2).await {
+                    Ok(read) => assert!(!lost && read[..] == then[..LEN as usize / 2], "seed {seed}"),
+                    Err(_) => lost = true,
+                }
+            }
+            scene.stop_guests().await;
+        });
+    }
+}
+
+#[test]
+fn jobs_of_a_group_complete_together_and_one_that_fails_takes_the_others_along() {
+    for fails in [false, true] {
+        let world = World::new(4);
+        world.run(async {
+            let scene = Scene::new(&world).await;
+            let (quick, _) = scene.slow(None, 4 * KIB, MS / 100);
+            let (slow, control) = scene.slow(None, 4 * KIB, MS);
+            let group = Group::new();
+            let held = scene.disk.hold_changes().await;
+            let prepared = [(&quick, "q", 0), (&slow, "s", 1)].map(|(target, id, speed)| {
+                let options = BackupOptions::new(scene.disk.clone(), target.clone());
+                let job = JobOptions { speed, ..JobOptions::new(id) };
+                prepare(&scene.jobs, job, options, &held).unwrap()
+            });
+            drop(held);
+            let events = scene.jobs.subscribe();
+            let jobs = prepared.map(|prepared| prepared.start(&scene.jobs).unwrap());
+            jobs.iter().for_each(|job| job.join(&group));
+            until(|| jobs[0].status() == JobStatus::Waiting).await;
+            rt::sleep(5000 * MS).await;
+            assert_eq!(jobs[0].status(), JobStatus::Waiting);
+            control.fails.store(fails, Ordering::Relaxed);
+            jobs[1].set_speed(0).unwrap();
+            let [quick, slow] = [jobs[0].wait().await, jobs[1].wait().await];
+            match fails {
+                false => assert_eq!((quick, slow), (Ok(()), Ok(()))),
+                true => {
+                    assert_eq!(quick, Err("the job was cancelled".into()));
+                    assert!(slow.unwrap_err().contains("full"));
+                }
+            }
+            // Nobody had made its last changes before both had come so far.
+            let told = states(&drain(&events));
+            let last_waiting = told.iter().rposition(|state| *state == "waiting");
+            let first_pending = told.iter().position(|state| *state == "pending");
+            assert!(first_pending.is_none_or(|first| last_waiting < Some(first)), "{told:?}");
+        });
+    }
 }

@@ -176,6 +176,8 @@ pub enum Driver {
         on_error: OnCbwError,
         /// How long a guest waits for that at most, in seconds; `None` is without a limit.
         timeout: Option<u32>,
+        /// The moment has passed (the daemon was started again since): nothing is kept. Never on the wire.
+        passed: bool,
     },
     /// `snapshot-access`.
     SnapshotAccess {
@@ -494,7 +496,7 @@ impl DriverName {
                 };
                 let on_error = members.opt_word("on-cbw-error")?.unwrap_or_default();
                 let timeout = members.opt_u32("cbw-timeout")?.filter(|seconds| *seconds > 0);
-                Ok(Driver::CopyBeforeWrite { file, target, bitmap, on_error, timeout })
+                Ok(Driver::CopyBeforeWrite { file, target, bitmap, on_error, timeout, passed: false })
             }
             DriverName::SnapshotAccess => Ok(Driver::SnapshotAccess { file: read_ref(members, "file")? }),
             DriverName::Unbuilt(name) => Err(unbuilt(

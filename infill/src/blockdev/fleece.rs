@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use infill_base::{ErrorKind, IoError};
 use infill_job::copy::fleece::{CopyBeforeWriteNode, Past, SnapshotAccessNode};
 use infill_node::{DirtyMap, NodeHandle};
 use infill_qmp::{BlockdevOptions, ChildRole, Driver, OnCbwError};
@@ -21,7 +22,8 @@ impl Opening<'_> {
         implicit: bool,
     ) -> Result<String> {
         let settings = settings_of(&options);
-        let Driver::CopyBeforeWrite { file, target, bitmap, on_error, timeout } = options.driver else {
+        let Driver::CopyBeforeWrite { file, target, bitmap, on_error, timeout, passed } = options.driver
+        else {
             bail!("not a filter");
         };
         if settings.is_read_only() {
@@ -32,7 +34,7 @@ impl Opening<'_> {
         self.blockdevs.all_go_through(&file)?;
         let (target, copy) =
             self.child(target, ChildRole::Filtered, &settings, &name, Access::Writer).await?;
-        let only = bitmap.map(|wanted| {
+        let only = bitmap.filter(|_| !passed).map(|wanted| {
             let node = wanted.node.unwrap_or_default();
             let missing = |_| anyhow!("Node '{node}' not found");
             let bitmap = self.blockdevs.get(&node).map_err(missing)?.bitmap(&wanted.name)?;
@@ -46,6 +48,12 @@ impl Opening<'_> {
         let limit = timeout.map(|seconds| Duration::from_secs(seconds.into()));
         let past = Past::new(&held, copy, marked, breaks_guest, limit)
             .with_context(|| format!("'{target}' cannot keep what is overwritten"))?;
+        if passed {
+            past.lose(IoError::new(
+                ErrorKind::NotPermitted,
+                "the daemon was started again since that moment",
+            ));
+        }
         drop(held);
         lock(&self.blockdevs.0.pasts).insert(name.clone(), Arc::downgrade(&past));
         let node = NodeHandle::new(CopyBeforeWriteNode::new(past));

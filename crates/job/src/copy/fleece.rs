@@ -16,7 +16,8 @@ use infill_node::{BackingRef, BackingSlot, DirtyMap, Held, Node, NodeHandle, Nod
 use infill_storage::sync::Arc;
 
 use super::keep::KeepOld;
-use super::{BLOCK_BYTES, Scope, Transfer};
+use super::{BLOCK_BYTES, Failed, Scope, Transfer};
+use crate::state::Operation;
 
 /// A disk as it was at one moment.
 pub struct Past {
@@ -51,6 +52,11 @@ impl Past {
         let keep = Arc::new(KeepOld::new(transfer.clone(), breaks_guest, limit));
         let watching = held.watch(keep.clone());
         Ok(Arc::new(Past { transfer, keep, seen: only.map(DirtyMap::copied), _watching: watching }))
+    }
+
+    /// The moment has passed: nothing is kept, and nothing of it can be read.
+    pub fn lose(&self, error: IoError) {
+        self.keep.lose(Failed { operation: Operation::Read, error });
     }
 
     /// Refuses a range that cannot be read: nobody has kept it, or not all of it.

@@ -39,6 +39,12 @@ impl KeepOld {
         self.transfer.marked.notify(usize::MAX);
     }
 
+    /// The disk as it was is lost.
+    pub fn lose(&self, failed: Failed) {
+        lock(&self.failure).get_or_insert(failed);
+        self.end();
+    }
+
     /// Why the disk as it was is lost, if it is.
     pub fn failure(&self) -> Option<Failed> {
         lock(&self.failure).clone()
@@ -75,8 +81,7 @@ impl KeepOld {
         match select(copying, ended).await {
             Either::Left((Err(failed), _)) if self.breaks_guest => Err(told(failed)),
             Either::Left((Err(failed), _)) => {
-                lock(&self.failure).get_or_insert(failed);
-                self.end();
+                self.lose(failed);
                 Ok(None)
             }
             Either::Left((Ok(()), _)) | Either::Right(_) => Ok(None),

@@ -91,7 +91,12 @@ impl Transfer {
     /// A copy of the source as it is now, whatever is written there later: `old` is what is to be copied of it, at
     /// [`BLOCK_BYTES`].
     pub fn of_the_past(source: NodeHandle, target: NodeHandle, scope: Scope, old: DirtyMap) -> Arc<Transfer> {
-        Arc::new(Transfer::of(source, target, scope, true, Some(old)))
+        // Zeroes given up on a target whose header names a backing that is not attached would show that one later.
+        let unmap = match target.backing() {
+            Some(slot) if !slot.is_some() => target.info().backing.is_none(),
+            _ => true,
+        };
+        Arc::new(Transfer::of(source, target, scope, unmap, Some(old)))
     }
 
     fn of(

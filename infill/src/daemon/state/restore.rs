@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use infill_qmp::command::Command;
-use infill_qmp::{BlockExportOptions, QmpError};
+use infill_qmp::{BlockExportOptions, Driver, QmpError};
 use infill_storage::rt;
 use serde_json::json;
 
@@ -107,8 +107,15 @@ impl Control {
         }
         let outcome = match record.now() {
             Ok(mut command) => {
-                if let Command::BlockExportAdd(export) = &mut command {
-                    self.leave_out_bitmaps(export);
+                match &mut command {
+                    Command::BlockExportAdd(export) => self.leave_out_bitmaps(export),
+                    Command::BlockdevAdd(node) => {
+                        // The moment that it kept has passed; another one must not take its place.
+                        if let Driver::CopyBeforeWrite { passed, .. } = &mut node.driver {
+                            *passed = true;
+                        }
+                    }
+                    _ => {}
                 }
                 self.carry_out(command).await.map(drop)
             }
