@@ -454,3 +454,53 @@ fn after_a_restart_the_guest_has_its_disk_and_a_disk_as_it_was_is_lost_rather_th
     assert_eq!(qmp.run("query-jobs", json!({})), json!([]));
     daemon.quit(&mut qmp);
 }
+
+#[test]
+fn after_a_restart_exports_are_on_the_overlays_that_a_transaction_put_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    let server = format!("addr.type=unix,addr.path={}", text(&dir.path().join("nbd.sock")));
+    let start = |options: &[&str]| {
+        let daemon =
+            Daemon::start(Program::Infill, dir.path(), &[&["--state", text(&state)], options].concat());
+        let qmp = daemon.connect();
+        (daemon, qmp)
+    };
+    let (daemon, mut qmp) = start(&["--nbd-server", &server]);
+    let size = DISK_BYTES.to_string();
+    for name in ["a", "b"] {
+        let (below, over) = (dir.path().join(name), dir.path().join(format!("{name}1")));
+        run("qemu-img", &["create", "-q", "-f", "qcow2", text(&below), &size]);
+        run(
+            "qemu-img",
+            &["create", "-q", "-u", "-f", "qcow2", "-b", text(&below), "-F", "qcow2", text(&over), &size],
+        );
+        qmp.run("blockdev-add", node(name, "qcow2", &below));
+        let mut overlay = node(&format!("{name}1"), "qcow2", &over);
+        overlay["backing"] = Value::Null;
+        qmp.run("blockdev-add", overlay);
+        qmp.run(
+            "block-export-add",
+            json!({"type": "nbd", "id": name, "name": name, "node-name": name, "writable": true}),
+        );
+    }
+    let uri = |export: &str| format!("nbd+unix:///{export}?socket={}", text(&dir.path().join("nbd.sock")));
+    let guest = |export: &str, command: &str| run("qemu-io", &["-f", "raw", "-c", command, &uri(export)]);
+    guest("a", "write -P 1 0 64k");
+    let snapshots = json!({"actions": [
+        {"type": "blockdev-snapshot", "data": {"node": "a", "overlay": "a1"}},
+        {"type": "blockdev-snapshot", "data": {"node": "b", "overlay": "b1"}}]});
+    qmp.run("transaction", snapshots);
+    guest("a", "write -P 2 64k 64k");
+    guest("b", "write -P 3 0 64k");
+    daemon.process.kill();
+    std::fs::remove_file(dir.path().join("monitor.sock")).unwrap();
+    let (daemon, mut qmp) = start(&[]);
+    let exports = qmp.run("query-block-exports", json!({}));
+    let on: Vec<&Value> = exports.as_array().unwrap().iter().map(|export| &export["node-name"]).collect();
+    assert_eq!(on, ["a1", "b1"]);
+    guest("a", "read -P 1 0 64k");
+    guest("a", "read -P 2 64k 64k");
+    guest("b", "read -P 3 0 64k");
+    daemon.quit(&mut qmp);
+}

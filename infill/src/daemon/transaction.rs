@@ -41,7 +41,8 @@ struct Done {
     back: Vec<Back>,
     removals: Vec<(infill_node::NodeHandle, BitmapUse)>,
     backups: Vec<Prepared>,
-    overlays: Vec<String>,
+    /// Nodes, and the overlays that took their places.
+    snapshots: Vec<(String, String)>,
 }
 
 impl Control {
@@ -74,11 +75,19 @@ impl Control {
         for (node, used) in done.removals {
             node.remove_bitmap(used.bitmap());
         }
+        for (node, overlay) in &done.snapshots {
+            self.note_exchange(node, overlay);
+            self.note_backing(overlay);
+        }
+        // Before anybody writes to an overlay: after a crash it must be found where it is.
+        let kept = match done.snapshots.is_empty() {
+            true => Ok(()),
+            false => self.settle().await,
+        };
         drop(held);
-        done.overlays.iter().for_each(|overlay| self.note_backing(overlay));
         self.start_all(done.backups, grouped)?;
         yield_once().await;
-        Ok(())
+        kept
     }
 
     /// The nodes that are named and exist, overlays before what lies below them.
@@ -121,7 +130,7 @@ impl Control {
                 };
                 let snapshot = self.blockdevs().snapshot_held(&node, &overlay, below).await;
                 snapshot.map_err(|error| refused(&error))?;
-                done.overlays.push(overlay.clone());
+                done.snapshots.push((node.clone(), overlay.clone()));
                 done.back.push(Back::Snapshot { node, overlay });
                 Ok(())
             }
