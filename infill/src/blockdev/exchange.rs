@@ -64,15 +64,7 @@ impl Blockdevs {
         Ok(self.0.graph.move_users(from, to, staying)?)
     }
 
-    /// `blockdev-snapshot`: puts `overlay`, which has no backing yet, on `name`, for all users of `name`.
-    pub async fn snapshot(&self, name: &str, overlay: &str) -> Result<()> {
-        let _turn = self.0.turn.exclusive(0, 1).await;
-        self.can_snapshot(name, overlay)?;
-        let held = hold(name, &self.0.graph.get(name)?).await?;
-        self.snapshot_held(name, overlay, &held).await
-    }
-
-    /// Refuses what [`Blockdevs::snapshot`] would.
+    /// Refuses what [`Blockdevs::snapshot_held`] would.
     pub fn can_snapshot(&self, name: &str, overlay: &str) -> Result<()> {
         let find = |name: &str| {
             self.0.graph.get(name).map_err(|_| anyhow!("Cannot find device='{name}' nor node-name='{name}'"))
@@ -95,7 +87,8 @@ impl Blockdevs {
         Ok(())
     }
 
-    /// As [`Blockdevs::snapshot`], for a caller who holds `name`, and changes the graph alone.
+    /// `blockdev-snapshot`: puts `overlay`, which has no backing yet, on `name`, for all users of `name`. The caller holds it,
+    /// and changes the graph alone.
     pub async fn snapshot_held(&self, name: &str, overlay: &str, held: &Held) -> Result<()> {
         self.can_snapshot(name, overlay)?;
         let (node, top) = (held.node(), self.0.graph.get(overlay)?);

@@ -13,6 +13,7 @@ use infill_io::{JournalDir, Reactor};
 use infill_job::{Events, JobEvent, Jobs};
 use infill_nbd::{SourceState, SourceWatch};
 use infill_qmp::command::{Command, NAMES};
+use infill_qmp::transaction::{Transaction, TransactionAction};
 use infill_qmp::{BlockdevOptions, Members, QmpError, encode};
 use infill_storage::{RangeLock, rt};
 use serde_json::{Value, json};
@@ -236,7 +237,8 @@ impl Control {
             Command::BlockdevAdd(options) => self.blockdev_add(*options).await?,
             Command::BlockdevDel { node_name } => self.blockdev_del(&node_name).await?,
             Command::BlockdevSnapshot { node, overlay } => {
-                self.blockdevs.snapshot(&node, &overlay).await.map_err(|error| refused(&error))?;
+                let actions = vec![TransactionAction::Snapshot { node, overlay }];
+                self.transaction(Transaction { actions, grouped: false }).await?;
             }
             Command::NbdServerStart(options) => self.nbd_server_start(&options)?,
             Command::NbdServerStop => self.nbd_server_stop().await?,
