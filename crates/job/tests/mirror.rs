@@ -256,6 +256,27 @@ fn a_disk_moves_with_every_write_on_both_sides() {
 }
 
 #[test]
+fn guests_write_on_while_a_mirror_waits_to_be_finalized() {
+    let world = World::new(11);
+    world.run(async {
+        let scene = Scene::new(&world, 4 * MIB, 3).await;
+        let job = scene.start(|job, mirror| {
+            mirror.copy_mode = CopyMode::WriteBlocking;
+            job.auto_finalize = false;
+        });
+        until(|| job.status() == JobStatus::Ready).await;
+        job.complete().unwrap();
+        until(|| job.status() == JobStatus::Pending).await;
+        let more = scene.guests.writes.get() + 200;
+        until(|| scene.guests.writes.get() >= more).await;
+        job.finalize().unwrap();
+        job.wait().await.unwrap();
+        scene.stop_guests().await;
+        assert!(content(&scene.target_node).await == *scene.guests.model.borrow());
+    });
+}
+
+#[test]
 fn in_write_blocking_mode_an_answered_write_is_on_the_target() {
     let world = World::new(5);
     world.run(async {

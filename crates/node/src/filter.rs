@@ -89,6 +89,10 @@ impl Node for CopyOnReadNode {
         self.below.set_backing_ref(cx, backing).await
     }
 
+    async fn make_empty(&self, cx: &Ctx) -> IoResult<()> {
+        self.below.make_empty(cx).await
+    }
+
     async fn resize(&self, cx: &Ctx, len: u64) -> IoResult<()> {
         self.below.resize(cx, len).await
     }

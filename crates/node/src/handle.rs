@@ -31,6 +31,7 @@ trait DynNode: Send + Sync {
     fn populate<'a>(&'a self, cx: &'a Ctx, at: u64, data: Bytes, generation: u64) -> Answer<'a, Populated>;
     fn populate_zero<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64, generation: u64) -> Answer<'a, Populated>;
     fn set_backing_ref<'a>(&'a self, cx: &'a Ctx, backing: Option<BackingRef>) -> Answer<'a, ()>;
+    fn make_empty<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
     fn resize<'a>(&'a self, cx: &'a Ctx, len: u64) -> Answer<'a, ()>;
     fn close<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
 }
@@ -77,6 +78,9 @@ impl<N: Node> DynNode for N {
     }
     fn set_backing_ref<'a>(&'a self, cx: &'a Ctx, backing: Option<BackingRef>) -> Answer<'a, ()> {
         Box::pin(Node::set_backing_ref(self, cx, backing))
+    }
+    fn make_empty<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()> {
+        Box::pin(Node::make_empty(self, cx))
     }
     fn resize<'a>(&'a self, cx: &'a Ctx, len: u64) -> Answer<'a, ()> {
         Box::pin(Node::resize(self, cx, len))
@@ -262,6 +266,11 @@ impl NodeHandle {
     /// See [`Node::set_backing_ref`].
     pub async fn set_backing_ref(&self, cx: &Ctx, backing: Option<BackingRef>) -> IoResult<()> {
         self.0.driver.set_backing_ref(cx, backing).await
+    }
+
+    /// See [`Node::make_empty`].
+    pub async fn make_empty(&self, cx: &Ctx) -> IoResult<()> {
+        self.0.driver.make_empty(cx).await
     }
 
     /// See [`Node::resize`].

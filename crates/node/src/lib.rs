@@ -233,6 +233,13 @@ pub trait Node: Send + Sync + 'static {
         async { Err(unsupported(self.info().driver, "name a backing file")) }
     }
 
+    /// Makes everything in this layer absent, so that all shows through, and that stable. For the end of a commit: the caller
+    /// has raised the edge's generation, holds all changes, and what lies below reads the same at every moment of it.
+    fn make_empty(&self, cx: &Ctx) -> impl Future<Output = IoResult<()>> {
+        let _ = cx;
+        async { Err(unsupported(self.info().driver, "be emptied")) }
+    }
+
     /// Changes the size of the disk. What is new reads as zeroes.
     fn resize(&self, cx: &Ctx, len: u64) -> impl Future<Output = IoResult<()>> {
         let _ = (cx, len);

@@ -221,6 +221,11 @@ impl Node for MemoryOverlay {
         Ok(extents)
     }
 
+    async fn make_empty(&self, _cx: &Ctx) -> IoResult<()> {
+        lock(&self.units).fill(Unit::Absent);
+        Ok(())
+    }
+
     fn backing(&self) -> Option<&BackingSlot> {
         Some(&self.backing)
     }

@@ -114,6 +114,11 @@ impl Node for Qcow2 {
         rt::detached(async move { image.set_backing_ref(backing).await }).await
     }
 
+    async fn make_empty(&self, cx: &Ctx) -> IoResult<()> {
+        let (image, cx) = (self.0.clone(), *cx);
+        rt::detached(async move { image.make_empty(&cx).await }).await
+    }
+
     async fn resize(&self, cx: &Ctx, len: u64) -> IoResult<()> {
         let (image, cx) = (self.0.clone(), *cx);
         rt::detached(async move { image.resize(&cx, len).await }).await

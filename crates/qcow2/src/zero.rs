@@ -4,7 +4,7 @@
 //! Without a backing a discard makes absent. What does not cover a (sub)cluster is written as zeroes, or ignored.
 
 use infill_base::{
-    Ctx, DiscardMode, ErrorKind, Gather, IoError, IoResult, ZeroFlags, whole_units, zero_bytes,
+    Ctx, DiscardMode, ErrorKind, Gather, IoError, IoResult, ZeroFlags, align_up, whole_units, zero_bytes,
 };
 use infill_storage::sync::Arc;
 
@@ -103,6 +103,18 @@ impl Image {
         self.clear_runs(cx, first, last, discard).await.map(drop)
     }
 
+    /// Makes everything absent, over a backing too, and that stable. Nothing else changes meanwhile, and nothing links.
+    ///
+    /// Cut off in the middle, some clusters are absent and others are not: whoever empties an overlay sees to it that both
+    /// read the same.
+    pub(crate) async fn make_empty(self: &Arc<Image>, cx: &Ctx) -> IoResult<()> {
+        self.writer()?;
+        self.prepare().await?;
+        let end = align_up(self.size(), self.geometry.cluster_bytes());
+        self.clear_runs(cx, 0, end, |_| Some((Become::Absent, true))).await?;
+        self.sync().await
+    }
+
     /// Clears, and writes zeroes where that cannot be done by an entry.
     async fn clear(
         self: &Arc<Image>,
@@ -137,8 +149,8 @@ impl Image {
             let clear = Clear { to, unmap, backed, generation };
             let end = self.slice_end(next).min(last);
             let cluster = self.geometry.guest_cluster(GuestOffset(next));
-            if !backed && self.table(cluster)?.is_none() {
-                // All of it is absent, and reads as zeroes.
+            if (!backed || to == Become::Absent) && self.table(cluster)?.is_none() {
+                // All of it is absent, and reads as zeroes or is to be so.
                 next = self.table_end(next).min(last);
                 continue;
             }

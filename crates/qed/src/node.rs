@@ -117,6 +117,10 @@ impl Node for Qed {
     }
 
     /// Makes the disk longer. What is new reads as zeroes, also over a backing that is longer.
+    async fn make_empty(&self, cx: &Ctx) -> IoResult<()> {
+        self.0.make_empty(cx).await
+    }
+
     async fn resize(&self, cx: &Ctx, len: u64) -> IoResult<()> {
         let image = &self.0;
         image.prepare(cx).await?;

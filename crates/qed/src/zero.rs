@@ -57,6 +57,15 @@ impl Image {
         (GuestCluster(geometry.clusters(first)), GuestCluster(geometry.clusters(last)))
     }
 
+    /// Makes every cluster absent, over a backing too, and that stable. Nothing else is under way, and nothing links.
+    pub(crate) async fn make_empty(self: &Arc<Image>, cx: &Ctx) -> IoResult<()> {
+        self.check_writable()?;
+        self.prepare(cx).await?;
+        let clusters = self.layout.geometry.clusters(self.len());
+        self.change_clusters_as(cx, GuestCluster(0), GuestCluster(clusters), Cluster::Absent, true).await?;
+        self.flush(cx).await
+    }
+
     /// Makes parts of clusters read as zeroes: by a write, where they do not already.
     pub(crate) async fn zero_parts(self: &Arc<Image>, cx: &Ctx, at: u64, end: u64) -> IoResult<()> {
         for run in self.runs(cx, at, end).await? {
@@ -80,6 +89,18 @@ impl Image {
         last: GuestCluster,
         into: Cluster,
     ) -> IoResult<()> {
+        self.change_clusters_as(cx, first, last, into, false).await
+    }
+
+    /// As [`Image::change_clusters`]; `emptied`: clusters may become absent over a backing.
+    async fn change_clusters_as(
+        self: &Arc<Image>,
+        cx: &Ctx,
+        first: GuestCluster,
+        last: GuestCluster,
+        into: Cluster,
+        emptied: bool,
+    ) -> IoResult<()> {
         let geometry = self.layout.geometry;
         let mut next = first.0;
         while next < last.0 {
@@ -97,7 +118,7 @@ impl Image {
                 next = geometry.clusters(run.end).min(last.0);
                 continue;
             }
-            self.change_slice(cx, GuestCluster(next), end - next, into).await?;
+            self.change_slice(cx, GuestCluster(next), end - next, into, emptied).await?;
             self.relieve(cx).await?;
             next = end;
         }
@@ -111,6 +132,7 @@ impl Image {
         first: GuestCluster,
         count: u64,
         into: Cluster,
+        emptied: bool,
     ) -> IoResult<()> {
         let geometry = self.layout.geometry;
         let start = geometry.guest_offset(first);
@@ -118,7 +140,7 @@ impl Image {
         let pins = self.pin(cx, first, count).await?;
         let _range = self.ranges.exclusive(start, start + count * geometry.cluster_bytes()).await;
         // Asked again under the range: it may not become absent over a backing.
-        let over_backing = self.is_over_backing();
+        let over_backing = self.is_over_backing() && !emptied;
         if into == Cluster::Absent && over_backing {
             return Ok(());
         }

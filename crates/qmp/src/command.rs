@@ -3,6 +3,7 @@
 use crate::backup::BlockdevBackup;
 use crate::bitmap::BitmapCommand;
 use crate::blockdev::BlockdevOptions;
+use crate::copy::{BlockCommit, BlockdevMirror};
 use crate::error::QmpError;
 use crate::export::{BlockExportOptions, NbdServerOptions, RemoveMode};
 use crate::members::{Members, Words};
@@ -147,6 +148,10 @@ pub enum Command {
     QueryBlockExports,
     /// `block-stream`.
     BlockStream(BlockStream),
+    /// `blockdev-mirror`.
+    BlockdevMirror(BlockdevMirror),
+    /// `block-commit`.
+    BlockCommit(BlockCommit),
     /// `job-*` and `block-job-*`.
     Job {
         /// The job.
@@ -197,6 +202,8 @@ pub const NAMES: &[&str] = &[
     "block-export-del",
     "query-block-exports",
     "block-stream",
+    "block-commit",
+    "blockdev-mirror",
     "block-job-cancel",
     "block-job-pause",
     "block-job-resume",
@@ -219,12 +226,10 @@ pub const NAMES: &[&str] = &[
 
 /// Commands of qemu-storage-daemon 10 that are not built.
 pub const UNBUILT: &[&str] = &[
-    "block-commit",
     "block-job-change",
     "block-set-write-threshold",
     "block_resize",
     "blockdev-create",
-    "blockdev-mirror",
     "blockdev-reopen",
     "blockdev-set-active",
     "blockdev-snapshot-delete-internal-sync",
@@ -298,6 +303,8 @@ impl Command {
                 return Ok(Command::BlockdevBackup(Box::new(BlockdevBackup::read(arguments)?)));
             }
             "transaction" => return Transaction::read(arguments).map(Command::Transaction),
+            "blockdev-mirror" => return BlockdevMirror::read(arguments).map(Command::BlockdevMirror),
+            "block-commit" => return BlockCommit::read(arguments).map(Command::BlockCommit),
             "query-version" => Command::QueryVersion,
             "query-commands" => Command::QueryCommands,
             "quit" => Command::Quit,

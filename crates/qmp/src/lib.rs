@@ -15,6 +15,7 @@ pub mod backup;
 mod bitmap;
 mod blockdev;
 pub mod command;
+pub mod copy;
 mod error;
 mod export;
 pub mod json;

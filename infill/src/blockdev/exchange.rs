@@ -64,6 +64,65 @@ impl Blockdevs {
         Ok(self.0.graph.move_users(from, to, staying)?)
     }
 
+    /// As [`Blockdevs::replace`], for a job that holds the changes of `from`.
+    pub async fn exchange(&self, from: &str, to: &str, staying: &[String]) -> Result<()> {
+        let _turn = self.0.turn.exclusive(0, 1).await;
+        self.replace(from, to, staying)
+    }
+
+    /// Lets somebody write to `base` although `overlay` lies on it (a commit writes there only what the layers above show
+    /// anyway), or ends that.
+    pub fn share_base(&self, overlay: &str, base: &str, shared: bool) {
+        if let Some(entry) = lock(&self.0.entries).get_mut(base) {
+            entry.holds.rely(&format!("node '{overlay}'"), !shared);
+        }
+    }
+
+    /// Overlays of `name` that nobody uses rely on nothing: it may be written to below them. (After a commit of the active layer
+    /// the old layers stay, and stand on the disk that guests write to.)
+    pub(super) fn release_unused(&self, name: &str) {
+        let overlays = self.overlays_of(name);
+        for overlay in overlays.iter().filter(|overlay| !self.is_in_use(overlay)) {
+            self.share_base(overlay, name, true);
+        }
+    }
+
+    /// `name` is to be used: the layers below it must not change from now on. Refused where somebody writes to one.
+    pub(super) fn rely_again(&self, name: &str) -> Result<()> {
+        let chain = self.chain(name);
+        for pair in chain.windows(2) {
+            let user = format!("node '{}'", pair[0]);
+            let mut entries = lock(&self.0.entries);
+            let entry = entries.get_mut(&pair[1]).ok_or_else(|| unknown(&pair[1]))?;
+            if entry.holds.of(&user) != Some(Access::Reader) {
+                continue;
+            }
+            if let Some(writer) = entry.holds.writer() {
+                // A job that writes to a layer is a commit: what it writes there the layers above show anyway.
+                if writer.starts_with("job '") {
+                    continue;
+                }
+                bail!("'{name}' cannot be used: {writer} writes to '{}', which lies below it", pair[1]);
+            }
+            entry.holds.rely(&user, true);
+        }
+        Ok(())
+    }
+
+    fn overlays_of(&self, name: &str) -> Vec<String> {
+        let entries = lock(&self.0.entries);
+        let lies_on = |entry: &super::Entry| entry.facts.backing.as_deref() == Some(name);
+        entries.iter().filter(|(_, entry)| lies_on(entry)).map(|(overlay, _)| overlay.clone()).collect()
+    }
+
+    /// Whether anybody but overlays that are not in use uses the node.
+    fn is_in_use(&self, name: &str) -> bool {
+        let overlays = self.overlays_of(name);
+        let of_overlays: Vec<String> = overlays.iter().map(|overlay| format!("node '{overlay}'")).collect();
+        self.0.graph.users(name).iter().any(|user| !of_overlays.contains(user))
+            || overlays.iter().any(|overlay| self.is_in_use(overlay))
+    }
+
     /// Refuses what [`Blockdevs::snapshot_held`] would.
     pub fn can_snapshot(&self, name: &str, overlay: &str) -> Result<()> {
         let find = |name: &str| {
@@ -102,7 +161,7 @@ impl Blockdevs {
             slot.replace(None).await;
             return Err(error);
         }
-        self.back(overlay, name)
+        self.back(overlay, name, Access::Stable)
     }
 
     /// Takes [`Blockdevs::snapshot_held`] back. The caller has held both nodes since, so that nothing was written.
@@ -126,12 +185,12 @@ impl Blockdevs {
         Ok(())
     }
 
-    /// Notes in the graph that `overlay` lies on `below` from now on.
-    pub(super) fn back(&self, overlay: &str, below: &str) -> Result<()> {
+    /// Notes in the graph that `overlay` lies on `below` from now on, and whether it relies on nobody writing there.
+    pub(super) fn back(&self, overlay: &str, below: &str, access: Access) -> Result<()> {
         self.0.graph.attach(overlay, below)?;
         let mut entries = lock(&self.0.entries);
         let entry = entries.get_mut(below).ok_or_else(|| unknown(below))?;
-        entry.holds.take(below, &format!("node '{overlay}'"), Access::Stable, entry.file.as_deref())?;
+        entry.holds.take(below, &format!("node '{overlay}'"), access, entry.file.as_deref())?;
         let entry = entries.get_mut(overlay).ok_or_else(|| unknown(overlay))?;
         entry.facts.backing = Some(below.to_owned());
         Ok(())

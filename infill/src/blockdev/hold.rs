@@ -58,6 +58,30 @@ impl Holds {
         self.0.iter().find(|(other, _)| other == user).map(|(_, access)| *access)
     }
 
+    /// Somebody who writes.
+    pub fn writer(&self) -> Option<&str> {
+        self.0.iter().find(|(_, access)| access.writes()).map(|(user, _)| user.as_str())
+    }
+
+    /// `user`, who relied on nobody writing, does so no longer, or does so again. Whoever changes it sees to it that nobody is
+    /// disturbed.
+    pub fn rely(&mut self, user: &str, relies: bool) {
+        let (from, to) = match relies {
+            true => (Access::Reader, Access::Stable),
+            false => (Access::Stable, Access::Reader),
+        };
+        for (_, access) in self.0.iter_mut().filter(|(other, access)| other == user && *access == from) {
+            *access = to;
+        }
+    }
+
+    /// `user` owns it from now on: nobody else uses it.
+    pub fn own(&mut self, user: &str) {
+        for (_, access) in self.0.iter_mut().filter(|(other, _)| other == user) {
+            *access = Access::Owner;
+        }
+    }
+
     /// Takes one hold of `user` back; the last one gives the lock back.
     pub fn give_back(&mut self, user: &str, file: Option<&FileStorage>) {
         if let Some(at) = self.0.iter().position(|(other, _)| other == user) {

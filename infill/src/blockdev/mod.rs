@@ -18,6 +18,7 @@ mod journal;
 mod locate;
 mod name;
 mod open;
+mod reopen;
 mod secure;
 #[cfg(test)]
 mod tests;
@@ -29,7 +30,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use infill_base::Ctx;
+use infill_base::{Ctx, DiscardMode};
 use infill_io::{FileStorage, JournalDir};
 use infill_job::copy::fleece::Past;
 use infill_nbd::{OnLost, SourceWatch};
@@ -120,6 +121,8 @@ struct Entry {
     watch: Option<SourceWatch>,
     /// Of an NBD export over TLS: its credentials are in use.
     _credentials: Option<Arc<Credentials>>,
+    /// How it was opened, where it can be opened again in another way.
+    recipe: Option<Recipe>,
     holds: Holds,
 }
 
@@ -133,9 +136,19 @@ impl Entry {
             path: None,
             watch: None,
             _credentials: None,
+            recipe: None,
             holds: Holds::default(),
         }
     }
+}
+
+/// How a node was opened.
+#[derive(Clone)]
+enum Recipe {
+    /// A file, by its description.
+    File(Box<BlockdevOptions>),
+    /// A format on its file child.
+    Format { format: FormatKind, discard: DiscardMode, metadata_cache_bytes: Option<u64> },
 }
 
 struct Shared {
@@ -291,6 +304,10 @@ impl Blockdevs {
 
     fn hold(&self, name: &str, user: &str, access: Access) -> Result<()> {
         self.0.graph.get(name)?;
+        self.rely_again(name)?;
+        if access.writes() {
+            self.release_unused(name);
+        }
         let mut entries = lock(&self.0.entries);
         let entry = entries.get_mut(name).ok_or_else(|| unknown(name))?;
         if access.writes() && entry.facts.read_only {
@@ -373,6 +390,16 @@ impl Blockdevs {
     /// After a job has put another node (or none) below `top`: the graph follows, and layers that belonged to the old
     /// edge alone are closed.
     pub async fn backing_changed(&self, top: &str) -> Result<()> {
+        self.follow_backing(top, Access::Stable).await
+    }
+
+    /// As [`Blockdevs::backing_changed`], after a commit of the active layer: `top` is empty and lies on the base that guests
+    /// write to now.
+    pub async fn committed(&self, top: &str) -> Result<()> {
+        self.follow_backing(top, Access::Reader).await
+    }
+
+    async fn follow_backing(&self, top: &str, access: Access) -> Result<()> {
         let _turn = self.0.turn.exclusive(0, 1).await;
         let mut top = top.to_owned();
         while let NodeFacts { driver: "copy-on-read", file: Some(file), .. } = self.facts(&top)? {
@@ -394,7 +421,7 @@ impl Blockdevs {
         };
         let user = format!("node '{top}'");
         if let Some(new) = &new {
-            self.back(top, new)?;
+            self.back(top, new, access)?;
         }
         let Some(old) = old else { return Ok(()) };
         self.0.graph.detach(top, &old);
@@ -450,7 +477,7 @@ pub struct Image {
     /// Although others may write to it (only read-only).
     pub force_share: bool,
     /// What a guest's discard does.
-    pub discard: infill_base::DiscardMode,
+    pub discard: DiscardMode,
 }
 
 impl Image {
@@ -462,7 +489,7 @@ impl Image {
             read_only: true,
             alone: false,
             force_share: false,
-            discard: infill_base::DiscardMode::Ignore,
+            discard: DiscardMode::Ignore,
         }
     }
 }

@@ -28,7 +28,7 @@ use super::journal::journaling;
 use super::locate::{Located, locate};
 use super::name::resolve_backing;
 use super::secure::{Secured, secure};
-use super::{Blockdevs, CHAIN_LAYERS_MAX, Entry, Image, NODE_NAME_BYTES_MAX, NodeFacts};
+use super::{Blockdevs, CHAIN_LAYERS_MAX, Entry, Image, NODE_NAME_BYTES_MAX, NodeFacts, Recipe};
 
 /// How long to wait between two attempts to reach an NBD server that is not there yet (`open-timeout`).
 const NBD_OPEN_PAUSE: Duration = Duration::from_millis(200);
@@ -255,9 +255,19 @@ impl<'a> Opening<'a> {
         let read_only = options.is_read_only() || !storage.limits().writable;
         let node = RawNode::protocol(driver, storage.clone(), read_only).discarding(options.discard_mode());
         let facts = facts_of(&options, driver, read_only, implicit);
+        let recipe =
+            matches!(options.driver, Driver::File { .. }).then(|| Recipe::File(Box::new(options.clone())));
         let holds = Holds::default();
-        let entry =
-            Entry { facts, storage: Some(storage), file, path, watch, _credentials: credentials, holds };
+        let entry = Entry {
+            facts,
+            storage: Some(storage),
+            file,
+            path,
+            watch,
+            _credentials: credentials,
+            recipe,
+            holds,
+        };
         self.pending.push(Pending { name: name.clone(), node: NodeHandle::new(node), entry });
         Ok(name)
     }
@@ -384,6 +394,11 @@ impl<'a> Opening<'a> {
         if format != FormatKind::Raw {
             open.journal = self.journaling(&file, &storage)?;
         }
+        let recipe = window.is_none().then_some(Recipe::Format {
+            format,
+            discard: open.discard,
+            metadata_cache_bytes: open.metadata_cache_bytes,
+        });
         let node = match window {
             None => format.open(storage, open).await?,
             Some((offset, size)) => {
@@ -394,7 +409,7 @@ impl<'a> Opening<'a> {
         };
         let mut facts = facts_of(&settings, format.as_str(), read_only, implicit);
         facts.file = Some(file);
-        let entry = Entry::without_storage(facts);
+        let entry = Entry { recipe, ..Entry::without_storage(facts) };
         self.pending.push(Pending { name: name.clone(), node, entry });
         Ok((name, backing))
     }
@@ -564,7 +579,7 @@ fn could_not(name: &str) -> String {
 
 /// Opens a file without its image locks, which are taken with the first user. Where it cannot be written to and may be
 /// read-only, it is.
-fn open_file(path: &Path, options: &BlockdevOptions) -> Result<FileStorage, OpenError> {
+pub(super) fn open_file(path: &Path, options: &BlockdevOptions) -> Result<FileStorage, OpenError> {
     let read_only = options.is_read_only();
     let open = FileOptions {
         read_only,

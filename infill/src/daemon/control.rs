@@ -236,6 +236,8 @@ impl Control {
             Command::QueryState => return self.query_state(),
             Command::BlockdevAdd(options) => self.blockdev_add(*options).await?,
             Command::BlockdevDel { node_name } => self.blockdev_del(&node_name).await?,
+            Command::BlockdevMirror(mirror) => self.blockdev_mirror(mirror).await?,
+            Command::BlockCommit(commit) => self.block_commit(commit).await?,
             Command::BlockdevSnapshot { node, overlay } => {
                 let actions = vec![TransactionAction::Snapshot { node, overlay }];
                 self.transaction(Transaction { actions, grouped: false }).await?;

@@ -25,6 +25,7 @@ mod bitmaps;
 mod chardev;
 mod cmdline;
 mod control;
+mod copy;
 mod exports;
 mod jobs;
 mod metrics;

@@ -41,8 +41,6 @@ struct Done {
     back: Vec<Back>,
     removals: Vec<(infill_node::NodeHandle, BitmapUse)>,
     backups: Vec<Prepared>,
-    /// Nodes, and the overlays that took their places.
-    snapshots: Vec<(String, String)>,
 }
 
 impl Control {
@@ -75,19 +73,10 @@ impl Control {
         for (node, used) in done.removals {
             node.remove_bitmap(used.bitmap());
         }
-        for (node, overlay) in &done.snapshots {
-            self.note_exchange(node, overlay);
-            self.note_backing(overlay);
-        }
-        // Before anybody writes to an overlay: after a crash it must be found where it is.
-        let kept = match done.snapshots.is_empty() {
-            true => Ok(()),
-            false => self.settle().await,
-        };
         drop(held);
         self.start_all(done.backups, grouped)?;
         yield_once().await;
-        kept
+        Ok(())
     }
 
     /// The nodes that are named and exist, overlays before what lies below them.
@@ -128,9 +117,14 @@ impl Control {
                     let why = format!("Cannot find device='{name}' nor node-name='{name}'");
                     return Err(QmpError::generic(why));
                 };
+                self.blockdevs().can_snapshot(&node, &overlay).map_err(|error| refused(&error))?;
+                // Noted before it happens: a daemon that dies in between comes back with the overlay.
+                self.note_snapshot(&node, &overlay).await?;
                 let snapshot = self.blockdevs().snapshot_held(&node, &overlay, below).await;
+                if snapshot.is_err() {
+                    self.note_no_snapshot(&node, &overlay).await;
+                }
                 snapshot.map_err(|error| refused(&error))?;
-                done.snapshots.push((node.clone(), overlay.clone()));
                 done.back.push(Back::Snapshot { node, overlay });
                 Ok(())
             }
@@ -174,7 +168,9 @@ impl Control {
                 Back::Snapshot { node, overlay } => {
                     if let Err(error) = self.blockdevs().take_snapshot_back(&node, &overlay).await {
                         tracing::error!("a snapshot of '{node}' could not be taken back: {error:#}");
+                        continue;
                     }
+                    self.note_no_snapshot(&node, &overlay).await;
                 }
             }
         }

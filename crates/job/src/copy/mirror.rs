@@ -27,6 +27,8 @@ use crate::stream::FILL_MIN_RATE;
 
 /// How long guest writes in flight are waited for before the job tries again later; new ones wait meanwhile.
 const HOLD_TIME: Duration = Duration::from_secs(1);
+/// How long a job that was asked to complete catches up with its guests before it holds them.
+const SETTLE_TIME: Duration = Duration::from_secs(2);
 /// How often that is tried.
 const HOLD_ATTEMPTS_MAX: u32 = 30;
 /// How long guests are left alone between two attempts.
@@ -175,14 +177,21 @@ pub(super) async fn hold(node: &NodeHandle) -> IoResult<Held> {
 
 /// Copies the rest. When this returns, source and target are the same, on stable storage, and nothing changes.
 pub(super) async fn settle(copier: &mut Copier, transfer: &Transfer, job: &Job) -> IoResult<Held> {
-    copier.run(job, Goal::Converged).await?;
-    // What can be done before guests are held is done before.
-    transfer.target.sync(&Ctx::FILL).await?;
-    copier.run(job, Goal::Converged).await?;
-    let held = hold(&transfer.source).await?;
+    // What can be done before guests are held is done before; a guest that stays ahead is held all the same.
     copier.hurry(true);
-    copier.run(job, Goal::Empty).await?;
+    if let Some(outcome) = rt::timeout(SETTLE_TIME, copier.run(job, Goal::Converged)).await {
+        outcome?;
+    }
+    copier.drain(job).await?;
+    transfer.target.sync(&Ctx::FILL).await?;
+    if let Some(outcome) = rt::timeout(SETTLE_TIME, copier.run(job, Goal::Converged)).await {
+        outcome?;
+    }
+    copier.drain(job).await?;
+    let held = hold(&transfer.source).await?;
+    let outcome = copier.run(job, Goal::Empty).await;
     copier.hurry(false);
+    outcome?;
     transfer.target.sync(&Ctx::FILL).await?;
     Ok(held)
 }

@@ -12,6 +12,7 @@
 //! landed).
 
 pub mod backup;
+pub mod commit;
 pub mod fleece;
 mod keep;
 pub mod mirror;
@@ -178,12 +179,31 @@ impl Copier {
         goal: Goal,
         failure: &dyn Fn() -> Option<Failed>,
     ) -> IoResult<()> {
-        let outcome = self.copy(job, goal, failure).await;
+        let outcome = match self.copy(job, goal, failure).await {
+            Ok(()) => self.drain(job).await,
+            failed => failed,
+        };
         if outcome.is_err() {
             let rest = std::mem::take(&mut self.in_flight);
             rt::spawn(async move { rest.for_each(|_| std::future::ready(())).await });
         }
         outcome
+    }
+
+    /// Waits until nothing is in flight. A piece holds its range, which a guest's write may wait for: none is left when nobody
+    /// polls the loop.
+    pub(crate) async fn drain(&mut self, job: &Job) -> IoResult<()> {
+        let mut changed = job.listen();
+        while !self.in_flight.is_empty() {
+            if job.is_cancelled() {
+                return job.pause_point().await;
+            }
+            select_biased! {
+                () = (&mut changed).fuse() => changed = job.listen(),
+                done = self.in_flight.select_next_some() => self.done(job, done)?,
+            }
+        }
+        Ok(())
     }
 
     async fn copy(&mut self, job: &Job, goal: Goal, failure: &dyn Fn() -> Option<Failed>) -> IoResult<()> {
@@ -225,6 +245,8 @@ impl Copier {
         let left = self.transfer.left_bytes() + self.sent_bytes;
         match goal {
             Goal::Empty => left == 0 && !self.syncing,
+            // Only what guests write may be left: a disk that is half copied has not converged, however quick the copy is.
+            Goal::Converged if self.transfer.cold_bytes() > 0 => false,
             Goal::Converged => {
                 let quick = (self.control.rate() * CONVERGED_TIME.as_secs_f64()) as u64;
                 left <= CONVERGED_BYTES.max(quick)
@@ -235,13 +257,7 @@ impl Copier {
 
     /// Pauses with nothing in flight, or gives up at once when cancelled.
     async fn pause(&mut self, job: &Job) -> IoResult<()> {
-        let mut changed = job.listen();
-        while !job.is_cancelled() && !self.in_flight.is_empty() {
-            select_biased! {
-                () = (&mut changed).fuse() => changed = job.listen(),
-                done = self.in_flight.select_next_some() => self.done(job, done)?,
-            }
-        }
+        self.drain(job).await?;
         job.pause_point().await?;
         (self.stopped_by_error, self.retry_at, self.failures) = (false, None, 0);
         let now = rt::now();
@@ -274,15 +290,22 @@ impl Copier {
             if self.sent_bytes > 0 && (probe || self.sent_bytes >= window) {
                 break;
             }
-            let ready = self.speed.ready_at().max(self.pace.ready_at());
+            // What guests have written since is copied at once: politeness would let them stay ahead for ever.
+            let pace = if self.walked && self.transfer.cold_bytes() == 0 {
+                Duration::ZERO
+            } else {
+                self.pace.ready_at()
+            };
+            let ready = self.speed.ready_at().max(pace);
             if ready > now && !self.hurries {
                 wake = wake.min(ready);
                 break;
             }
-            let bytes = self.control.request_bytes(now).min(self.speed.request_bytes());
+            let paced = if pace > Duration::ZERO { self.pace.request_bytes() } else { u64::MAX };
+            let bytes = self.control.request_bytes(now).min(self.speed.request_bytes()).min(paced);
             let bytes = match self.hurries {
                 true => REQUEST_BYTES_MAX,
-                false => align_down(bytes.min(self.pace.request_bytes()), BLOCK_BYTES),
+                false => align_down(bytes, BLOCK_BYTES),
             };
             let Some(piece) =
                 self.transfer.take(&mut self.next, bytes.clamp(BLOCK_BYTES, REQUEST_BYTES_MAX), self.walked)

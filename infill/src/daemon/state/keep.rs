@@ -94,7 +94,7 @@ impl Control {
         let value = self.carry_out(command).await?;
         if let Some((key, kind)) = made {
             let kept = |id: &str| self.jobs().get(id).map(|job| job.kept()).unwrap_or_default();
-            let job = kind.map(|kind| JobRecord { kind, kept: kept(&key.name) });
+            let job = kind.map(|kind| JobRecord { kind, kept: kept(&key.name), done: false });
             state.keep(Record { command: name.into(), given: object, strings, now: None, job, key });
         }
         if let Some(key) = taken {
@@ -134,12 +134,52 @@ impl Control {
         Ok(json!({}))
     }
 
-    /// After a job has put the node `new` in the place of `old`, exports and all: what is kept follows.
-    #[allow(dead_code, reason = "for jobs whose end exchanges nodes")]
-    pub(in crate::daemon) fn note_exchange(&self, old: &str, new: &str) {
-        if let Some(state) = &self.state {
-            state.exchange(old, new);
+    /// Whether what commands make comes back after a restart.
+    pub(in crate::daemon) fn keeps_state(&self) -> bool {
+        self.state.is_some()
+    }
+
+    /// The node `to` is about to take the place of `from`, which is what the job `id` was for, if one is named. On stable storage
+    /// when this returns: whatever happens then, exports come back on `to`, and the job does not begin again.
+    pub(in crate::daemon) async fn note_exchange(
+        &self,
+        id: Option<&str>,
+        from: &str,
+        to: &str,
+    ) -> Result<(), QmpError> {
+        let Some(state) = &self.state else { return Ok(()) };
+        check_names(self, &json!(to))?;
+        state.exchange(id, from, to, true);
+        let kept = self.settle().await;
+        if kept.is_err() {
+            state.exchange(id, to, from, false);
         }
+        kept
+    }
+
+    /// What was noted by [`Control::note_exchange`] did not happen.
+    pub(in crate::daemon) async fn note_no_exchange(&self, id: Option<&str>, from: &str, to: &str) {
+        let Some(state) = &self.state else { return };
+        state.exchange(id, to, from, false);
+        if let Err(error) = self.settle().await {
+            tracing::error!("{}", error.desc);
+        }
+    }
+
+    /// `overlay` is about to be put on `name`, for the users of `name`. As [`Control::note_exchange`]: the overlay is empty, so
+    /// that both read the same.
+    pub(in crate::daemon) async fn note_snapshot(&self, name: &str, overlay: &str) -> Result<(), QmpError> {
+        let Some(state) = &self.state else { return Ok(()) };
+        check_names(self, &json!([name, overlay]))?;
+        state.describe_backing(overlay, json!(name));
+        self.note_exchange(None, name, overlay).await
+    }
+
+    /// What was noted by [`Control::note_snapshot`] did not happen.
+    pub(in crate::daemon) async fn note_no_snapshot(&self, name: &str, overlay: &str) {
+        let Some(state) = &self.state else { return };
+        state.describe_backing(overlay, Value::Null);
+        self.note_no_exchange(None, name, overlay).await;
     }
 
     /// After a job has changed what lies below `overlay`.
@@ -191,7 +231,7 @@ impl State {
     /// Jobs that have not begun again, as `query-jobs` tells them (`block`: as `query-block-jobs` does).
     pub fn held_jobs(&self, block: bool) -> Vec<Value> {
         self.all_held(|record, why| {
-            let JobRecord { kind, kept } = record.job.as_ref()?;
+            let JobRecord { kind, kept, .. } = record.job.as_ref()?;
             let KeptJob { offset, len, .. } = kept;
             if block && !kind.is_block_job() {
                 return None;

@@ -219,13 +219,28 @@ impl State {
         }
     }
 
-    /// The node `new` has taken the place of `old` for all who used it by name or had it described in place: what is kept
-    /// of them names `new`. To be called when the graph has changed.
-    pub fn exchange(&self, old: &str, new: &str) {
+    /// The node `overlay`, which was added by name and without a backing, is described with `backing`.
+    fn describe_backing(&self, overlay: &str, backing: Value) {
+        let Some(at) = self.find(&Key::new(Kind::Node, overlay)) else { return };
+        if let Some(entry) = self.entries.borrow_mut().get_mut(&at) {
+            let mut now = entry.record.now.clone().unwrap_or_else(|| entry.record.given.clone());
+            now.insert("backing".into(), backing);
+            entry.record.now = Some(now);
+        }
+        self.dirty.borrow_mut().insert(at);
+    }
+
+    /// The node `new` takes the place of `old` for all who use it by name or have it described in place: what is kept of them
+    /// names `new`. What the job `id` was for has happened (`done`), or has not.
+    fn exchange(&self, id: Option<&str>, old: &str, new: &str, done: bool) {
         let mut dirty = self.dirty.borrow_mut();
         for (at, Entry { record, held }) in self.entries.borrow_mut().iter_mut() {
             if held.is_some() {
                 continue;
+            }
+            if let Some(job) = record.job.as_mut().filter(|_| id == Some(record.key.name.as_str())) {
+                job.done = done;
+                dirty.insert(*at);
             }
             let mut now = record.now.clone().unwrap_or_else(|| record.given.clone());
             let changed = match record.key.kind {

@@ -79,6 +79,10 @@ pub struct JobRecord {
     pub kind: JobType,
     /// Where it stands.
     pub kept: KeptJob,
+    /// What it was for has happened (its target has taken the place of its source): whatever else is known of it, it must
+    /// not begin again, or it would copy the old disk over the new one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub done: bool,
 }
 
 /// A kept thing: the command that makes it again.
@@ -133,6 +137,8 @@ pub fn makes(command: &Command) -> Option<(Key, Option<JobType>)> {
         Command::NbdServerStart(_) => (Kind::Server, "", None),
         Command::BlockExportAdd(export) => (Kind::Export, export.id.as_str(), None),
         Command::BlockStream(stream) => (Kind::Job, stream.job_id.as_str(), Some(JobType::Stream)),
+        Command::BlockCommit(commit) => (Kind::Job, commit.job.job_id.as_str(), Some(JobType::Commit)),
+        Command::BlockdevMirror(mirror) => (Kind::Job, mirror.job.job_id.as_str(), Some(JobType::Mirror)),
         _ => return None,
     };
     Some((Key::new(kind, name), job))

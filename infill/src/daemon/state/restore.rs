@@ -93,13 +93,16 @@ impl Control {
             _ => return Ok(()),
         };
         let id = &record.key.name;
-        if let Some(JobRecord { kind, kept }) = &record.job {
-            if kept.cancelled || kept.concluded {
+        if let Some(JobRecord { kind, kept, done }) = &record.job {
+            if kept.cancelled || kept.concluded || *done {
                 if kept.auto_dismiss {
                     state.forget_at(at);
                     return Ok(());
                 }
-                let kept = if kept.concluded { kept.clone() } else { kept.clone().into_cancelled() };
+                let kept = match kept.concluded || *done {
+                    true => infill_job::KeptJob { concluded: true, ..kept.clone() },
+                    false => kept.clone().into_cancelled(),
+                };
                 let shown = self.jobs().show_concluded(id, *kind, kept);
                 return shown.map(drop).map_err(|error| QmpError::generic(error.message));
             }

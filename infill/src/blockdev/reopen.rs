@@ -1,0 +1,146 @@
+//! Opening a node again, to write to what was opened read-only: a commit goes down into a layer that a header named.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail};
+use infill_node::{NodeHandle, RawNode};
+use infill_qmp::{BlockdevOptions, Driver};
+use infill_storage::StorageHandle;
+use infill_storage::journal::Journaling;
+use infill_storage::sync::lock;
+
+use super::format::FormatOptions;
+use super::journal::journaling;
+use super::open::open_file;
+use super::{Blockdevs, Recipe, unknown};
+
+impl Blockdevs {
+    /// Opens a format node on a file for writing, in place: those who lie on it, and its exports, go on with it.
+    pub async fn make_writable(&self, name: &str) -> Result<()> {
+        let _turn = self.0.turn.exclusive(0, 1).await;
+        let facts = self.facts(name)?;
+        if !facts.read_only {
+            return Ok(());
+        }
+        let cannot = || anyhow!("Block node '{name}' is read-only");
+        let (Some(Recipe::Format { format, discard, metadata_cache_bytes }), Some(child)) =
+            (self.recipe(name), &facts.file)
+        else {
+            return Err(cannot());
+        };
+        let Some(Recipe::File(options)) = self.recipe(child) else { return Err(cannot()) };
+        if self.0.graph.users(child).len() > 1 {
+            bail!("'{child}', on which '{name}' lies, has other users and is read-only");
+        }
+        let parents = self.parents(name)?;
+        let old = self.0.graph.get(name)?;
+        let (storage, file) = self.reopen_file(name, child, *options)?;
+        let journal = self.journaling_of(child, &storage);
+        let opened = match journal {
+            Ok(journal) => {
+                let open = FormatOptions { read_only: false, discard, metadata_cache_bytes, journal };
+                format.open(storage, open).await
+            }
+            Err(error) => Err(error),
+        };
+        let node = match opened.with_context(|| format!("opening '{name}' again, to write to it")) {
+            Ok(node) => node,
+            Err(error) => {
+                // As it was: the old node still stands, on the old file.
+                self.lock_again(child, true);
+                return Err(error);
+            }
+        };
+        if let (Some(new), Some(old)) = (node.backing(), old.backing()) {
+            new.replace(old.node()).await;
+        }
+        {
+            let mut entries = lock(&self.0.entries);
+            let entry = entries.get_mut(child).ok_or_else(|| unknown(child))?;
+            (entry.storage, entry.file) = (Some(file.0.clone()), file.1);
+            entry.facts.read_only = false;
+            entry.holds.own(&format!("node '{name}'"));
+            let driver = entry.facts.driver;
+            self.0.graph.set_node(child, NodeHandle::new(RawNode::protocol(driver, file.0, false)))?;
+            if let Some(entry) = entries.get_mut(name) {
+                entry.facts.read_only = false;
+            }
+        }
+        self.0.graph.set_node(name, node.clone())?;
+        for parent in parents {
+            if let Some(slot) = parent.backing() {
+                slot.replace(Some(node.clone())).await;
+            }
+        }
+        Ok(())
+    }
+
+    fn journaling_of(&self, file: &str, storage: &StorageHandle) -> Result<Journaling> {
+        let Some(dir) = &self.0.policy.journal else { return Ok(Journaling::Off) };
+        let entries = lock(&self.0.entries);
+        let entry = entries.get(file).ok_or_else(|| unknown(file))?;
+        journaling(dir, entry.facts.driver, entry.path.as_deref(), storage)
+    }
+
+    fn recipe(&self, name: &str) -> Option<Recipe> {
+        lock(&self.0.entries).get(name).and_then(|entry| entry.recipe.clone())
+    }
+
+    /// The overlays of `name`; refused where a filter lies on it, which cannot be given another node.
+    fn parents(&self, name: &str) -> Result<Vec<NodeHandle>> {
+        let mut parents = Vec::new();
+        for (other, node) in self.0.graph.list() {
+            let facts = self.facts(&other)?;
+            if facts.file.as_deref() == Some(name) {
+                bail!(
+                    "Block node '{name}' is read-only, and '{other}' lies on it: open it with read-only=off"
+                );
+            }
+            if facts.backing.as_deref() == Some(name) {
+                parents.push(node);
+            }
+        }
+        Ok(parents)
+    }
+
+    /// Opens the file for writing and takes its image lock, which the reading one gives back.
+    #[expect(clippy::type_complexity, reason = "a storage, and the file in it")]
+    fn reopen_file(
+        &self,
+        name: &str,
+        child: &str,
+        options: BlockdevOptions,
+    ) -> Result<(StorageHandle, (StorageHandle, Option<Arc<infill_io::FileStorage>>))> {
+        let Driver::File { filename, .. } = &options.driver else {
+            bail!("Block node '{name}' is read-only")
+        };
+        let options = BlockdevOptions { read_only: Some(false), auto_read_only: None, ..options.clone() };
+        let file = Arc::new(open_file(Path::new(filename), &options)?);
+        let storage = StorageHandle::from_arc(file.clone());
+        let guarded = lock(&self.0.entries).get(child).is_some_and(|entry| entry.file.is_some());
+        if !guarded {
+            return Ok((storage.clone(), (storage, None)));
+        }
+        self.lock_again(child, false);
+        if let Err(error) = file.lock(false) {
+            self.lock_again(child, true);
+            return Err(error).with_context(|| format!("'{name}' is to be written to"));
+        }
+        Ok((storage.clone(), (storage, Some(file))))
+    }
+
+    /// Takes the lock of the reading file again, or gives it back.
+    fn lock_again(&self, child: &str, locked: bool) {
+        let file = lock(&self.0.entries).get(child).and_then(|entry| entry.file.clone());
+        let Some(file) = file else { return };
+        let done = if locked {
+            file.lock(true).map_err(anyhow::Error::from)
+        } else {
+            file.unlock().map_err(Into::into)
+        };
+        if let Err(error) = done {
+            tracing::warn!("the image lock of '{child}': {error:#}");
+        }
+    }
+}

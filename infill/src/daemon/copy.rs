@@ -1,0 +1,295 @@
+//! `blockdev-mirror` and `block-commit`: jobs that copy a disk, and what they do to the graph at their end.
+
+use std::rc::Rc;
+
+use infill_base::{ErrorKind, IoError, IoResult};
+use infill_job::JobOptions;
+use infill_job::copy::commit::{self, CommitOptions};
+use infill_job::copy::mirror::{self, CopyMode, MirrorOptions, MirrorSync};
+use infill_node::BackingRef;
+use infill_qmp::copy::{BlockCommit, BlockdevMirror, JobMembers, Layer, SyncMode};
+use infill_qmp::{ErrorClass, QmpError, copy};
+
+use super::control::{Control, refused};
+use super::jobs::{Claims, job_refused, on_error, yield_once};
+use crate::blockdev::{Access, Blockdevs};
+use crate::one_line;
+
+fn job_options(job: JobMembers) -> JobOptions {
+    JobOptions {
+        auto_finalize: job.auto_finalize,
+        auto_dismiss: job.auto_dismiss,
+        speed: job.speed,
+        ..JobOptions::new(job.job_id)
+    }
+}
+
+/// A change of the graph failed, as a job's error.
+fn as_io(error: &anyhow::Error) -> IoError {
+    IoError::new(ErrorKind::Busy, one_line(error))
+}
+
+/// While a commit writes to it: nobody who lies on the base relies on it, for what is written there is what they show.
+struct SharedBase {
+    blockdevs: Blockdevs,
+    overlay: String,
+    base: String,
+    stays: bool,
+}
+
+impl Drop for SharedBase {
+    fn drop(&mut self) {
+        if !self.stays {
+            self.blockdevs.share_base(&self.overlay, &self.base, false);
+        }
+    }
+}
+
+impl Control {
+    /// `blockdev-mirror`. Answered once the job runs.
+    pub(super) async fn blockdev_mirror(self: &Rc<Self>, options: BlockdevMirror) -> Result<(), QmpError> {
+        let BlockdevMirror { device, target, .. } = &options;
+        for name in [device, target] {
+            if self.blockdevs().get(name).is_err() {
+                return Err(QmpError::generic(format!("Cannot find device='{name}' nor node-name='{name}'")));
+            }
+        }
+        let sync = match options.sync {
+            SyncMode::Full => MirrorSync::Full,
+            SyncMode::Top => MirrorSync::Top,
+            SyncMode::None => MirrorSync::Nothing,
+            SyncMode::Incremental => return Err(QmpError::generic("Sync mode 'incremental' not supported")),
+            SyncMode::Bitmap => return Err(QmpError::generic("Sync mode 'bitmap' not supported")),
+        };
+        if device == target {
+            return Err(QmpError::generic("Can't mirror node into itself"));
+        }
+        match &options.replaces {
+            Some(name) if self.blockdevs().get(name).is_err() => {
+                return Err(QmpError::generic(format!("Failed to find node with node-name='{name}'")));
+            }
+            Some(name) if name != device => {
+                return Err(QmpError::generic(format!(
+                    "'replaces' can only name the device itself ('{device}') so far, not '{name}'"
+                )));
+            }
+            _ => {}
+        }
+        self.not_busy(device)?;
+        self.not_busy(target)?;
+        let mut claims = Claims::new(self.blockdevs(), &options.job.job_id);
+        let source = claims.take(device, Access::Reader)?;
+        let copy = claims.take(target, Access::Writer)?;
+        let (control, from, to) = (self.clone(), device.clone(), target.clone());
+        let id = options.job.job_id.clone();
+        let mirror = MirrorOptions {
+            sync,
+            copy_mode: match options.copy_mode {
+                copy::CopyMode::Background => CopyMode::Background,
+                copy::CopyMode::WriteBlocking => CopyMode::WriteBlocking,
+            },
+            on_source_error: on_error(options.on_source_error),
+            on_target_error: on_error(options.on_target_error),
+            on_exchange: Some(Box::new(move |_| {
+                Box::pin(async move {
+                    // Given back when the job is over, however it ends.
+                    let _claims = claims;
+                    control.exchange(&id, &from, &to).await
+                })
+            })),
+            ..MirrorOptions::new(source, copy)
+        };
+        mirror::start(self.jobs(), job_options(options.job), mirror).map_err(job_refused)?;
+        yield_once().await;
+        Ok(())
+    }
+
+    /// `block-commit`. Answered once the job runs.
+    pub(super) async fn block_commit(self: &Rc<Self>, options: BlockCommit) -> Result<(), QmpError> {
+        let device = &options.device;
+        if self.blockdevs().get(device).is_err() {
+            let why = format!("Device '{device}' not found");
+            return Err(QmpError::new(ErrorClass::DeviceNotFound, why));
+        }
+        let chain = self.blockdevs().chain(device);
+        if self.lies_under_another(device) {
+            return Err(QmpError::generic("Need a root block node"));
+        }
+        let top = match &options.top {
+            None => 0,
+            Some(layer) => self.layer(&chain, layer, |name| format!("Top image file {name} not found"))?,
+        };
+        let base = match &options.base {
+            None => chain.len() - 1,
+            Some(layer) => {
+                let base =
+                    self.layer(&chain, layer, |name| format!("Can't find '{name}' in the backing chain"))?;
+                if base < top {
+                    return Err(QmpError::generic(format!(
+                        "'{}' is not in this backing file chain",
+                        chain[base]
+                    )));
+                }
+                base
+            }
+        };
+        if base == top {
+            return Err(QmpError::generic("cannot commit an image into itself"));
+        }
+        if options.backing_file.is_some() && top == 0 {
+            return Err(QmpError::generic("'backing-file' specified, but 'top' is the active layer"));
+        }
+        for layer in &chain[top..=base] {
+            self.not_busy(layer)?;
+        }
+        self.only_in_chain(&chain, top, base)?;
+        self.start_commit(options, &chain, top, base).await?;
+        yield_once().await;
+        Ok(())
+    }
+
+    /// Gives the users of `from` the node `to`, at the end of the job `id`, which holds the changes of `from`.
+    async fn exchange(&self, id: &str, from: &str, to: &str) -> IoResult<()> {
+        // Noted before it happens: a daemon that dies in between comes back with the new disk.
+        let noted = self.note_exchange(Some(id), from, to).await;
+        noted.map_err(|error| IoError::new(ErrorKind::Io, error.desc))?;
+        let staying = [format!("job '{id}'")];
+        let exchanged = self.blockdevs().exchange(from, to, &staying).await;
+        if exchanged.is_err() {
+            self.note_no_exchange(Some(id), from, to).await;
+        }
+        exchanged.map_err(|error| as_io(&error))
+    }
+
+    /// The top of a commit lies on its base directly: the graph and what is kept of it follow, before the top is empty.
+    async fn rebased(&self, top: &str) -> IoResult<()> {
+        self.blockdevs().committed(top).await.map_err(|error| as_io(&error))?;
+        self.note_backing(top);
+        self.settle().await.map_err(|error| IoError::new(ErrorKind::Io, error.desc))
+    }
+
+    /// Whether a node is backing of another one.
+    fn lies_under_another(&self, name: &str) -> bool {
+        let nodes = self.blockdevs().graph().list();
+        nodes.iter().any(|(other, _)| {
+            self.blockdevs().facts(other).is_ok_and(|facts| facts.backing.as_deref() == Some(name))
+        })
+    }
+
+    fn layer(
+        &self,
+        chain: &[String],
+        layer: &Layer,
+        unknown: impl Fn(&str) -> String,
+    ) -> Result<usize, QmpError> {
+        match layer {
+            Layer::Node(name) => {
+                if self.blockdevs().get(name).is_err() {
+                    return Err(QmpError::generic(format!("Cannot find device='' nor node-name='{name}'")));
+                }
+                chain
+                    .iter()
+                    .position(|layer| layer == name)
+                    .ok_or_else(|| QmpError::generic(format!("'{name}' is not in this backing file chain")))
+            }
+            Layer::File(name) => {
+                let is_named = |layer: &String| {
+                    let node = self.blockdevs().get(layer).ok();
+                    node.is_some_and(|node| node.info().filename == *name)
+                };
+                chain.iter().position(is_named).ok_or_else(|| QmpError::generic(unknown(name)))
+            }
+        }
+    }
+
+    /// Refuses a commit through layers that somebody else uses (P5): they would see the base change under them.
+    fn only_in_chain(&self, chain: &[String], top: usize, base: usize) -> Result<(), QmpError> {
+        for (at, layer) in chain.iter().enumerate().take(base + 1).skip(top + 1) {
+            let above = format!("node '{}'", chain[at - 1]);
+            let others: Vec<_> =
+                self.blockdevs().graph().users(layer).into_iter().filter(|user| *user != above).collect();
+            if !others.is_empty() {
+                return Err(QmpError::generic(format!(
+                    "Node '{layer}' is used by {} beside its overlay, which would see it change during a commit",
+                    others.join(", ")
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    async fn start_commit(
+        self: &Rc<Self>,
+        options: BlockCommit,
+        chain: &[String],
+        top: usize,
+        base: usize,
+    ) -> Result<(), QmpError> {
+        let blockdevs = self.blockdevs();
+        if self.keeps_state() && blockdevs.facts(&chain[base]).is_ok_and(|facts| facts.read_only) {
+            return Err(QmpError::generic(format!(
+                "Block node '{}' is read-only, and would be so again after a restart: with --state, add it with read-only=off",
+                chain[base]
+            )));
+        }
+        // A layer that only a header named was opened for reading.
+        blockdevs.make_writable(&chain[base]).await.map_err(|error| refused(&error))?;
+        let (above, base_name) = (chain[base - 1].clone(), chain[base].clone());
+        let mut claims = Claims::new(blockdevs, &options.job.job_id);
+        let top_node = claims.take(&chain[top], Access::Reader)?;
+        for layer in &chain[top + 1..base] {
+            claims.take(layer, Access::Reader)?;
+        }
+        let shared = SharedBase {
+            blockdevs: blockdevs.clone(),
+            overlay: above.clone(),
+            base: base_name.clone(),
+            stays: false,
+        };
+        blockdevs.share_base(&above, &base_name, true);
+        let base_node = claims.take(&base_name, Access::Writer)?;
+        let info = base_node.info();
+        let is_format = matches!(info.driver, "raw" | "qcow2" | "qed");
+        let format = if options.backing_mask_protocol && !is_format { "raw" } else { info.driver };
+        let backing = BackingRef {
+            filename: options.backing_file.clone().unwrap_or(info.filename),
+            format: Some(format.into()),
+        };
+        let mut commit = CommitOptions {
+            backing,
+            on_error: on_error(options.on_error),
+            ..CommitOptions::new(top_node, base_node)
+        };
+        if top == 0 {
+            let (from, to) = (chain[0].clone(), base_name);
+            let id = options.job.job_id.clone();
+            let (control, rebased) = (self.clone(), from.clone());
+            commit.on_rebase =
+                Some(Box::new(move || Box::pin(async move { control.rebased(&rebased).await })));
+            let control = self.clone();
+            commit.on_exchange = Some(Box::new(move |_| {
+                Box::pin(async move {
+                    let (_claims, mut shared) = (claims, shared);
+                    // Guests write to the base from now on: what still lies on it sees it change.
+                    shared.stays = true;
+                    control.exchange(&id, &from, &to).await
+                })
+            }));
+        } else {
+            let (control, overlay) = (self.clone(), chain[top - 1].clone());
+            commit.overlay = Some(claims.take(&overlay, Access::Reader)?);
+            commit.on_swap = Some(Box::new(move || {
+                Box::pin(async move {
+                    // The overlay relies on the base now, so nobody writes to it any more.
+                    drop((claims, shared));
+                    if let Err(error) = control.blockdevs().backing_changed(&overlay).await {
+                        tracing::warn!("after a commit: {error:#}");
+                    }
+                    control.note_backing(&overlay);
+                })
+            }));
+        }
+        commit::start(self.jobs(), job_options(options.job), commit).map_err(job_refused)?;
+        Ok(())
+    }
+}
