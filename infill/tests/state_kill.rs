@@ -1,14 +1,16 @@
 //! A daemon that is killed at random points, again and again, while a guest writes and a job fills its disk: nothing that
-//! was flushed is lost or torn, the job goes on from where it was, and it ends as if nothing had happened.
+//! was answered is lost or torn, the job goes on from where it was, and it ends as if nothing had happened.
 //!
 //! The guest is a client of this test's own that knows which values each of its blocks may have. The source is a server of
-//! this test's own.
+//! this test's own that counts.
 
 mod common;
 #[path = "common/qmp.rs"]
 mod qmp;
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
@@ -33,6 +35,8 @@ const BLOCK_BYTES: u64 = 4096;
 const BLOCKS: u64 = DISK_BYTES / BLOCK_BYTES;
 /// How fast jobs fill, in bytes per second, so that they live through several deaths.
 const SPEED: u64 = 6 << 20;
+/// Bytes that may be fetched twice beside those that were in flight.
+const TWICE_BYTES_MAX: u64 = 1 << 20;
 /// How long the source takes for each request.
 const SOURCE_LATENCY: Duration = Duration::from_millis(2);
 
@@ -66,9 +70,28 @@ fn content(block: u64, stamp: u64) -> Vec<u8> {
     (0..BLOCK_BYTES / 8).flat_map(|_| random.next().to_le_bytes()).collect()
 }
 
-/// The source.
-#[derive(Clone, Copy)]
-struct Source;
+/// The source: what is asked of it is counted.
+#[derive(Clone, Default)]
+struct Source(Arc<Counts>);
+
+#[derive(Default)]
+struct Counts {
+    read: AtomicU64,
+    in_flight: AtomicU64,
+    in_flight_max: AtomicU64,
+    /// Blocks of 512 bytes that were read.
+    distinct: Mutex<HashSet<u64>>,
+}
+
+impl Source {
+    fn read_bytes(&self) -> u64 {
+        self.0.read.load(Ordering::SeqCst)
+    }
+
+    fn twice_bytes(&self) -> u64 {
+        self.read_bytes() - self.0.distinct.lock().unwrap().len() as u64 * 512
+    }
+}
 
 impl Storage for Source {
     fn limits(&self) -> Limits {
@@ -78,15 +101,20 @@ impl Storage for Source {
         DISK_BYTES
     }
     fn name(&self) -> String {
-        "a source".into()
+        "a source that counts".into()
     }
     async fn read(&self, _: &Ctx, at: u64, mut buf: BytesMut) -> IoResult<BytesMut> {
-        let len = buf.len() as u64;
+        let (len, counts) = (buf.len() as u64, &self.0);
+        counts.read.fetch_add(len, Ordering::SeqCst);
+        let now = counts.in_flight.fetch_add(len, Ordering::SeqCst) + len;
+        counts.in_flight_max.fetch_max(now, Ordering::SeqCst);
+        counts.distinct.lock().unwrap().extend(at / 512..(at + len) / 512);
         rt::sleep(SOURCE_LATENCY).await;
         let (first, last) = (at / BLOCK_BYTES, (at + len - 1) / BLOCK_BYTES);
         let blocks: Vec<u8> = (first..=last).flat_map(|block| content(block, 0)).collect();
         let from = (at - first * BLOCK_BYTES) as usize;
         buf.copy_from_slice(&blocks[from..from + len as usize]);
+        counts.in_flight.fetch_sub(len, Ordering::SeqCst);
         Ok(buf)
     }
     async fn write(&self, _: &Ctx, _: u64, _: Gather, _: WriteFlags) -> IoResult<()> {
@@ -113,13 +141,18 @@ impl Storage for Source {
 struct Place {
     dir: PathBuf,
     reactors: Arc<Reactors>,
+    source: Source,
+    /// It outlives the process in memory.
+    journal: tempfile::TempDir,
 }
 
 impl Place {
     fn new(dir: &Path, name: &str) -> Place {
         let dir = dir.join(name);
         std::fs::create_dir(&dir).unwrap();
-        let place = Place { dir, reactors: Arc::new(Reactors::start(1).unwrap()) };
+        let journal = tempfile::tempdir_in("/dev/shm").expect("a tmpfs at /dev/shm");
+        let reactors = Arc::new(Reactors::start(1).unwrap());
+        let place = Place { dir, reactors, source: Source::default(), journal };
         place.serve_source();
         let size = DISK_BYTES.to_string();
         run("qemu-img", &["create", "-q", "-f", "qcow2", text(&place.dir.join("top.qcow2")), &size]);
@@ -127,9 +160,9 @@ impl Place {
     }
 
     fn serve_source(&self) {
-        let address = Address::Unix(self.dir.join("source.sock"));
+        let (source, address) = (self.source.clone(), Address::Unix(self.dir.join("source.sock")));
         self.reactors.block_on(move || async move {
-            let node = NodeHandle::new(RawNode::new(StorageHandle::new(Source), true));
+            let node = NodeHandle::new(RawNode::new(StorageHandle::new(source), true));
             let exports = Exports::new();
             exports.add(Export::new("source", node)).unwrap();
             let server = Server::new(exports, ServerLimits::default());
@@ -146,7 +179,9 @@ impl Place {
     }
 
     fn start(&self) -> (Daemon, Qmp) {
-        let daemon = Daemon::start(Program::Infill, &self.dir, &["--state", text(&self.dir.join("state"))]);
+        let (state, journal) = (self.dir.join("state"), self.journal.path());
+        let options = ["--state", text(&state), "--journal", text(journal)];
+        let daemon = Daemon::start(Program::Infill, &self.dir, &options);
         let qmp = daemon.connect();
         (daemon, qmp)
     }
@@ -213,7 +248,7 @@ impl Guest {
         assert!(fits, "block {block} is none of what it may be: {allowed:?} (newest last)");
     }
 
-    /// What was not acknowledged as stable may be lost by a kill; by an end in order nothing is.
+    /// A flush was acknowledged.
     fn all_is_stable(&mut self) {
         for allowed in &mut self.allowed {
             allowed.drain(..allowed.len() - 1);
@@ -313,9 +348,7 @@ fn nothing_is_lost_and_the_job_goes_on_when_a_daemon_dies_at_random_points_under
                     daemon.process.kill();
                 }
             });
-            if in_order {
-                in_order_keeps_all(&guest);
-            }
+            answered_is_kept(&guest);
             (daemon, qmp) = place.start();
         }
         let guest = Arc::into_inner(guest).unwrap().into_inner().unwrap();
@@ -324,8 +357,8 @@ fn nothing_is_lost_and_the_job_goes_on_when_a_daemon_dies_at_random_points_under
     println!("{ROUNDS} deaths, {disks} disks");
 }
 
-/// After an end in order: what was acknowledged is there. What was in flight may be.
-fn in_order_keeps_all(guest: &Arc<Mutex<Guest>>) {
+/// After the death of a process, in order or not: what was acknowledged is there. What was in flight may be.
+fn answered_is_kept(guest: &Arc<Mutex<Guest>>) {
     let mut guest = guest.lock().unwrap();
     let newest = guest.stamp;
     for allowed in &mut guest.allowed {
@@ -334,4 +367,30 @@ fn in_order_keeps_all(guest: &Arc<Mutex<Guest>>) {
         let keep = (1 + unanswered).min(allowed.len());
         allowed.drain(..allowed.len() - keep);
     }
+}
+
+#[test]
+fn a_job_that_is_killed_fetches_no_more_twice_than_what_was_in_flight_and_a_little() {
+    let seed = seed();
+    let mut random = Random(seed | 1);
+    let dir = tempfile::tempdir().unwrap();
+    let place = Place::new(dir.path(), "disk");
+    let (mut daemon, mut qmp) = place.start();
+    // At a speed at which what has come is kept at once: what is asked for and not kept is what the source sees in flight.
+    place.begin(&mut qmp, 2 * SPEED);
+    let mut kills = 0;
+    let mut allowed = 0;
+    while !place.is_done(&mut qmp) {
+        let until = place.source.read_bytes() + random.below(DISK_BYTES / 6);
+        wait_until("the job gets on", || place.source.read_bytes() >= until || place.is_done(&mut qmp));
+        daemon.process.kill();
+        kills += 1;
+        allowed += place.source.0.in_flight_max.swap(0, Ordering::SeqCst) + TWICE_BYTES_MAX;
+        let twice = place.source.twice_bytes();
+        assert!(twice <= allowed, "{twice} bytes were fetched twice after {kills} kills; {allowed} may be");
+        (daemon, qmp) = place.start();
+    }
+    println!("{} bytes were fetched twice after {kills} kills; {allowed} may be", place.source.twice_bytes());
+    assert!(kills > 1, "{kills}");
+    daemon.quit(&mut qmp);
 }
