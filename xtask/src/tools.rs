@@ -22,6 +22,7 @@ const TOOLS: &[(&str, &str)] = &[
     ("e2fsck", "e2fsprogs"),
     ("debugfs", "e2fsprogs"),
     ("c++", "g++"),
+    ("openssl", "openssl"),
     ("strace", "strace"),
     ("ip", "iproute2"),
     ("tc", "iproute2"),
