@@ -174,6 +174,12 @@ impl Image {
         lock(&self.header).clone()
     }
 
+    /// Whether absent clusters may read as something else than zeroes: here, or for whoever opens the image with the
+    /// backing that it names.
+    pub(crate) fn is_over_backing(&self) -> bool {
+        self.backing.is_some() || lock(&self.header).backing().is_some()
+    }
+
     /// Refuses a range that does not lie on the disk.
     pub(crate) fn check(&self, at: u64, len: u64) -> IoResult<()> {
         let size = self.size();

@@ -64,7 +64,7 @@ impl Image {
         let end = at + len;
         let (first, last) = whole_units(at, end, size, self.geometry.subcluster_bytes());
         let unmap = flags.contains(ZeroFlags::MAY_UNMAP);
-        let fast = first < last && (self.geometry.has_zero_clusters() || !self.backing.is_some());
+        let fast = first < last && (self.geometry.has_zero_clusters() || !self.is_over_backing());
         if !fast {
             if flags.contains(ZeroFlags::NO_FALLBACK) {
                 let why = "zeroes cannot be set here without writing them";
@@ -141,7 +141,7 @@ impl Image {
         while next < last {
             self.relieve().await?;
             let generation = self.backing.generation();
-            let backed = self.backing.is_some();
+            let backed = self.is_over_backing();
             let Some((to, unmap)) = how(backed) else {
                 left.push((next, last));
                 break;
@@ -212,7 +212,7 @@ impl Image {
                 let run = self.run_at(cx, next, end - next).await?;
                 let there = match run.place {
                     Place::Zero => true,
-                    Place::Absent => !self.backing.is_some(),
+                    Place::Absent => !self.is_over_backing(),
                     Place::Data { .. } | Place::Compressed(_) => false,
                 };
                 (if there { run.len } else { run.len.min(ZERO_WRITE_BYTES) }, there)

@@ -436,3 +436,37 @@ fn qemu_and_we_take_turns_on_one_image_with_snapshots() {
         });
     }
 }
+
+#[test]
+fn zeroes_of_an_image_that_is_open_without_the_backing_that_it_names_stay_zero_with_it() {
+    World::new(1).run(async {
+        let storage = StorageHandle::new(MemoryStorage::new(0));
+        let named = BackingRef { filename: "base".into(), format: Some("raw".into()) };
+        let cx = Ctx::GUEST;
+        for version in [2, 3] {
+            storage.set_len(&cx, 0).await.unwrap();
+            let backing = Some(named.clone());
+            let options =
+                CreateOptions { size: 1 << 20, version, backing, extended_l2: false, ..Default::default() };
+            create(&cx, &storage, &options).await.unwrap();
+            let open = || OpenOptions { discard: DiscardMode::Unmap, ..Default::default() };
+            let alone = NodeHandle::new(Qcow2::open(&cx, storage.clone(), open()).await.unwrap());
+            alone.write_zeroes(&cx, 0, 128 << 10, ZeroFlags::MAY_UNMAP).await.unwrap();
+            alone.write(&cx, 256 << 10, vec![1; 64 << 10], WriteFlags::empty()).await.unwrap();
+            alone.discard(&cx, 256 << 10, 64 << 10).await.unwrap();
+            alone.close(&cx).await.unwrap();
+            let over = NodeHandle::new(Qcow2::open(&cx, storage.clone(), open()).await.unwrap());
+            let base = MemoryStorage::from_bytes(vec![7; 1 << 20]);
+            let base = NodeHandle::new(RawNode::new(StorageHandle::new(base), true));
+            over.backing().unwrap().replace(Some(base)).await;
+            let zeroed = over.read_vec(&cx, 0, 128 << 10).await.unwrap();
+            assert!(zeroed.iter().all(|byte| *byte == 0), "version {version}");
+            let discarded = over.read_vec(&cx, 256 << 10, 64 << 10).await.unwrap();
+            assert!(
+                discarded.iter().all(|byte| *byte != 7),
+                "version {version}: what the guest gave up is not the base's"
+            );
+            over.close(&cx).await.unwrap();
+        }
+    });
+}

@@ -1,7 +1,7 @@
 //! Copies from one node to another, which mirror, commit and backup share.
 //!
 //! [`Transfer`] is what a copy knows of itself: the nodes, the blocks that are still to be copied, and the lock under which
-//! blocks are written to the target. [`Copier`] is the loop that keeps many pieces in flight under latency control.
+//! blocks are written to the target. The copier is the loop that keeps many pieces in flight under latency control.
 //!
 //! Two maps say what is left: *cold* blocks are to be copied because they lie on the source, *hot* ones because a guest
 //! wrote them. A write moves its blocks from cold to hot, and hot ones are copied when nothing cold is left: so a block that
