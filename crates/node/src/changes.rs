@@ -20,7 +20,7 @@ use infill_base::{Ctx, Gather, IoResult};
 use infill_storage::sync::atomic::{AtomicUsize, Ordering};
 use infill_storage::sync::{Arc, Mutex, lock};
 
-use crate::NodeHandle;
+use crate::{NodeHandle, WeakNode};
 
 /// Counters of one gate; threads beyond that share.
 const SHARDS: usize = 8;
@@ -85,16 +85,18 @@ pub trait Watcher: Send + Sync + 'static {
     }
 }
 
-/// A watcher watches while this lives.
+/// A watcher watches while this lives, which does not keep the node.
 #[must_use = "it watches only while this lives"]
 pub struct Watching {
-    node: NodeHandle,
+    node: WeakNode,
     id: u64,
 }
 
 impl Drop for Watching {
     fn drop(&mut self) {
-        unwatch(&self.node, self.id);
+        if let Some(node) = self.node.upgrade() {
+            unwatch(&node, self.id);
+        }
     }
 }
 
@@ -218,7 +220,7 @@ pub(crate) async fn hold(node: &NodeHandle) -> Held {
 
 /// Adds a watcher to `held`'s node, which sees every change that is not in it yet.
 fn watch(held: &Held, watcher: Arc<dyn Watcher>) -> Watching {
-    Watching { node: held.0.clone(), id: watch_for_ever(held, watcher) }
+    Watching { node: held.0.downgrade(), id: watch_for_ever(held, watcher) }
 }
 
 /// Takes a watcher away.

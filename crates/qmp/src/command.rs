@@ -1,5 +1,6 @@
 //! Commands with their arguments, typed. What is not listed in [`NAMES`] cannot be executed.
 
+use crate::alter::Alter;
 use crate::backup::BlockdevBackup;
 use crate::bitmap::BitmapCommand;
 use crate::blockdev::BlockdevOptions;
@@ -124,6 +125,8 @@ pub enum Command {
     Transaction(Transaction),
     /// `block-dirty-bitmap-*`, `x-debug-block-dirty-bitmap-sha256`.
     Bitmap(BitmapCommand),
+    /// `block_resize`, `block-set-write-threshold`, `change-backing-file`.
+    Alter(Alter),
     /// `query-named-block-nodes`.
     QueryNamedBlockNodes {
         /// Without the nodes below each.
@@ -137,7 +140,9 @@ pub enum Command {
     NbdServerStop,
     /// `block-export-add`.
     BlockExportAdd(BlockExportOptions),
-    /// `block-export-del`.
+    /// `nbd-server-add`.
+    NbdServerAdd(BlockExportOptions),
+    /// `block-export-del`, `nbd-server-remove`.
     BlockExportDel {
         /// The export.
         id: String,
@@ -194,10 +199,15 @@ pub const NAMES: &[&str] = &[
     "block-dirty-bitmap-merge",
     "block-dirty-bitmap-remove",
     "x-debug-block-dirty-bitmap-sha256",
+    "block_resize",
+    "block-set-write-threshold",
+    "change-backing-file",
     "query-named-block-nodes",
     "query-block",
     "nbd-server-start",
     "nbd-server-stop",
+    "nbd-server-add",
+    "nbd-server-remove",
     "block-export-add",
     "block-export-del",
     "query-block-exports",
@@ -227,23 +237,18 @@ pub const NAMES: &[&str] = &[
 /// Commands of qemu-storage-daemon 10 that are not built.
 pub const UNBUILT: &[&str] = &[
     "block-job-change",
-    "block-set-write-threshold",
-    "block_resize",
     "blockdev-create",
     "blockdev-reopen",
     "blockdev-set-active",
     "blockdev-snapshot-delete-internal-sync",
     "blockdev-snapshot-internal-sync",
     "blockdev-snapshot-sync",
-    "change-backing-file",
     "chardev-add",
     "chardev-change",
     "chardev-remove",
     "chardev-send-break",
     "drive-backup",
     "drive-mirror",
-    "nbd-server-add",
-    "nbd-server-remove",
     "qom-get",
     "qom-list",
     "qom-list-properties",
@@ -297,6 +302,9 @@ impl Command {
             "block-export-add" => {
                 return Ok(Command::BlockExportAdd(BlockExportOptions::read(arguments)?));
             }
+            "nbd-server-add" => {
+                return BlockExportOptions::read_server_add(arguments).map(Command::NbdServerAdd);
+            }
             "object-add" => return Ok(Command::ObjectAdd(ObjectOptions::read(arguments)?)),
             "block-stream" => return BlockStream::read(arguments).map(Command::BlockStream),
             "blockdev-backup" => {
@@ -325,10 +333,17 @@ impl Command {
                 id: arguments.str("id")?,
                 mode: arguments.opt_word("mode")?.unwrap_or_default(),
             },
+            "nbd-server-remove" => Command::BlockExportDel {
+                id: arguments.str("name")?,
+                mode: arguments.opt_word("mode")?.unwrap_or_default(),
+            },
             "object-del" => Command::ObjectDel { id: arguments.str("id")? },
             _ => match BitmapCommand::read(name, &mut arguments)? {
                 Some(command) => Command::Bitmap(command),
-                None => read_job(name, &mut arguments)?,
+                None => match Alter::read(name, &mut arguments)? {
+                    Some(alter) => Command::Alter(alter),
+                    None => read_job(name, &mut arguments)?,
+                },
             },
         };
         arguments.finish()?;

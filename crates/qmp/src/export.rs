@@ -97,6 +97,16 @@ pub struct BlockExportOptions {
     pub allocation_depth: bool,
 }
 
+fn check_texts(name: &Option<String>, description: &Option<String>) -> Result<(), QmpError> {
+    for (what, text) in [("name", name), ("description", description)] {
+        if text.as_ref().is_some_and(|text| text.len() > NBD_STRING_BYTES_MAX) {
+            let why = format!("export {what} is longer than {NBD_STRING_BYTES_MAX} bytes");
+            return Err(QmpError::generic(why));
+        }
+    }
+    Ok(())
+}
+
 impl BlockExportOptions {
     /// Reads all of `members`.
     pub fn read(mut members: Members) -> Result<BlockExportOptions, QmpError> {
@@ -121,13 +131,7 @@ impl BlockExportOptions {
         if !names::is_id(&id) {
             return Err(QmpError::generic("Invalid block export id"));
         }
-        for (what, text) in [("name", &name), ("description", &description)] {
-            if text.as_ref().is_some_and(|text| text.len() > NBD_STRING_BYTES_MAX) {
-                return Err(QmpError::generic(format!(
-                    "export {what} is longer than {NBD_STRING_BYTES_MAX} bytes"
-                )));
-            }
-        }
+        check_texts(&name, &description)?;
         Ok(BlockExportOptions {
             id,
             node_name,
@@ -138,6 +142,32 @@ impl BlockExportOptions {
             iothread,
             bitmaps,
             allocation_depth,
+        })
+    }
+
+    /// Reads the arguments of `nbd-server-add`: the export's name is its id too.
+    pub fn read_server_add(mut members: Members) -> Result<BlockExportOptions, QmpError> {
+        let name = members.opt_str("name")?;
+        let description = members.opt_str("description")?;
+        let node_name = members.str("device")?;
+        let writable = members.opt_bool("writable")?.unwrap_or(false);
+        let bitmap = members.opt_str("bitmap")?;
+        members.finish()?;
+        let id = name.clone().unwrap_or_else(|| node_name.clone());
+        check_texts(&name, &description)?;
+        if !names::is_id(&id) {
+            return Err(QmpError::generic("Invalid block export id"));
+        }
+        Ok(BlockExportOptions {
+            id,
+            node_name,
+            name,
+            description,
+            writable,
+            writethrough: false,
+            iothread: None,
+            bitmaps: bitmap.into_iter().map(|name| BitmapRef { node: None, name }).collect(),
+            allocation_depth: false,
         })
     }
 

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod address;
+pub mod alter;
 pub mod backup;
 mod bitmap;
 mod blockdev;

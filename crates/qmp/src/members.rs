@@ -163,6 +163,17 @@ impl Members {
         }
     }
 
+    /// A number of 64 bits.
+    pub fn u64(&mut self, name: &str) -> Result<u64, QmpError> {
+        let value = self.object.remove(name);
+        let value = self.need(name, value)?;
+        let number = match &value {
+            Value::String(text) if self.strings => text.parse().ok(),
+            value => crate::alter::unsigned(value),
+        };
+        number.ok_or_else(|| self.unreadable(name, "uint64"))
+    }
+
     /// An optional word out of a set.
     pub fn opt_word<W: Words + Copy>(&mut self, name: &str) -> Result<Option<W>, QmpError> {
         let Some(word) = self.opt_str(name)? else { return Ok(None) };

@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use super::exports::Exported;
 use super::monitor::Monitors;
 use super::state::State;
+use super::threshold::Thresholds;
 use crate::blockdev::{Blockdevs, OpenPolicy};
 use crate::one_line;
 
@@ -32,6 +33,7 @@ pub struct Control {
     pub(super) exported: Exported,
     pub(super) reactors: Vec<Reactor>,
     monitors: Monitors,
+    pub(super) thresholds: Thresholds,
     /// What is kept for the next daemon, where that was asked for.
     pub(super) state: Option<State>,
     /// Events that were not sent yet, in order: what they tell is kept first.
@@ -72,6 +74,7 @@ impl Control {
             exported: Exported::default(),
             reactors,
             monitors: Monitors::default(),
+            thresholds: Thresholds::default(),
             state,
             events: RefCell::default(),
             event_came: Signal::new(),
@@ -230,6 +233,7 @@ impl Control {
             Command::BlockdevBackup(backup) => self.blockdev_backup(*backup).await?,
             Command::Transaction(transaction) => self.transaction(transaction).await?,
             Command::Bitmap(command) => return self.bitmap_command(command).await,
+            Command::Alter(alter) => self.alter(alter).await?,
             Command::QueryBlockExports => return Ok(self.query_block_exports()),
             Command::QueryJobs => return Ok(self.query_jobs()),
             Command::QueryBlockJobs => return Ok(self.query_block_jobs()),
@@ -245,6 +249,7 @@ impl Control {
             Command::NbdServerStart(options) => self.nbd_server_start(&options)?,
             Command::NbdServerStop => self.nbd_server_stop().await?,
             Command::BlockExportAdd(options) => self.block_export_add(options)?,
+            Command::NbdServerAdd(options) => self.nbd_server_add(options)?,
             Command::BlockExportDel { id, mode } => self.block_export_del(&id, mode)?,
             Command::BlockStream(stream) => self.block_stream(stream).await?,
             Command::Job { id, command, block } => self.job_command(&id, command, block).await?,

@@ -186,6 +186,16 @@ impl Control {
         Ok(())
     }
 
+    /// `nbd-server-add`: what cannot be written to is offered read-only, whatever was asked for.
+    pub(super) fn nbd_server_add(&self, options: BlockExportOptions) -> Result<(), QmpError> {
+        let device = &options.node_name;
+        let missing =
+            |_| QmpError::generic(format!("Cannot find device='{device}' nor node-name='{device}'"));
+        let facts = self.blockdevs().facts(device).map_err(missing)?;
+        let writable = options.writable && !facts.read_only;
+        self.block_export_add(BlockExportOptions { writable, ..options })
+    }
+
     /// The bitmaps that an export tells of. One without a node is looked for down the chain.
     fn bitmaps_to_export(
         &self,

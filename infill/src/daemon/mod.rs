@@ -20,6 +20,7 @@
 //! 3. Nodes are synced and closed, each after those that lie on it.
 //! 4. Monitors are sent what is left for them, for at most [`FAREWELL_TIME`]; the pid file goes.
 
+mod alter;
 mod backup;
 mod bitmaps;
 mod chardev;
@@ -36,6 +37,7 @@ mod pidfile;
 mod sandbox;
 mod sha256;
 mod state;
+mod threshold;
 mod transaction;
 
 use std::ffi::OsString;

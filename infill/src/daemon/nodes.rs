@@ -30,7 +30,9 @@ impl Control {
         if !users.is_empty() {
             return Err(QmpError::generic(format!("Node {name} is in use")));
         }
-        self.blockdevs().del(name).await.map_err(|error| refused(&error))
+        self.blockdevs().del(name).await.map_err(|error| refused(&error))?;
+        self.thresholds.clear(name);
+        Ok(())
     }
 
     /// The refusal of a node that a job works on.
@@ -85,9 +87,12 @@ impl Control {
         let cache =
             json!({ "writeback": true, "direct": facts.cache_direct, "no-flush": facts.cache_no_flush });
         out.insert("cache".into(), cache);
-        for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr", "write_threshold"] {
+        for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"] {
             out.insert(limit.into(), json!(0));
         }
+        let threshold = self.thresholds.of(name, &blockdevs.get(name)?);
+        // The protocol sets it without a sign and tells it with one.
+        out.insert("write_threshold".into(), json!(threshold.cast_signed()));
         if let Some(bitmaps) = super::bitmaps::told(&blockdevs.get(name)?) {
             out.insert("dirty-bitmaps".into(), bitmaps);
         }

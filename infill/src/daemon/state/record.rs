@@ -135,7 +135,9 @@ pub fn makes(command: &Command) -> Option<(Key, Option<JobType>)> {
         Command::ObjectAdd(object) => (Kind::Object, object.id.as_str(), None),
         Command::BlockdevAdd(node) => (Kind::Node, node.node_name.as_deref()?, None),
         Command::NbdServerStart(_) => (Kind::Server, "", None),
-        Command::BlockExportAdd(export) => (Kind::Export, export.id.as_str(), None),
+        Command::BlockExportAdd(export) | Command::NbdServerAdd(export) => {
+            (Kind::Export, export.id.as_str(), None)
+        }
         Command::BlockStream(stream) => (Kind::Job, stream.job_id.as_str(), Some(JobType::Stream)),
         Command::BlockCommit(commit) => (Kind::Job, commit.job.job_id.as_str(), Some(JobType::Commit)),
         Command::BlockdevMirror(mirror) => (Kind::Job, mirror.job.job_id.as_str(), Some(JobType::Mirror)),

@@ -111,7 +111,9 @@ impl Control {
         let outcome = match record.now() {
             Ok(mut command) => {
                 match &mut command {
-                    Command::BlockExportAdd(export) => self.leave_out_bitmaps(export),
+                    Command::BlockExportAdd(export) | Command::NbdServerAdd(export) => {
+                        self.leave_out_bitmaps(export)
+                    }
                     Command::BlockdevAdd(node) => {
                         // The moment that it kept has passed; another one must not take its place.
                         if let Driver::CopyBeforeWrite { passed, .. } = &mut node.driver {
