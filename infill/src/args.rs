@@ -35,8 +35,24 @@ pub enum Command {
     Serve(ServeArgs),
     /// Fill an overlay until it needs no backing file: an image at rest, or a disk of a running daemon.
     Stream(StreamArgs),
+    /// Write what a layer holds down into one below it, in a running daemon.
+    Commit(CommitArgs),
+    /// Copy a disk of a running daemon to another node, and keep the copy up until it takes the disk's place.
+    Mirror(MirrorArgs),
+    /// Copy a disk of a running daemon as it is now.
+    Backup(BackupArgs),
+    /// List the jobs of a running daemon.
+    Jobs(JobsArgs),
+    /// Pause a job of a running daemon.
+    Pause(JobArgs),
+    /// Let a paused job go on.
+    Resume(JobArgs),
+    /// Cancel a job, and wait until it has ended.
+    Cancel(JobEndArgs),
+    /// Complete a job that is ready, and wait until it has ended.
+    Complete(JobEndArgs),
     /// Serve many disks, controlled over QMP: the command line and protocol of qemu-storage-daemon.
-    #[command(disable_help_flag = true, disable_version_flag = true)]
+    #[command(alias = "qemu-storage-daemon", disable_help_flag = true, disable_version_flag = true)]
     Daemon {
         /// Its options; `infill daemon --help` lists them.
         #[arg(value_name = "OPTIONS", allow_hyphen_values = true, trailing_var_arg = true)]
@@ -317,7 +333,7 @@ pub struct StreamArgs {
     #[arg(long, value_name = "WHAT", default_value = "hold", conflicts_with = "monitor")]
     pub on_lost: OnLostArg,
     /// Ask the daemon whose QMP monitor listens at this Unix socket.
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
     pub monitor: Option<PathBuf>,
     /// The daemon's node that is to be filled.
     #[arg(long, value_name = "NAME", requires = "monitor", required_unless_present = "image")]
@@ -328,4 +344,139 @@ pub struct StreamArgs {
     /// No progress bar.
     #[arg(short, long)]
     pub quiet: bool,
+}
+
+/// Which daemon.
+#[derive(Clone, Debug, Args)]
+pub struct SocketArgs {
+    /// The Unix socket of the daemon's QMP monitor (default: what INFILL_SOCKET in the environment says).
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+}
+
+/// Whether an end is waited for.
+#[derive(Clone, Debug, Args)]
+pub struct WaitArgs {
+    /// Do not wait for the job's end.
+    #[arg(long)]
+    pub detach: bool,
+    /// No progress bar, and nothing but errors.
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// What every job that is begun takes.
+#[derive(Debug, Args)]
+pub struct StartArgs {
+    /// Which daemon.
+    #[command(flatten)]
+    pub daemon: SocketArgs,
+    /// Id of the job (default: the node's name with the command's before it).
+    #[arg(long, value_name = "ID")]
+    pub job_id: Option<String>,
+    /// Most bytes per second, as 50M.
+    #[arg(long, value_name = "RATE", value_parser = parse_size)]
+    pub speed: Option<u64>,
+    /// Whether its end is waited for.
+    #[command(flatten)]
+    pub wait: WaitArgs,
+}
+
+/// `infill commit`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "A commit of the uppermost layer stops when it is ready, and keeps up with guests' writes; \
+    `infill complete` ends it.\n\nExit codes: 0 done, or ready, 1 failed or interrupted (the job goes on then)."
+)]
+pub struct CommitArgs {
+    /// The daemon's node that is the disk.
+    pub node: String,
+    /// The node that the data go to (default: the lowest layer).
+    #[arg(long, value_name = "NODE")]
+    pub base: Option<String>,
+    /// The uppermost node whose data go there (default: the disk itself).
+    #[arg(long, value_name = "NODE")]
+    pub top: Option<String>,
+    /// Complete it as soon as it is ready.
+    #[arg(long, conflicts_with = "detach")]
+    pub complete: bool,
+    /// How it is begun.
+    #[command(flatten)]
+    pub start: StartArgs,
+}
+
+/// `infill mirror`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "A mirror stops when it is ready, and keeps up with guests' writes; `infill complete` ends it.\
+    \n\nExit codes: 0 done, or ready, 1 failed or interrupted (the job goes on then)."
+)]
+pub struct MirrorArgs {
+    /// The daemon's node that is the disk.
+    pub node: String,
+    /// The daemon's node that it is copied to.
+    pub target: String,
+    /// What is copied at first: `full`, `top` or `none`.
+    #[arg(long, value_name = "WHAT", default_value = "full")]
+    pub sync: String,
+    /// When guests' writes are on the target: `background` or `write-blocking`.
+    #[arg(long, value_name = "WHEN", default_value = "background")]
+    pub copy_mode: String,
+    /// Complete it as soon as it is ready.
+    #[arg(long, conflicts_with = "detach")]
+    pub complete: bool,
+    /// How it is begun.
+    #[command(flatten)]
+    pub start: StartArgs,
+}
+
+/// `infill backup`.
+#[derive(Debug, Args)]
+#[command(after_help = "Exit codes: 0 done, 1 failed or interrupted (the job goes on then).")]
+pub struct BackupArgs {
+    /// The daemon's node that is the disk.
+    pub node: String,
+    /// The daemon's node that it is copied to.
+    pub target: String,
+    /// What is copied: `full`, `top`, `none`, `incremental` or `bitmap`.
+    #[arg(long, value_name = "WHAT", default_value = "full")]
+    pub sync: String,
+    /// The bitmap that says what is copied.
+    #[arg(long, value_name = "NAME")]
+    pub bitmap: Option<String>,
+    /// How it is begun.
+    #[command(flatten)]
+    pub start: StartArgs,
+}
+
+/// `infill jobs`.
+#[derive(Debug, Args)]
+pub struct JobsArgs {
+    /// Which daemon.
+    #[command(flatten)]
+    pub daemon: SocketArgs,
+    /// How the result is printed.
+    #[arg(long, value_name = "OFMT", default_value = "human")]
+    pub output: Output,
+}
+
+/// `infill pause`, `infill resume`.
+#[derive(Debug, Args)]
+pub struct JobArgs {
+    /// The job; `infill jobs` lists them.
+    pub id: String,
+    /// Which daemon.
+    #[command(flatten)]
+    pub daemon: SocketArgs,
+}
+
+/// `infill cancel`, `infill complete`.
+#[derive(Debug, Args)]
+pub struct JobEndArgs {
+    /// The job.
+    #[command(flatten)]
+    pub job: JobArgs,
+    /// Whether its end is waited for.
+    #[command(flatten)]
+    pub wait: WaitArgs,
 }

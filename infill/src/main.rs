@@ -19,6 +19,8 @@ mod progress;
 mod size;
 mod tls;
 
+use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
@@ -28,7 +30,7 @@ use tracing_subscriber::EnvFilter;
 use args::{Cli, Command};
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::try_parse_from(as_named(std::env::args_os().collect())) {
         Ok(cli) => cli,
         Err(error) => {
             let failed = error.use_stderr();
@@ -48,6 +50,15 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The command line, with `daemon` put in where the program is called by the name of what that stands in for.
+fn as_named(mut arguments: Vec<OsString>) -> Vec<OsString> {
+    let name = arguments.first().and_then(|program| Path::new(program).file_name());
+    if name.is_some_and(|name| name == "qemu-storage-daemon") {
+        arguments.insert(1, "daemon".into());
+    }
+    arguments
 }
 
 /// A failure with its causes in one line. A cause that the text before it has told already is left out.
@@ -78,6 +89,14 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Map(args) => commands::map::main(args),
         Command::Serve(args) => commands::serve::main(args),
         Command::Stream(args) => commands::stream::main(args),
+        Command::Commit(args) => commands::ask::commit(args),
+        Command::Mirror(args) => commands::ask::mirror(args),
+        Command::Backup(args) => commands::ask::backup(args),
+        Command::Jobs(args) => commands::ask::jobs(args),
+        Command::Pause(args) => commands::ask::told("job-pause", &args),
+        Command::Resume(args) => commands::ask::told("job-resume", &args),
+        Command::Cancel(args) => commands::ask::cancel(args),
+        Command::Complete(args) => commands::ask::complete(args),
         Command::Daemon { arguments } => daemon::main(arguments),
         Command::Demo => {
             demo::main()?;

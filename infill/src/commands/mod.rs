@@ -1,5 +1,6 @@
 //! One module for each subcommand, and what they share.
 
+pub mod ask;
 pub mod check;
 pub mod create;
 pub mod info;

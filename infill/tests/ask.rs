@@ -1,0 +1,141 @@
+//! The commands that ask a running daemon, judged by its monitor and by qemu-img.
+
+mod common;
+#[path = "common/qmp.rs"]
+mod qmp;
+
+use common::{INFILL, Process, fails, run, text, wait_until};
+use qmp::{Daemon, Program, Qmp};
+use serde_json::{Value, json};
+
+const SIZE: usize = 4 << 20;
+
+struct Scene {
+    dir: tempfile::TempDir,
+    daemon: Daemon,
+    qmp: Qmp,
+}
+
+impl Scene {
+    /// base.raw under top.qcow2, which holds something, and an empty copy.qcow2.
+    fn new() -> Scene {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| text(&dir.path().join(name)).to_owned();
+        std::fs::write(path("base"), vec![0x11; SIZE]).unwrap();
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &path("base"), "-F", "raw", &path("top")]);
+        run("qemu-io", &["-f", "qcow2", "-c", "write -P 0x77 1M 64k", &path("top")]);
+        run("qemu-img", &["create", "-q", "-f", "qcow2", &path("copy"), &SIZE.to_string()]);
+        let daemon = Daemon::start(Program::Infill, dir.path(), &[]);
+        let mut qmp = daemon.connect();
+        let file = |name: &str| json!({"driver": "file", "filename": path(name)});
+        for node in [
+            json!({"driver": "raw", "node-name": "base", "file": file("base")}),
+            json!({"driver": "qcow2", "node-name": "top", "backing": "base", "file": file("top")}),
+            json!({"driver": "qcow2", "node-name": "copy", "file": file("copy")}),
+        ] {
+            qmp.run("blockdev-add", node);
+        }
+        Scene { dir, daemon, qmp }
+    }
+
+    fn asked<'a>(&'a self, args: &[&'a str]) -> Vec<&'a str> {
+        [args, &["--socket", text(&self.daemon.socket)]].concat()
+    }
+
+    fn ask(&self, args: &[&str]) -> String {
+        run(INFILL, &self.asked(args))
+    }
+
+    fn refused(&self, args: &[&str]) -> String {
+        fails(INFILL, &self.asked(args))
+    }
+
+    /// Ends the daemon; what the disk in that file holds then.
+    fn quit_and_read(mut self, name: &str, format: &str) -> Vec<u8> {
+        self.daemon.quit(&mut self.qmp);
+        let path = |name: &str| text(&self.dir.path().join(name)).to_owned();
+        run("qemu-img", &["convert", "-f", format, "-O", "raw", &path(name), &path("out")]);
+        std::fs::read(path("out")).unwrap()
+    }
+}
+
+fn expected() -> Vec<u8> {
+    let mut disk = vec![0x11; SIZE];
+    disk[1 << 20..(1 << 20) + 65536].fill(0x77);
+    disk
+}
+
+#[test]
+fn a_commit_that_is_to_complete_is_over_when_the_command_is() {
+    let mut scene = Scene::new();
+    scene.ask(&["commit", "top", "--complete"]);
+    assert_eq!(scene.qmp.run("query-jobs", json!({})), json!([]));
+    assert!(scene.quit_and_read("base", "raw") == expected());
+}
+
+#[test]
+fn a_mirror_stops_when_it_is_ready_and_goes_on_when_told() {
+    let scene = Scene::new();
+    scene.ask(&["mirror", "top", "copy"]);
+    let jobs: Value = serde_json::from_str(&scene.ask(&["jobs", "--output=json"])).unwrap();
+    assert_eq!((&jobs[0]["id"], &jobs[0]["status"]), (&json!("mirror-top"), &json!("ready")));
+    assert!(scene.ask(&["jobs"]).starts_with("mirror-top\tmirror\tready\t"));
+    scene.ask(&["complete", "mirror-top"]);
+    assert_eq!(scene.ask(&["jobs"]), "");
+    assert!(scene.quit_and_read("copy", "qcow2") == expected());
+}
+
+#[test]
+fn a_backup_holds_the_disk_when_the_command_is_over() {
+    let scene = Scene::new();
+    scene.ask(&["backup", "top", "copy"]);
+    assert!(scene.quit_and_read("copy", "qcow2") == expected());
+}
+
+#[test]
+fn a_job_is_left_running_paused_resumed_and_cancelled() {
+    let mut scene = Scene::new();
+    scene.ask(&["backup", "top", "copy", "--speed", "64k", "--detach", "--job-id", "b"]);
+    scene.ask(&["pause", "b"]);
+    let status = |qmp: &mut Qmp| qmp.run("query-jobs", json!({}))[0]["status"].clone();
+    wait_until("the job is paused", || status(&mut scene.qmp) == "paused");
+    scene.ask(&["resume", "b"]);
+    wait_until("the job goes on", || status(&mut scene.qmp) == "running");
+    scene.ask(&["cancel", "b"]);
+    assert_eq!(scene.qmp.run("query-jobs", json!({})), json!([]));
+}
+
+#[test]
+fn who_interrupts_a_command_leaves_its_job_running() {
+    let mut scene = Scene::new();
+    let mut command = std::process::Command::new(INFILL);
+    let args = scene.asked(&["backup", "top", "copy", "--speed", "64k", "--job-id", "b"]);
+    let mut process = Process::start(command.args(args));
+    wait_until("the job runs", || scene.qmp.run("query-jobs", json!({}))[0]["id"] == "b");
+    process.signal("INT");
+    assert!(!process.0.wait().unwrap().success());
+    assert_eq!(scene.qmp.run("query-jobs", json!({}))[0]["id"], "b");
+    scene.ask(&["cancel", "b"]);
+}
+
+#[test]
+fn what_the_daemon_refuses_is_told_with_its_reason() {
+    let scene = Scene::new();
+    assert!(scene.refused(&["mirror", "top", "nowhere"]).contains("nowhere"));
+    assert!(scene.refused(&["commit", "nowhere"]).contains("nowhere"));
+    assert!(scene.refused(&["cancel", "nothing"]).contains("infill jobs"));
+    assert!(scene.refused(&["backup", "top", "copy", "--sync", "half"]).contains("half"));
+    assert!(fails("env", &["-u", "INFILL_SOCKET", INFILL, "jobs"]).contains("--socket PATH"));
+    run("env", &[&format!("INFILL_SOCKET={}", text(&scene.daemon.socket)), INFILL, "jobs"]);
+}
+
+#[test]
+fn the_name_it_is_called_by_makes_it_a_daemon() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = dir.path().join("qemu-storage-daemon");
+    std::os::unix::fs::symlink(INFILL, &name).unwrap();
+    let help = run(INFILL, &["daemon", "--help"]);
+    assert!(help.contains("--chardev"));
+    assert_eq!(run(text(&name), &["--help"]), help);
+    assert_eq!(run(INFILL, &["qemu-storage-daemon", "--help"]), help);
+}
