@@ -210,9 +210,18 @@ fn who(stream: &UnixStream) -> String {
     }
 }
 
-/// Whether nobody listens behind a socket file.
+/// Whether nobody listens behind a socket file, or only a process that is gone: after a kill its sockets are closed a little
+/// later than it ends, and whoever starts it anew at once is not to be refused for that.
 fn is_stale(path: &Path) -> bool {
-    matches!(UnixStream::connect(path), Err(error) if error.kind() == io::ErrorKind::ConnectionRefused)
+    match UnixStream::connect(path) {
+        Ok(stream) => {
+            let listener = rustix::net::sockopt::socket_peercred(stream);
+            listener.is_ok_and(|listener| {
+                rustix::process::test_kill_process(listener.pid) == Err(rustix::io::Errno::SRCH)
+            })
+        }
+        Err(error) => error.kind() == io::ErrorKind::ConnectionRefused,
+    }
 }
 
 /// A connection that may still go to any reactor.
@@ -472,6 +481,26 @@ mod tests {
         let address = Address::Unix(path.clone());
         Reactors::start(1).unwrap().block_on(move || echo(address));
         assert!(!path.exists(), "the listener removes its socket");
+    }
+
+    #[test]
+    fn a_socket_that_outlives_its_process_for_a_moment_is_replaced_and_a_live_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        // The one that listens ends; another one holds its socket open, as the kernel does for a while after a kill.
+        let script = "import os, socket, sys, time\ns = socket.socket(socket.AF_UNIX)\ns.bind(sys.argv[1])\ns.listen()\n\
+                      pid = os.fork()\nif pid: print(pid, flush=True)\nelse: os.close(1); os.close(2); time.sleep(60)";
+        let ended = std::process::Command::new("python3").args(["-c", script]).arg(&path).output().unwrap();
+        let holder = String::from_utf8(ended.stdout).unwrap().trim().parse().unwrap();
+        let holder = rustix::process::Pid::from_raw(holder).unwrap();
+        assert!(UnixStream::connect(&path).is_ok());
+        Reactors::start(1).unwrap().block_on(move || async move {
+            let address = Address::Unix(path);
+            let listener = Listener::bind(&address);
+            rustix::process::kill_process(holder, rustix::process::Signal::KILL).unwrap();
+            let _listener = listener.unwrap();
+            assert!(Listener::bind(&address).is_err(), "somebody listens there");
+        });
     }
 
     #[test]

@@ -159,7 +159,17 @@ fn nobody_writes_to_what_others_rely_on() {
         blockdevs.release("base", "a writer");
         add(&blockdevs, dir, &over("one")).await.unwrap();
         add(&blockdevs, dir, &over("two")).await.unwrap();
+        // Overlays that nobody uses rely on nothing; one that is used does, and is not used over what is being written.
+        blockdevs.claim("two", "export 'e'", Access::Reader).unwrap();
         assert!(blockdevs.claim("base", "a writer", Access::Writer).is_err());
+        blockdevs.release("two", "export 'e'");
+        blockdevs.claim("base", "a writer", Access::Writer).unwrap();
+        let used = blockdevs.claim("two", "export 'e'", Access::Reader).unwrap_err();
+        assert!(used.to_string().contains("a writer writes to 'base'"), "{used}");
+        blockdevs.release("base", "a writer");
+        blockdevs.claim("two", "export 'e'", Access::Reader).unwrap();
+        assert!(blockdevs.claim("base", "a writer", Access::Writer).is_err());
+        blockdevs.release("two", "export 'e'");
         blockdevs.claim("base", "a reader", Access::Reader).unwrap();
         blockdevs.release("base", "a reader");
         // The file of an image that is open belongs to that image.
