@@ -17,6 +17,7 @@ use infill_base::{Ctx, Extents, Gather, IoResult, Limits, WriteFlags, ZeroFlags,
 use infill_storage::sync::atomic::{AtomicU64, Ordering};
 use infill_storage::sync::{Arc, Mutex, lock};
 
+use crate::handle::Entered;
 use crate::{NodeHandle, NodeInfo};
 
 #[derive(Debug)]
@@ -109,6 +110,17 @@ impl Port {
 trait Current {
     type Node: Deref<Target = NodeHandle>;
     fn current(&self) -> Self::Node;
+
+    /// Makes a change of the node that the edge points at once the change has counted itself in there.
+    async fn change(&self, change: impl AsyncFnOnce(Entered<'_>) -> IoResult<()>) -> IoResult<()> {
+        loop {
+            let node = self.current();
+            let entered = node.enter().await;
+            if self.current().is_same(&node) {
+                return change(entered).await;
+            }
+        }
+    }
 }
 
 impl Current for Edge {
@@ -174,15 +186,7 @@ pub trait Through: Current {
         data: Gather,
         flags: WriteFlags,
     ) -> impl Future<Output = IoResult<()>> {
-        async move {
-            loop {
-                let node = self.current();
-                let entered = node.enter().await;
-                if self.current().is_same(&node) {
-                    return entered.write(cx, at, data, flags).await;
-                }
-            }
-        }
+        self.change(async move |entered| entered.write(cx, at, data, flags).await)
     }
 
     /// See [`crate::Node::write_zeroes`].
@@ -193,28 +197,12 @@ pub trait Through: Current {
         len: u64,
         flags: ZeroFlags,
     ) -> impl Future<Output = IoResult<()>> {
-        async move {
-            loop {
-                let node = self.current();
-                let entered = node.enter().await;
-                if self.current().is_same(&node) {
-                    return entered.write_zeroes(cx, at, len, flags).await;
-                }
-            }
-        }
+        self.change(async move |entered| entered.write_zeroes(cx, at, len, flags).await)
     }
 
     /// See [`crate::Node::discard`].
     fn discard(&self, cx: &Ctx, at: u64, len: u64) -> impl Future<Output = IoResult<()>> {
-        async move {
-            loop {
-                let node = self.current();
-                let entered = node.enter().await;
-                if self.current().is_same(&node) {
-                    return entered.discard(cx, at, len).await;
-                }
-            }
-        }
+        self.change(async move |entered| entered.discard(cx, at, len).await)
     }
 
     /// See [`crate::Node::sync`]. Covers everything acknowledged before the call, on whichever node it was done: whoever
