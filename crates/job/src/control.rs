@@ -33,7 +33,7 @@ const MISS_RECENT: Duration = Duration::from_millis(50);
 /// Bytes in local writes at a time: no more than a guest's FLUSH may find dirty.
 const LINK_BYTES_MAX: u64 = 4 << 20;
 /// The same while guests write or flush, and the largest request then.
-const LINK_BYTES_BUSY: u64 = 256 << 10;
+const LINK_BYTES_BUSY: u64 = 128 << 10;
 const REQUEST_BYTES_BUSY: u64 = 128 << 10;
 /// How long a disk without misses counts as in use.
 const MISS_LATELY: Duration = Duration::from_secs(2);
@@ -47,6 +47,10 @@ const RATE_SPAN_MIN: Duration = Duration::from_millis(10);
 const RATES_KEPT: usize = 10;
 /// A fill that is held back to this part of what it could do is not what makes guests slow.
 const CALM_PART: f64 = 1.0 / 8.0;
+/// What is left of the pace when guests suffer, and how it comes back: below and near where they suffered.
+const SLOWER: f64 = 0.7;
+const FASTER: f64 = 1.25;
+const FASTER_NEAR: f64 = 1.04;
 /// How far control may take the window down, as a part of what the link gives.
 const SCALE_MIN: f64 = 1.0 / 256.0;
 
@@ -168,7 +172,9 @@ pub(crate) struct Control {
     reads: Watch,
     writes: Watch,
     syncs: Watch,
-    last_rate: f64,
+    /// When guests were looked at last, and what came since: a shorter span may have been an unlucky one.
+    ticked_at: Duration,
+    tick_bytes: u64,
 }
 
 impl Control {
@@ -192,7 +198,8 @@ impl Control {
             reads: Watch::default(),
             writes: Watch::default(),
             syncs: Watch::default(),
-            last_rate: 0.0,
+            ticked_at: now,
+            tick_bytes: 0,
         }
     }
 
@@ -271,6 +278,7 @@ impl Control {
         }
         self.grow_at_start(now, bytes, took);
         self.span_bytes += bytes;
+        self.tick_bytes += bytes;
         self.span_limited |= limited || self.missed_within(now, MISS_RECENT);
         let span = now.saturating_sub(self.span_start);
         if span >= RATE_SPAN_MIN.max(self.round_trip.get().unwrap_or_default()) {
@@ -291,7 +299,6 @@ impl Control {
     fn end_span(&mut self, now: Duration, span: Duration) {
         let rate = self.span_bytes as f64 / span.as_secs_f64();
         let best = self.rate();
-        self.last_rate = rate;
         // What the link gives is not seen while something else holds the fill back.
         if !self.span_limited || rate > best {
             if self.rates.len() == RATES_KEPT {
@@ -316,7 +323,10 @@ impl Control {
     /// Every [`TICK`]: what guests met since the last one.
     pub(crate) fn tick(&mut self, now: Duration, mut seen: Seen) {
         let had_misses = !seen.misses.is_empty();
-        let polite = self.last_rate > self.min_rate as f64;
+        let took = now.saturating_sub(self.ticked_at).max(RATE_SPAN_MIN);
+        let rate = std::mem::take(&mut self.tick_bytes) as f64 / took.as_secs_f64();
+        self.ticked_at = now;
+        let polite = rate > self.min_rate as f64;
         match self.misses.look(now, &mut seen.misses, self.window_scale <= CALM_PART) {
             Some(Meets::Suffers) if polite => {
                 self.start_window = None;
@@ -341,14 +351,14 @@ impl Control {
         }
         if local.contains(&Some(Meets::Suffers)) {
             if polite {
-                let now = self.pace.unwrap_or(f64::MAX).min(self.last_rate);
-                (self.pace, self.too_fast) = (Some(now / 2.0), now);
+                let now = self.pace.unwrap_or(f64::MAX).min(rate);
+                (self.pace, self.too_fast) = (Some(now * SLOWER), now);
             }
         } else if let Some(pace) = self.pace {
-            let grow = match (local.iter().any(Option::is_some), pace < self.too_fast * 0.7) {
+            let grow = match (local.iter().any(Option::is_some), pace < self.too_fast * 0.8) {
                 (false, _) => 2.0,
-                (true, true) => 1.25,
-                (true, false) => 1.02,
+                (true, true) => FASTER,
+                (true, false) => FASTER_NEAR,
             };
             let pace = (pace * grow).max(self.min_rate as f64);
             self.pace = (pace < self.rate()).then_some(pace);

@@ -160,6 +160,10 @@ struct Pass<'a> {
     rest: Option<Request>,
     /// To be asked for again, the oldest first.
     again: VecDeque<Request>,
+    /// Whole blocks, and the generation they are of, until local writes have room: what comes from a fast source must
+    /// not all be written at once, for a guest's FLUSH would have to wait for it.
+    to_link: VecDeque<(Block, u64)>,
+    to_link_bytes: u64,
     remote: FuturesUnordered<LocalBoxFuture<'static, Remote>>,
     local: FuturesUnordered<LocalBoxFuture<'static, Local>>,
     /// Requests that were sent and not answered.
@@ -203,6 +207,8 @@ impl<'a> Pass<'a> {
             next_block: 0,
             rest: None,
             again: VecDeque::new(),
+            to_link: VecDeque::new(),
+            to_link_bytes: 0,
             remote: FuturesUnordered::new(),
             local: FuturesUnordered::new(),
             sent: BTreeMap::new(),
@@ -252,6 +258,7 @@ impl<'a> Pass<'a> {
             }
             let now = rt::now();
             self.housekeeping(now);
+            self.start_links(now);
             let wake = self.issue(now);
             if self.is_done() {
                 return Ok(());
@@ -274,6 +281,7 @@ impl<'a> Pass<'a> {
             && self.rest.is_none()
             && self.again.is_empty()
             && self.blocks.is_empty()
+            && self.to_link.is_empty()
             && self.remote.is_empty()
             && self.local.is_empty()
     }
@@ -315,7 +323,6 @@ impl<'a> Pass<'a> {
         let board = self.fill.top.latency();
         let wrote = board.last(LatencyKind::Write).max(board.last(LatencyKind::Sync));
         self.control.set_last(self.source.latency().last(LatencyKind::Miss), wrote);
-        let link_bytes_max = self.control.link_bytes_max(now);
         while !self.job.should_stop() {
             self.start_mapping();
             let window = self.control.window(now);
@@ -325,7 +332,7 @@ impl<'a> Pass<'a> {
             }
             // A block that was begun is always finished, or its memory would never come back.
             let fresh = self.again.is_empty() && self.rest.is_none();
-            if (fresh && self.held_bytes >= HELD_BYTES_MAX) || self.link_bytes >= link_bytes_max {
+            if (fresh && self.held_bytes >= HELD_BYTES_MAX) || self.to_link_bytes >= window {
                 break;
             }
             let ready = self.speed.ready_at().max(self.pace.ready_at());
@@ -483,10 +490,29 @@ impl<'a> Pass<'a> {
             return;
         }
         let Some(block) = self.blocks.remove(&request.block) else { return };
-        self.held_bytes -= block.len;
         match block.generation {
-            Some(generation) if !block.mixed => self.link(block, generation),
-            _ => self.fetch_again(block.at, block.len),
+            Some(generation) if !block.mixed => {
+                self.to_link_bytes += block.len;
+                self.to_link.push_back((block, generation));
+            }
+            _ => {
+                self.held_bytes -= block.len;
+                self.fetch_again(block.at, block.len);
+            }
+        }
+    }
+
+    /// Links what has come, as far as local writes have room; one block always may.
+    fn start_links(&mut self, now: Duration) {
+        let max = self.control.link_bytes_max(now);
+        while let Some((block, generation)) = self.to_link.pop_front() {
+            if self.link_bytes > 0 && self.link_bytes + block.len > max {
+                self.to_link.push_front((block, generation));
+                break;
+            }
+            self.held_bytes -= block.len;
+            self.to_link_bytes -= block.len;
+            self.link(block, generation);
         }
     }
 
