@@ -1,6 +1,6 @@
-//! Objects by id: I/O threads, which are names, and credentials for TLS.
+//! Objects by id: I/O threads, which are names, limits that disks share, and credentials for TLS.
 //!
-//! What never happens: credentials that change or go while somebody uses them. A user holds them; whoever takes an object
+//! What never happens: an object goes while somebody uses it; credentials change. A user holds them; whoever takes an object
 //! away is told that it is in use. (QEMU lets the object go and its users keep it; a kept description of a node that
 //! names an object would be worth nothing then.)
 
@@ -9,6 +9,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail};
+use infill_base::ThrottleLimits;
+use infill_node::ThrottleGroup;
 use infill_qmp::{ObjectKind, ObjectOptions};
 use infill_storage::sync::{Mutex, lock};
 
@@ -17,7 +19,18 @@ use crate::tls::Credentials;
 #[derive(Debug)]
 enum Object {
     IoThread,
+    Throttle(Arc<ThrottleGroup>),
     Tls(Arc<Credentials>),
+}
+
+impl Object {
+    fn is_in_use(&self) -> bool {
+        match self {
+            Object::IoThread => false,
+            Object::Throttle(group) => Arc::strong_count(group) > 1,
+            Object::Tls(credentials) => Arc::strong_count(credentials) > 1,
+        }
+    }
 }
 
 /// All objects. Cloning shares them.
@@ -31,6 +44,7 @@ impl Objects {
         let duplicate = || anyhow!("attempt to add duplicate property '{id}' to object (type 'container')");
         let object = match kind {
             ObjectKind::IoThread => Object::IoThread,
+            ObjectKind::ThrottleGroup(limits) => Object::Throttle(Arc::new(ThrottleGroup::new(*limits))),
             ObjectKind::TlsCredsX509(creds) => {
                 let (dir, verify, check) = (Path::new(&creds.dir), creds.verify_peer, creds.sanity_check);
                 let credentials = match creds.server {
@@ -53,9 +67,7 @@ impl Objects {
         let mut objects = lock(&self.0);
         match objects.get(id) {
             None => bail!("object '{id}' not found"),
-            Some(Object::Tls(credentials)) if Arc::strong_count(credentials) > 1 => {
-                bail!("object '{id}' is in use, can not be deleted")
-            }
+            Some(object) if object.is_in_use() => bail!("object '{id}' is in use, can not be deleted"),
             Some(_) => objects.remove(id),
         };
         Ok(())
@@ -70,8 +82,25 @@ impl Objects {
     pub fn tls(&self, id: &str) -> Result<Arc<Credentials>> {
         match lock(&self.0).get(id) {
             None => bail!("No TLS credentials with id '{id}'"),
-            Some(Object::IoThread) => bail!("Object with id '{id}' is not TLS credentials"),
             Some(Object::Tls(credentials)) => Ok(credentials.clone()),
+            Some(_) => bail!("Object with id '{id}' is not TLS credentials"),
+        }
+    }
+
+    /// The limits of that id, which are in use as long as they are held.
+    pub fn throttle_group(&self, id: &str) -> Result<Arc<ThrottleGroup>> {
+        match lock(&self.0).get(id) {
+            Some(Object::Throttle(group)) => Ok(group.clone()),
+            _ => bail!("Throttle group '{id}' does not exist"),
+        }
+    }
+
+    /// Nothing is limited any more: what waits goes on. For the end, which no limit is to delay.
+    pub fn lift_limits(&self) {
+        for object in lock(&self.0).values() {
+            if let Object::Throttle(group) = object {
+                group.set_limits(ThrottleLimits::default());
+            }
         }
     }
 }

@@ -69,3 +69,26 @@ pub enum DiscardMode {
     /// Give the space back.
     Unmap,
 }
+
+/// What a node does with a guest's write whose bytes are all zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum DetectZeroes {
+    /// It is written as it comes.
+    #[default]
+    Off,
+    /// Its range is made zero.
+    On,
+    /// And the space may be given back.
+    Unmap,
+}
+
+impl DetectZeroes {
+    /// Its name on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            DetectZeroes::Off => "off",
+            DetectZeroes::On => "on",
+            DetectZeroes::Unmap => "unmap",
+        }
+    }
+}

@@ -8,10 +8,14 @@ mod buffer;
 mod context;
 mod error;
 mod extent;
+mod faults;
 mod limits;
+mod throttle;
 
 pub use buffer::{Gather, aligned_buffer, is_zero, zero_bytes};
-pub use context::{Class, Ctx, DiscardMode, WriteFlags, ZeroFlags};
+pub use context::{Class, Ctx, DetectZeroes, DiscardMode, WriteFlags, ZeroFlags};
 pub use error::{CreateError, ErrorKind, IoError, IoResult, OpenError};
 pub use extent::{Extent, ExtentKind, Extents, push_extent};
+pub use faults::{FaultEvent, FaultyRequest, InjectError, SetState};
 pub use limits::{Limits, MAX_TRANSFER_BYTES, align_down, align_up, div_ceil, range_end, whole_units};
+pub use throttle::{ThrottleKind, ThrottleLimits, ThrottleRate};

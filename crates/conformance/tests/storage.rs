@@ -73,7 +73,7 @@ fn an_nbd_export_through_our_server_and_client() {
 fn a_raw_node_seen_as_a_storage() {
     in_world(GROWS, || {
         let raw = RawNode::new(StorageHandle::new(SimDisk::new(LEN)), false);
-        StorageHandle::new(NodeStorage(NodeHandle::new(raw)))
+        StorageHandle::new(NodeStorage::new(NodeHandle::new(raw)))
     });
 }
 
@@ -82,6 +82,6 @@ fn an_overlay_in_memory_seen_as_a_storage() {
     in_world(FIXED, || {
         let base = NodeHandle::new(MemoryOverlay::new(LEN, 4096, None));
         let overlay = MemoryOverlay::new(LEN, 8192, Some(base));
-        StorageHandle::new(NodeStorage(NodeHandle::new(overlay)))
+        StorageHandle::new(NodeStorage::new(NodeHandle::new(overlay)))
     });
 }

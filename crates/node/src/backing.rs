@@ -16,11 +16,15 @@ use infill_storage::sync::atomic::{AtomicU64, Ordering};
 use infill_storage::sync::{Arc, Mutex, lock};
 use infill_storage::{Permits, RangeLock, rt};
 
+use crate::generic::chain_map;
 use crate::latency::LatencyKind;
 use crate::{NodeHandle, WeakNode};
 
 /// Bytes of copy-on-read populates in flight for one overlay; at the bound, populates are dropped.
 pub const COPY_ON_READ_BYTES_MAX: u64 = 32 << 20;
+
+/// Layers that are looked through for the last one whose bytes are kept.
+const LAYERS_MAX: usize = 1 << 10;
 
 /// Keeps what guests read in the overlay. Shared by all reactors.
 #[derive(Clone)]
@@ -28,6 +32,8 @@ pub struct CopyOnRead(Arc<CopyOnReadInner>);
 
 struct CopyOnReadInner {
     overlay: WeakNode,
+    /// The last layer whose bytes are kept, where not all are.
+    bottom: Option<WeakNode>,
     permits: Permits,
     /// Units that a populate is under way for: the second miss in a unit need not fetch the rest again.
     busy: RangeLock,
@@ -38,8 +44,14 @@ struct CopyOnReadInner {
 impl CopyOnRead {
     /// Populates `overlay`, with at most `bytes_max` bytes in flight.
     pub fn new(overlay: &NodeHandle, bytes_max: u64) -> CopyOnRead {
+        CopyOnRead::down_to(overlay, bytes_max, None)
+    }
+
+    /// As [`CopyOnRead::new`], of what the layers down to `bottom` hold.
+    pub(crate) fn down_to(overlay: &NodeHandle, bytes_max: u64, bottom: Option<WeakNode>) -> CopyOnRead {
         CopyOnRead(Arc::new(CopyOnReadInner {
             overlay: overlay.downgrade(),
+            bottom,
             permits: Permits::new(bytes_max),
             busy: RangeLock::new(),
             populated_bytes: AtomicU64::new(0),
@@ -75,7 +87,11 @@ impl CopyOnRead {
         };
         let this = self.clone();
         rt::spawn(async move {
-            match populate_around(&overlay, at, data, start, end, generation).await {
+            let populated = match &this.0.bottom {
+                None => populate_around(&overlay, at, data, start, end, generation).await,
+                Some(bottom) => populate_above(&overlay, bottom, at, data, generation).await,
+            };
+            match populated {
                 Ok(linked) => this.0.populated_bytes.fetch_add(linked, Ordering::Relaxed),
                 Err(error) => {
                     tracing::debug!(%error, at = start, "copy-on-read dropped");
@@ -85,6 +101,44 @@ impl CopyOnRead {
             drop((busy, permit));
         });
     }
+}
+
+/// Populates the units of `data` (at `at`) of which a layer down to `bottom` holds anything.
+async fn populate_above(
+    overlay: &NodeHandle,
+    bottom: &WeakNode,
+    at: u64,
+    data: Bytes,
+    generation: u64,
+) -> IoResult<u64> {
+    let (unit, data_end) = (overlay.populate_unit(), at + data.len() as u64);
+    let layers = std::iter::successors(overlay.layer_below(), NodeHandle::layer_below);
+    let Some(depth) =
+        bottom.upgrade().and_then(|bottom| layers.take(LAYERS_MAX).position(|layer| layer.is_same(&bottom)))
+    else {
+        // It has left the chain: nothing that is below is meant.
+        return Ok(0);
+    };
+    let (mut next, mut linked) = (align_down(at, unit), 0);
+    let end = align_up(data_end, unit).min(overlay.len());
+    while next < end {
+        // The first layer below the overlay has the depth 1.
+        let map = chain_map(overlay, &Ctx::of(Class::AroundMiss), next, end - next).await?;
+        let mapped_to = map.last().map_or(end, |last| last.extent.end());
+        for mapped in map.iter().filter(|mapped| mapped.present && (1..=depth + 1).contains(&mapped.depth)) {
+            let start = align_down(mapped.extent.start, unit).max(next);
+            let stop = align_up(mapped.extent.end(), unit).min(end);
+            if start >= stop {
+                continue;
+            }
+            let (from, to) = (start.max(at), stop.min(data_end));
+            let part = data.slice((from - at) as usize..(to - at) as usize);
+            linked += populate_around(overlay, from, part, start, stop, generation).await?;
+            next = stop;
+        }
+        next = next.max(mapped_to);
+    }
+    Ok(linked)
 }
 
 /// Fetches what is missing of `[start, end)` around `data`, and populates the whole.

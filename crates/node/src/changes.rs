@@ -119,6 +119,7 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
+        self.0.tell_held(false);
         let changes = self.0.changes();
         if changes.holds.fetch_sub(1, Ordering::SeqCst) == 1 {
             changes.opened.notify(usize::MAX);
@@ -207,6 +208,7 @@ impl Changes {
 pub(crate) async fn hold(node: &NodeHandle) -> Held {
     let changes = node.changes();
     changes.holds.fetch_add(1, Ordering::SeqCst);
+    node.tell_held(true);
     // From here on: dropped while it waits, it opens the node again.
     let held = Held(node.clone());
     loop {

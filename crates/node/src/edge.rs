@@ -20,11 +20,20 @@ use infill_storage::sync::{Arc, Mutex, lock};
 use crate::handle::Entered;
 use crate::{NodeHandle, NodeInfo};
 
-#[derive(Debug)]
+/// What is told of an exchange: the old node, and the new one.
+type Moved = dyn Fn(&NodeHandle, &NodeHandle) + Send + Sync;
+
 struct Inner {
     /// Raised with each exchange.
     version: AtomicU64,
     node: Mutex<NodeHandle>,
+    moved: Option<Box<Moved>>,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Edge").field(&*lock(&self.node)).finish()
+    }
 }
 
 /// Points at a node. Cloning shares the edge.
@@ -34,7 +43,16 @@ pub struct Edge(Arc<Inner>);
 impl Edge {
     /// Points at `node`.
     pub fn new(node: NodeHandle) -> Edge {
-        Edge(Arc::new(Inner { version: AtomicU64::new(0), node: Mutex::new(node) }))
+        Edge(Arc::new(Inner { version: AtomicU64::new(0), node: Mutex::new(node), moved: None }))
+    }
+
+    /// Points at `node`, and calls `moved` with the old node and the new one at each exchange.
+    pub fn watched(
+        node: NodeHandle,
+        moved: impl Fn(&NodeHandle, &NodeHandle) + Send + Sync + 'static,
+    ) -> Edge {
+        let moved: Option<Box<Moved>> = Some(Box::new(moved));
+        Edge(Arc::new(Inner { version: AtomicU64::new(0), node: Mutex::new(node), moved }))
     }
 
     /// The node now.
@@ -45,6 +63,9 @@ impl Edge {
     /// Points at `node` from now on. The caller holds the old one.
     pub fn point_at(&self, node: NodeHandle) {
         let mut current = lock(&self.0.node);
+        if let Some(moved) = &self.0.moved {
+            moved(&current, &node);
+        }
         *current = node;
         self.0.version.fetch_add(1, Ordering::Release);
     }

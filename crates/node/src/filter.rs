@@ -1,131 +1,140 @@
-//! The copy-on-read filter: a node under a name of its own that turns copy-on-read on for the overlay below it.
+//! Filters: nodes that pass requests on to one node, and do something of their own to some of them.
+//!
+//! A filter points at its node with an [`Edge`], so that another node can take that one's place under it (a snapshot, the end
+//! of a mirror or of a commit) while requests run. A [`Filter`] says what it does differently; everything else goes on as it
+//! came. What never happens: a filter closes the node below it, or shows that node's edge as its own.
 
-use bytes::{Bytes, BytesMut};
+use std::future::Future;
+
+use bytes::BytesMut;
 use infill_base::{Ctx, Extents, Gather, IoResult, Limits, WriteFlags, ZeroFlags};
 
-use crate::{
-    BackingRef, BackingSlot, COPY_ON_READ_BYTES_MAX, CopyOnRead, Node, NodeHandle, NodeInfo, Populated,
-};
+use crate::edge::Through as _;
+use crate::{Edge, Node, NodeHandle, NodeInfo};
 
-/// Passes everything on to an overlay, which keeps what is read through its edge while this node lives. Over a node
-/// that has no backing it does nothing.
-#[derive(Debug)]
-pub struct CopyOnReadNode {
-    below: NodeHandle,
-}
+/// What a filter does. Each default passes the request on.
+#[expect(clippy::len_without_is_empty, reason = "a disk is not a collection")]
+pub trait Filter: Send + Sync + 'static {
+    /// Its driver, as QEMU spells it.
+    const DRIVER: &'static str;
 
-impl CopyOnReadNode {
-    /// Over `below`, which must be writable to keep anything.
-    pub fn new(below: NodeHandle) -> CopyOnReadNode {
-        if let Some(slot) = below.backing() {
-            slot.set_copy_on_read(Some(CopyOnRead::new(&below, COPY_ON_READ_BYTES_MAX)));
-        }
-        CopyOnReadNode { below }
-    }
-}
+    /// Where it points.
+    fn below(&self) -> &Edge;
 
-impl Drop for CopyOnReadNode {
-    fn drop(&mut self) {
-        if let Some(slot) = self.below.backing() {
-            slot.set_copy_on_read(None);
-        }
-    }
-}
-
-impl Node for CopyOnReadNode {
+    /// See [`Node::limits`].
     fn limits(&self) -> Limits {
-        self.below.limits()
+        self.below().node_limits()
+    }
+
+    /// See [`Node::len`].
+    fn len(&self) -> u64 {
+        self.below().len()
+    }
+
+    /// See [`Node::read`].
+    fn read(&self, cx: &Ctx, at: u64, buf: BytesMut) -> impl Future<Output = IoResult<BytesMut>> {
+        self.below().read(cx, at, buf)
+    }
+
+    /// See [`Node::write`].
+    fn write(
+        &self,
+        cx: &Ctx,
+        at: u64,
+        data: Gather,
+        flags: WriteFlags,
+    ) -> impl Future<Output = IoResult<()>> {
+        self.below().write(cx, at, data, flags)
+    }
+
+    /// See [`Node::write_zeroes`].
+    fn write_zeroes(
+        &self,
+        cx: &Ctx,
+        at: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> impl Future<Output = IoResult<()>> {
+        self.below().write_zeroes(cx, at, len, flags)
+    }
+
+    /// See [`Node::discard`].
+    fn discard(&self, cx: &Ctx, at: u64, len: u64) -> impl Future<Output = IoResult<()>> {
+        self.below().discard(cx, at, len)
+    }
+
+    /// See [`Node::sync`].
+    fn sync(&self, cx: &Ctx) -> impl Future<Output = IoResult<()>> {
+        self.below().sync(cx)
+    }
+
+    /// See [`Node::resize`].
+    fn resize(&self, cx: &Ctx, len: u64) -> impl Future<Output = IoResult<()>> {
+        async move { self.below().node().resize(cx, len).await }
+    }
+
+    /// See [`Node::held`].
+    fn held(&self, begins: bool) {
+        let _ = begins;
+    }
+
+    /// See [`Node::close`]. The node below is somebody else's to close.
+    fn close(&self, cx: &Ctx) -> impl Future<Output = IoResult<()>> {
+        let _ = cx;
+        async { Ok(()) }
+    }
+}
+
+impl<F: Filter> Node for F {
+    fn limits(&self) -> Limits {
+        Filter::limits(self)
     }
 
     fn len(&self) -> u64 {
-        self.below.len()
+        Filter::len(self)
     }
 
     fn info(&self) -> NodeInfo {
-        NodeInfo { driver: "copy-on-read", ..self.below.info() }
+        NodeInfo { driver: F::DRIVER, ..self.below().info() }
+    }
+
+    fn filtered(&self) -> Option<NodeHandle> {
+        Some(self.below().node())
+    }
+
+    fn held(&self, begins: bool) {
+        Filter::held(self, begins);
     }
 
     async fn read(&self, cx: &Ctx, at: u64, buf: BytesMut) -> IoResult<BytesMut> {
-        self.below.read(cx, at, buf).await
+        Filter::read(self, cx, at, buf).await
     }
 
     async fn write(&self, cx: &Ctx, at: u64, data: Gather, flags: WriteFlags) -> IoResult<()> {
-        self.below.write(cx, at, data, flags).await
+        Filter::write(self, cx, at, data, flags).await
     }
 
     async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
-        self.below.write_zeroes(cx, at, len, flags).await
+        Filter::write_zeroes(self, cx, at, len, flags).await
     }
 
     async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
-        self.below.discard(cx, at, len).await
+        Filter::discard(self, cx, at, len).await
     }
 
     async fn sync(&self, cx: &Ctx) -> IoResult<()> {
-        self.below.sync(cx).await
+        Filter::sync(self, cx).await
     }
 
     async fn extents(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Extents> {
-        self.below.extents(cx, at, len).await
-    }
-
-    fn backing(&self) -> Option<&BackingSlot> {
-        self.below.backing()
-    }
-
-    fn populate_unit(&self) -> u64 {
-        self.below.populate_unit()
-    }
-
-    async fn populate(&self, cx: &Ctx, at: u64, data: Bytes, generation: u64) -> IoResult<Populated> {
-        self.below.populate(cx, at, data, generation).await
-    }
-
-    async fn populate_zero(&self, cx: &Ctx, at: u64, len: u64, generation: u64) -> IoResult<Populated> {
-        self.below.populate_zero(cx, at, len, generation).await
-    }
-
-    async fn set_backing_ref(&self, cx: &Ctx, backing: Option<BackingRef>) -> IoResult<()> {
-        self.below.set_backing_ref(cx, backing).await
-    }
-
-    async fn make_empty(&self, cx: &Ctx) -> IoResult<()> {
-        self.below.make_empty(cx).await
+        self.below().extents(cx, at, len).await
     }
 
     async fn resize(&self, cx: &Ctx, len: u64) -> IoResult<()> {
-        self.below.resize(cx, len).await
+        Filter::resize(self, cx, len).await
     }
 
-    /// The overlay is somebody else's to close. What is being kept goes on; see [`CopyOnRead::settle`].
-    async fn close(&self, _cx: &Ctx) -> IoResult<()> {
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use infill_base::ExtentKind;
-    use infill_sim::World;
-
-    use super::*;
-    use crate::MemoryOverlay;
-
-    #[test]
-    fn reads_through_the_filter_are_kept_and_the_filter_takes_its_policy_with_it() {
-        World::new(1).run(async {
-            let base = NodeHandle::new(MemoryOverlay::new(64 << 10, 4096, None));
-            base.write(&Ctx::GUEST, 0, vec![7; 64 << 10], WriteFlags::empty()).await.unwrap();
-            let overlay = NodeHandle::new(MemoryOverlay::new(64 << 10, 4096, Some(base)));
-            let filter = NodeHandle::new(CopyOnReadNode::new(overlay.clone()));
-            assert_eq!(filter.read_vec(&Ctx::GUEST, 4096, 512).await.unwrap()[..], [7; 512]);
-            filter.backing().and_then(BackingSlot::copy_on_read).unwrap().settle().await;
-            filter.close(&Ctx::GUEST).await.unwrap();
-            let kinds = overlay.extents(&Ctx::GUEST, 0, 64 << 10).await.unwrap();
-            assert_eq!((kinds[1].kind, kinds[1].len), (ExtentKind::Data, 4096));
-            drop(filter);
-            overlay.read_vec(&Ctx::GUEST, 0, 512).await.unwrap();
-            assert!(overlay.backing().unwrap().copy_on_read().is_none());
-        });
+    async fn close(&self, cx: &Ctx) -> IoResult<()> {
+        Filter::close(self, cx).await
     }
 }

@@ -120,6 +120,16 @@ impl Graph {
         Ok(edge)
     }
 
+    /// The node `parent` points at its child with `edge`: it can be given another one ([`Graph::move_users`]).
+    pub fn point(&self, parent: &str, child: &str, edge: Edge) {
+        let who = format!("node '{parent}'");
+        if let Some(entry) = lock(&self.0).get_mut(child)
+            && let Some(user) = entry.users.iter_mut().find(|user| user.who == who && user.edge.is_none())
+        {
+            user.edge = Some(edge);
+        }
+    }
+
     /// The users of `name` that [`Graph::move_users`] would move. Refused where one is neither among `staying` nor able to.
     pub fn movable(&self, name: &str, staying: &[String]) -> Result<Vec<String>, GraphError> {
         let entries = lock(&self.0);
@@ -148,6 +158,13 @@ impl Graph {
         for user in &go {
             if let Some(edge) = &user.edge {
                 edge.point_at(node.clone());
+            }
+        }
+        for user in &go {
+            let parent = user.who.strip_prefix("node '").and_then(|who| who.strip_suffix('\''));
+            let children = parent.and_then(|parent| entries.get_mut(parent)).map(|entry| &mut entry.children);
+            for child in children.into_iter().flatten().filter(|child| *child == from) {
+                to.clone_into(child);
             }
         }
         if let Some(entry) = entries.get_mut(to) {

@@ -1,15 +1,18 @@
 //! The object-safe twin of [`Node`], the handle that everybody holds, and a node seen as a storage.
 
+use std::future::Future;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Weak};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::LocalBoxFuture;
-use infill_base::{Ctx, ExtentKind, Extents, Gather, IoResult, Limits, WriteFlags, ZeroFlags};
-use infill_storage::{Storage, rt};
+use infill_base::{Ctx, DetectZeroes, Extents, Gather, IoResult, Limits, WriteFlags, ZeroFlags};
+use infill_storage::{StorageHandle, rt};
 
 use crate::bitmaps::Bitmaps;
 use crate::changes::{self, Change, ChangeKind, Changes, Held, InFlight, Watcher, Watching};
 use crate::fetch::FetchTable;
+use crate::gate::NodeGate;
 use crate::latency::{LatencyBoard, LatencyKind};
 use crate::meter::Meter;
 use crate::{BackingRef, BackingSlot, Node, NodeInfo, Populated};
@@ -21,6 +24,8 @@ trait DynNode: Send + Sync {
     fn len(&self) -> u64;
     fn info(&self) -> NodeInfo;
     fn backing(&self) -> Option<&BackingSlot>;
+    fn filtered(&self) -> Option<NodeHandle>;
+    fn held(&self, begins: bool);
     fn populate_unit(&self) -> u64;
     fn read<'a>(&'a self, cx: &'a Ctx, at: u64, buf: BytesMut) -> Answer<'a, BytesMut>;
     fn write<'a>(&'a self, cx: &'a Ctx, at: u64, data: Gather, flags: WriteFlags) -> Answer<'a, ()>;
@@ -48,6 +53,12 @@ impl<N: Node> DynNode for N {
     }
     fn backing(&self) -> Option<&BackingSlot> {
         Node::backing(self)
+    }
+    fn filtered(&self) -> Option<NodeHandle> {
+        Node::filtered(self)
+    }
+    fn held(&self, begins: bool) {
+        Node::held(self, begins);
     }
     fn populate_unit(&self) -> u64 {
         Node::populate_unit(self)
@@ -96,6 +107,7 @@ struct Cell<D: ?Sized> {
     latency: LatencyBoard,
     changes: Changes,
     bitmaps: Bitmaps,
+    detect_zeroes: AtomicU8,
     driver: D,
 }
 
@@ -129,6 +141,7 @@ impl NodeHandle {
             latency: LatencyBoard::default(),
             changes: Changes::default(),
             bitmaps: Bitmaps::default(),
+            detect_zeroes: AtomicU8::new(0),
             driver: node,
         }))
     }
@@ -177,6 +190,60 @@ impl NodeHandle {
         self.0.driver.backing()
     }
 
+    /// See [`Node::filtered`].
+    pub fn filtered(&self) -> Option<NodeHandle> {
+        self.0.driver.filtered()
+    }
+
+    /// The node itself, or the first one below it that is no filter.
+    pub fn unfiltered(&self) -> NodeHandle {
+        let mut node = self.clone();
+        while let Some(below) = node.filtered() {
+            node = below;
+        }
+        node
+    }
+
+    /// The next layer of the chain: what backs this node, or the one that it filters.
+    pub fn layer_below(&self) -> Option<NodeHandle> {
+        self.unfiltered().backing().and_then(BackingSlot::node).map(|below| below.unfiltered())
+    }
+
+    pub(crate) fn tell_held(&self, begins: bool) {
+        self.0.driver.held(begins);
+    }
+
+    /// What becomes of writes of zeroes from now on.
+    pub fn set_detect_zeroes(&self, mode: DetectZeroes) {
+        self.0.detect_zeroes.store(mode as u8, Ordering::Relaxed);
+    }
+
+    /// What becomes of writes of zeroes.
+    pub fn detect_zeroes(&self) -> DetectZeroes {
+        match self.0.detect_zeroes.load(Ordering::Relaxed) {
+            0 => DetectZeroes::Off,
+            1 => DetectZeroes::On,
+            _ => DetectZeroes::Unmap,
+        }
+    }
+
+    /// How the payload of a write is written as zeroes, where it is zero and that is to be seen.
+    pub(crate) fn as_zeroes(&self, data: &Gather, flags: WriteFlags) -> Option<ZeroFlags> {
+        let mode = self.detect_zeroes();
+        if mode == DetectZeroes::Off || data.is_empty() || !data.is_zero() {
+            return None;
+        }
+        let mut zero = ZeroFlags::empty();
+        zero.set(ZeroFlags::FUA, flags.contains(WriteFlags::FUA));
+        zero.set(ZeroFlags::MAY_UNMAP, mode == DetectZeroes::Unmap);
+        Some(zero)
+    }
+
+    /// `storage`, on which this node lies, for a format that lies on it too: its changes are this node's.
+    pub fn on_storage(&self, storage: StorageHandle) -> StorageHandle {
+        storage.behind(NodeGate(self.clone()))
+    }
+
     /// See [`Node::populate_unit`].
     pub fn populate_unit(&self) -> u64 {
         self.0.driver.populate_unit()
@@ -221,11 +288,6 @@ impl NodeHandle {
 
     pub(crate) fn bitmap_list(&self) -> &Bitmaps {
         &self.0.bitmaps
-    }
-
-    /// Whether somebody sees this node's changes, which therefore must all go through this handle.
-    pub fn is_watched(&self) -> bool {
-        self.0.changes.watchers().is_some()
     }
 
     /// Keeps new changes (writes, zeroes, discards, resizes) out and waits until none is in flight. They wait until the
@@ -277,10 +339,14 @@ impl NodeHandle {
     pub async fn resize(&self, cx: &Ctx, len: u64) -> IoResult<()> {
         let _in_flight = self.0.changes.enter().await;
         self.0.driver.resize(cx, len).await?;
+        self.tell_len(len);
+        Ok(())
+    }
+
+    fn tell_len(&self, len: u64) {
         for (_, watcher) in self.0.changes.watchers().iter().flat_map(|list| list.iter()) {
             watcher.resized(len);
         }
-        Ok(())
     }
 
     /// See [`Node::close`].
@@ -309,6 +375,9 @@ pub(crate) struct Entered<'a> {
 
 impl Entered<'_> {
     pub(crate) async fn write(&self, cx: &Ctx, at: u64, data: Gather, flags: WriteFlags) -> IoResult<()> {
+        if let Some(flags) = self.node.as_zeroes(&data, flags) {
+            return self.write_zeroes(cx, at, data.len() as u64, flags).await;
+        }
         let (cell, len) = (&*self.node.0, data.len() as u64);
         let done = match cell.changes.watchers() {
             None => self.node.timed(cx, LatencyKind::Write, cell.driver.write(cx, at, data, flags)).await,
@@ -348,54 +417,25 @@ impl Entered<'_> {
         let Some(watchers) = cell.changes.watchers() else { return perform.await };
         changes::watched(watchers, cx, Change { at, len, what: ChangeKind::Discard }, perform).await
     }
-}
 
-/// A node seen as bytes at offsets: what a format driver lies on when the graph puts a node there.
-#[derive(Clone, Debug)]
-pub struct NodeStorage(pub NodeHandle);
+    /// Makes a change that may end behind the node, which has `len` bytes, and makes it longer then.
+    pub(crate) async fn beyond(
+        &self,
+        cx: &Ctx,
+        len: u64,
+        change: Change,
+        perform: impl Future<Output = IoResult<()>>,
+    ) -> IoResult<()> {
+        let Some(watchers) = self.node.0.changes.watchers() else { return perform.await };
+        let end = change.at.saturating_add(change.len);
+        if end > len {
+            // Before, so that there is room for what is noted of the change.
+            self.tell_len(end);
+        }
+        changes::watched(watchers, cx, change, Box::pin(perform)).await
+    }
 
-impl Storage for NodeStorage {
-    fn limits(&self) -> Limits {
-        self.0.limits()
-    }
-    fn len(&self) -> u64 {
-        self.0.len()
-    }
-    fn name(&self) -> String {
-        self.0.info().filename
-    }
-    async fn read(&self, cx: &Ctx, at: u64, buf: BytesMut) -> IoResult<BytesMut> {
-        self.0.read(cx, at, buf).await
-    }
-    async fn write(&self, cx: &Ctx, at: u64, data: Gather, flags: WriteFlags) -> IoResult<()> {
-        let end = at.saturating_add(data.len() as u64);
-        if end > self.0.len() {
-            self.0.resize(cx, end).await?;
-        }
-        self.0.write(cx, at, data, flags).await
-    }
-    async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
-        let end = at.saturating_add(len);
-        if end > self.0.len() {
-            self.0.resize(cx, end).await?;
-        }
-        self.0.write_zeroes(cx, at, len, flags).await
-    }
-    async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
-        self.0.discard(cx, at, len).await
-    }
-    async fn sync(&self, cx: &Ctx) -> IoResult<()> {
-        self.0.sync(cx).await
-    }
-    async fn set_len(&self, cx: &Ctx, len: u64) -> IoResult<()> {
-        self.0.resize(cx, len).await
-    }
-    async fn extents(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Extents> {
-        let mut extents = crate::generic::chain_extents(&self.0, cx, at, len).await?;
-        for extent in &mut extents {
-            debug_assert_ne!(extent.kind, ExtentKind::Absent);
-            extent.host = None;
-        }
-        Ok(extents)
+    pub(crate) fn tell_len(&self, len: u64) {
+        self.node.tell_len(len);
     }
 }

@@ -14,11 +14,14 @@
 
 mod backing;
 mod bitmaps;
+mod blkdebug;
 mod changes;
+mod copy_on_read;
 mod dirty;
 mod edge;
 mod fetch;
 mod filter;
+mod gate;
 pub mod generic;
 mod graph;
 mod handle;
@@ -26,7 +29,10 @@ mod latency;
 pub mod mapping;
 mod memory;
 mod meter;
+mod preallocate;
 mod raw;
+mod storage;
+mod throttle;
 
 use std::future::Future;
 
@@ -37,16 +43,21 @@ pub use backing::{BackingSlot, Below, COPY_ON_READ_BYTES_MAX, CopyOnRead, Fetche
 pub use bitmaps::{
     BITMAP_GRANULARITY_MIN, BITMAP_NAME_BYTES_MAX, BITMAPS_MAX, Bitmap, BitmapError, BitmapUse,
 };
+pub use blkdebug::BlkdebugNode;
 pub use changes::{Change, ChangeKind, Held, Kept, Watcher, Watching};
+pub use copy_on_read::CopyOnReadNode;
 pub use dirty::DirtyMap;
 pub use edge::{Edge, Port, Through};
-pub use filter::CopyOnReadNode;
+pub use filter::Filter;
 pub use graph::{Graph, GraphError};
-pub use handle::{NodeHandle, NodeStorage, WeakNode};
+pub use handle::{NodeHandle, WeakNode};
 pub use latency::{LatencyBoard, LatencyKind};
 pub use memory::MemoryOverlay;
 pub use meter::{BUCKET_MICROS, CLASSES, Histogram, Meter};
+pub use preallocate::PreallocateNode;
 pub use raw::RawNode;
+pub use storage::NodeStorage;
+pub use throttle::{ThrottleGroup, ThrottleNode};
 
 /// How a header names a backing file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -192,6 +203,18 @@ pub trait Node: Send + Sync + 'static {
     /// The edge to the backing, for a driver that can tell *absent* from *zero*. `None`: it cannot be an overlay.
     fn backing(&self) -> Option<&BackingSlot> {
         None
+    }
+
+    /// Of a filter: the node that it passes requests on to, now. A filter tells the extents of that node as they are, and is no
+    /// overlay: whoever wants an overlay's edge asks [`NodeHandle::unfiltered`].
+    fn filtered(&self) -> Option<NodeHandle> {
+        None
+    }
+
+    /// Somebody holds the changes of this node from now on, or no more (holds are counted): whoever delays requests on purpose
+    /// lets them go on meanwhile.
+    fn held(&self, begins: bool) {
+        let _ = begins;
     }
 
     /// The smallest aligned piece that can become present on its own, in bytes: a (sub)cluster.

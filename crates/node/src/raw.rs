@@ -20,6 +20,8 @@ pub struct RawNode {
     len: AtomicU64,
     /// A window has a fixed size.
     window: bool,
+    /// Its size is that of the storage at any time: a format that lies there too makes it longer.
+    follows: bool,
     read_only: bool,
     discard: DiscardMode,
 }
@@ -27,7 +29,7 @@ pub struct RawNode {
 impl RawNode {
     /// All bytes of `storage`.
     pub fn new(storage: StorageHandle, read_only: bool) -> RawNode {
-        RawNode::protocol("raw", storage, read_only)
+        RawNode { follows: false, ..RawNode::protocol("raw", storage, read_only) }
     }
 
     /// All bytes of `storage`, under the driver name of what it is (`file`, `nbd`).
@@ -35,7 +37,7 @@ impl RawNode {
         let len = AtomicU64::new(storage.len());
         let read_only = read_only || !storage.limits().writable;
         let discard = DiscardMode::Unmap;
-        RawNode { driver, offset: 0, len, window: false, read_only, discard, storage }
+        RawNode { driver, offset: 0, len, window: false, follows: true, read_only, discard, storage }
     }
 
     /// `size` bytes of `storage` from byte `offset` (QEMU's raw driver with `offset` and `size`).
@@ -63,7 +65,7 @@ impl RawNode {
     }
 
     fn check(&self, at: u64, len: u64) -> IoResult<u64> {
-        let size = self.len.load(Ordering::Acquire);
+        let size = Node::len(self);
         match range_end(at, len, size) {
             Some(_) => Ok(self.offset + at),
             None => Err(IoError::new(
@@ -92,7 +94,7 @@ impl Node for RawNode {
     }
 
     fn len(&self) -> u64 {
-        self.len.load(Ordering::Acquire)
+        if self.follows { self.storage.len() } else { self.len.load(Ordering::Acquire) }
     }
 
     fn info(&self) -> NodeInfo {

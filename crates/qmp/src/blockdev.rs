@@ -6,36 +6,14 @@
 
 use std::path::PathBuf;
 
-use infill_base::DiscardMode;
+use infill_base::{DetectZeroes, DiscardMode};
 
 use crate::address::SocketAddress;
 use crate::bitmap::BitmapRef;
 use crate::error::QmpError;
+use crate::filters::{self, BlkdebugOptions};
 use crate::members::{Alternate, Members, Words};
 use crate::names::check_node_name;
-
-/// What to do with writes of zeroes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum DetectZeroes {
-    /// Write them as they come.
-    #[default]
-    Off,
-    /// Turn them into zero runs.
-    On,
-    /// And give the space back where `discard` is `unmap`.
-    Unmap,
-}
-
-impl DetectZeroes {
-    /// Its name on the wire.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            DetectZeroes::Off => "off",
-            DetectZeroes::On => "on",
-            DetectZeroes::Unmap => "unmap",
-        }
-    }
-}
 
 impl Words for DetectZeroes {
     const WORDS: &'static [(&'static str, DetectZeroes)] =
@@ -179,6 +157,24 @@ pub enum Driver {
         /// The moment has passed (the daemon was started again since): nothing is kept. Never on the wire.
         passed: bool,
     },
+    /// `throttle`.
+    Throttle {
+        /// The disk.
+        file: BlockdevRef,
+        /// The object that has the limits.
+        group: String,
+    },
+    /// `blkdebug`.
+    Blkdebug(Box<BlkdebugOptions>),
+    /// `preallocate`.
+    Preallocate {
+        /// The file that grows.
+        file: BlockdevRef,
+        /// What its length is a multiple of, in bytes.
+        align: u64,
+        /// How far it grows ahead, in bytes.
+        size: u64,
+    },
     /// `snapshot-access`.
     SnapshotAccess {
         /// The `copy-before-write` node.
@@ -214,6 +210,9 @@ impl Driver {
             Driver::Qed { .. } => "qed",
             Driver::CopyOnRead { .. } => "copy-on-read",
             Driver::CopyBeforeWrite { .. } => "copy-before-write",
+            Driver::Throttle { .. } => "throttle",
+            Driver::Blkdebug(_) => "blkdebug",
+            Driver::Preallocate { .. } => "preallocate",
             Driver::SnapshotAccess { .. } => "snapshot-access",
         }
     }
@@ -322,9 +321,6 @@ impl BlockdevOptions {
         if active == Some(false) {
             return Err(unbuilt("'active': false", "leave it out"));
         }
-        if detect_zeroes.is_some_and(|mode| mode != DetectZeroes::Off) {
-            return Err(unbuilt("'detect-zeroes'", "leave it out, or give 'off'"));
-        }
         Ok(BlockdevOptions {
             node_name,
             discard,
@@ -391,6 +387,9 @@ enum DriverName {
     Qed,
     CopyOnRead,
     CopyBeforeWrite,
+    Throttle,
+    Blkdebug,
+    Preallocate,
     SnapshotAccess,
     Unbuilt(&'static str),
 }
@@ -400,8 +399,7 @@ macro_rules! unbuilt_drivers {
 }
 
 /// Drivers of QEMU that are not built here.
-const UNBUILT: [(&str, DriverName); 31] = unbuilt_drivers![
-    "blkdebug",
+const UNBUILT: [(&str, DriverName); 28] = unbuilt_drivers![
     "blklogwrites",
     "blkreplay",
     "blkverify",
@@ -420,13 +418,11 @@ const UNBUILT: [(&str, DriverName); 31] = unbuilt_drivers![
     "nfs",
     "nvme",
     "parallels",
-    "preallocate",
     "qcow",
     "quorum",
     "rbd",
     "replication",
     "ssh",
-    "throttle",
     "vdi",
     "vhdx",
     "vmdk",
@@ -446,6 +442,9 @@ impl Words for DriverName {
         ("qed", DriverName::Qed),
         ("copy-on-read", DriverName::CopyOnRead),
         ("copy-before-write", DriverName::CopyBeforeWrite),
+        ("throttle", DriverName::Throttle),
+        ("blkdebug", DriverName::Blkdebug),
+        ("preallocate", DriverName::Preallocate),
         ("snapshot-access", DriverName::SnapshotAccess),
     ];
 
@@ -498,10 +497,16 @@ impl DriverName {
                 let timeout = members.opt_u32("cbw-timeout")?.filter(|seconds| *seconds > 0);
                 Ok(Driver::CopyBeforeWrite { file, target, bitmap, on_error, timeout, passed: false })
             }
+            DriverName::Throttle => {
+                let group = members.str("throttle-group")?;
+                Ok(Driver::Throttle { file: read_ref(members, "file")?, group })
+            }
+            DriverName::Blkdebug => filters::read_blkdebug(members),
+            DriverName::Preallocate => filters::read_preallocate(members),
             DriverName::SnapshotAccess => Ok(Driver::SnapshotAccess { file: read_ref(members, "file")? }),
             DriverName::Unbuilt(name) => Err(unbuilt(
                 &format!("driver '{name}'"),
-                "use one of file, host_device, nbd, null-co, raw, qcow2, qed, copy-on-read",
+                "use one of file, host_device, nbd, null-co, raw, qcow2, qed, copy-on-read, throttle",
             )),
         }
     }
@@ -577,7 +582,7 @@ fn read_qcow2(members: &mut Members) -> Result<Driver, QmpError> {
     Ok(Driver::Qcow2 { file, backing, options })
 }
 
-fn read_ref(members: &mut Members, name: &str) -> Result<BlockdevRef, QmpError> {
+pub(crate) fn read_ref(members: &mut Members, name: &str) -> Result<BlockdevRef, QmpError> {
     match members.opt_alternate(name, "BlockdevRef")? {
         Some(Alternate::Name(node)) => Ok(BlockdevRef::Name(node)),
         Some(Alternate::Object(definition)) => {

@@ -19,6 +19,7 @@ pub mod command;
 pub mod copy;
 mod error;
 mod export;
+mod filters;
 pub mod json;
 pub mod keyval;
 mod members;
@@ -26,18 +27,20 @@ pub mod names;
 mod object;
 mod output;
 mod session;
+pub mod throttle;
 pub mod transaction;
 
 pub use address::SocketAddress;
 pub use bitmap::{BitmapAdd, BitmapCommand, BitmapMerge, BitmapRef};
 pub use blockdev::{
-    BackingOption, BlockdevOptions, BlockdevRef, ChildRole, DetectZeroes, Driver, Locking, NbdCredentials,
-    NbdTls, OnCbwError, Qcow2Options,
+    BackingOption, BlockdevOptions, BlockdevRef, ChildRole, Driver, Locking, NbdCredentials, NbdTls,
+    OnCbwError, Qcow2Options,
 };
 pub use error::{ErrorClass, QmpError};
 pub use export::{
     BlockExportOptions, NBD_CONNECTIONS_DEFAULT, NBD_STRING_BYTES_MAX, NbdServerOptions, RemoveMode,
 };
+pub use filters::BlkdebugOptions;
 pub use members::{Alternate, Members, Words};
 pub use object::{ObjectKind, ObjectOptions, TlsCredsX509};
 pub use output::{Event, answer, encode};

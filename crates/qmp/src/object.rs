@@ -1,8 +1,10 @@
-//! Objects that a manager may make (`object-add`, `--object`): `iothread` and `tls-creds-x509`.
+//! Objects that a manager may make (`object-add`, `--object`): `iothread`, `throttle-group` and `tls-creds-x509`.
+
+use infill_base::ThrottleLimits;
 
 use crate::error::QmpError;
 use crate::members::{Members, Words};
-use crate::names;
+use crate::{names, throttle};
 
 /// An object.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +21,8 @@ pub enum ObjectKind {
     /// An I/O thread. Reactors are started with the process and shared by all exports, so this is a name that exports
     /// may give, and changes nothing else.
     IoThread,
+    /// Limits that several disks share.
+    ThrottleGroup(ThrottleLimits),
     /// Credentials for TLS.
     TlsCredsX509(TlsCredsX509),
 }
@@ -119,6 +123,12 @@ impl ObjectOptions {
                 ObjectKind::IoThread
             }
             "tls-creds-x509" => ObjectKind::TlsCredsX509(TlsCredsX509::read(&mut members)?),
+            "throttle-group" => {
+                let limits = throttle::read_group(&mut members)?;
+                // A member too many is told first.
+                members.clone().finish()?;
+                ObjectKind::ThrottleGroup(limits?)
+            }
             "tls-creds-psk" => {
                 return Err(QmpError::generic(
                     "objects of type 'tls-creds-psk' are not supported: the TLS library has no pre-shared keys; use \
@@ -133,7 +143,7 @@ impl ObjectOptions {
             }
             other => {
                 return Err(QmpError::generic(format!(
-                    "objects of type '{other}' are not supported yet: only iothread and tls-creds-x509 are"
+                    "objects of type '{other}' are not supported yet: only iothread, throttle-group and tls-creds-x509 are"
                 )));
             }
         };

@@ -86,6 +86,112 @@ impl<S: Storage> DynStorage for S {
     }
 }
 
+/// Stands before what changes a storage: sees each change, and makes it on the storage itself.
+pub trait Gate: Send + Sync + 'static {
+    /// See [`Storage::write`].
+    fn write<'a>(
+        &'a self,
+        storage: &'a StorageHandle,
+        cx: &'a Ctx,
+        at: u64,
+        data: Gather,
+        flags: WriteFlags,
+    ) -> LocalBoxFuture<'a, IoResult<()>>;
+
+    /// See [`Storage::write_zeroes`].
+    fn write_zeroes<'a>(
+        &'a self,
+        storage: &'a StorageHandle,
+        cx: &'a Ctx,
+        at: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> LocalBoxFuture<'a, IoResult<()>>;
+
+    /// See [`Storage::discard`].
+    fn discard<'a>(
+        &'a self,
+        storage: &'a StorageHandle,
+        cx: &'a Ctx,
+        at: u64,
+        len: u64,
+    ) -> LocalBoxFuture<'a, IoResult<()>>;
+
+    /// See [`Storage::allocate`].
+    fn allocate<'a>(
+        &'a self,
+        storage: &'a StorageHandle,
+        cx: &'a Ctx,
+        at: u64,
+        len: u64,
+    ) -> LocalBoxFuture<'a, IoResult<()>>;
+
+    /// See [`Storage::set_len`].
+    fn set_len<'a>(
+        &'a self,
+        storage: &'a StorageHandle,
+        cx: &'a Ctx,
+        len: u64,
+    ) -> LocalBoxFuture<'a, IoResult<()>>;
+}
+
+/// A storage behind a gate. What changes nothing goes past it, as it is.
+struct Gated {
+    storage: StorageHandle,
+    gate: Box<dyn Gate>,
+}
+
+impl DynStorage for Gated {
+    fn limits(&self) -> Limits {
+        self.storage.limits()
+    }
+    fn len(&self) -> u64 {
+        self.storage.len()
+    }
+    fn name(&self) -> String {
+        self.storage.name()
+    }
+    fn read<'a>(&'a self, cx: &'a Ctx, at: u64, buf: BytesMut) -> LocalBoxFuture<'a, IoResult<BytesMut>> {
+        self.storage.0.read(cx, at, buf)
+    }
+    fn write<'a>(
+        &'a self,
+        cx: &'a Ctx,
+        at: u64,
+        data: Gather,
+        flags: WriteFlags,
+    ) -> LocalBoxFuture<'a, IoResult<()>> {
+        self.gate.write(&self.storage, cx, at, data, flags)
+    }
+    fn write_zeroes<'a>(
+        &'a self,
+        cx: &'a Ctx,
+        at: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> LocalBoxFuture<'a, IoResult<()>> {
+        self.gate.write_zeroes(&self.storage, cx, at, len, flags)
+    }
+    fn discard<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> LocalBoxFuture<'a, IoResult<()>> {
+        self.gate.discard(&self.storage, cx, at, len)
+    }
+    fn write_back<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> LocalBoxFuture<'a, IoResult<()>> {
+        self.storage.0.write_back(cx, at, len)
+    }
+    fn allocate<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> LocalBoxFuture<'a, IoResult<()>> {
+        self.gate.allocate(&self.storage, cx, at, len)
+    }
+    fn sync<'a>(&'a self, cx: &'a Ctx) -> LocalBoxFuture<'a, IoResult<()>> {
+        self.storage.0.sync(cx)
+    }
+    fn set_len<'a>(&'a self, cx: &'a Ctx, len: u64) -> LocalBoxFuture<'a, IoResult<()>> {
+        self.gate.set_len(&self.storage, cx, len)
+    }
+    fn extents<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> LocalBoxFuture<'a, IoResult<Extents>> {
+        self.storage.0.extents(cx, at, len)
+    }
+}
+
 /// A shared storage of any kind. Cloning shares it; it is closed when the last handle goes.
 #[derive(Clone)]
 pub struct StorageHandle(Arc<dyn DynStorage>);
@@ -105,6 +211,11 @@ impl StorageHandle {
     /// Shares a storage that somebody else keeps a typed reference to.
     pub fn from_arc<S: Storage>(storage: Arc<S>) -> Self {
         StorageHandle(storage)
+    }
+
+    /// The same storage, whose changes go through `gate`.
+    pub fn behind(self, gate: impl Gate) -> Self {
+        StorageHandle(Arc::new(Gated { storage: self, gate: Box::new(gate) }))
     }
 
     /// Whether both are the same storage.

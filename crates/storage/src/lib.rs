@@ -31,7 +31,7 @@ use std::future::Future;
 use bytes::BytesMut;
 use infill_base::{Ctx, Extents, Gather, IoResult, Limits, WriteFlags, ZeroFlags};
 
-pub use handle::StorageHandle;
+pub use handle::{Gate, StorageHandle};
 pub use memory::MemoryStorage;
 pub use null::NullStorage;
 pub use permits::{Permit, Permits};

@@ -23,11 +23,22 @@ pub async fn hold(name: &str, node: &NodeHandle) -> Result<Held> {
     })
 }
 
+/// The name of the node that `user` is, if it is one.
+fn parent_in(user: &str) -> Option<&str> {
+    user.strip_prefix("node '")?.strip_suffix('\'')
+}
+
 impl Blockdevs {
     /// Puts `to` in the place of `from` for all its users but `staying` (exports, filters): nothing has changed if it is
     /// refused. The caller holds the changes of `from`, and both read the same.
     pub fn replace(&self, from: &str, to: &str, staying: &[String]) -> Result<()> {
         let moving = self.0.graph.movable(from, staying)?;
+        let filters: Vec<&str> = moving.iter().filter_map(|user| parent_in(user)).collect();
+        if let Some(filter) =
+            self.chain_with_filters(to).iter().find(|layer| filters.contains(&layer.as_str()))
+        {
+            bail!("'{to}' lies on '{filter}', which would lie on it then");
+        }
         let (old, new) = (self.0.graph.get(from)?.limits(), self.0.graph.get(to)?.limits());
         if new.request_align > old.request_align {
             bail!(
@@ -58,6 +69,13 @@ impl Blockdevs {
         if let Some(entry) = entries.get_mut(from) {
             for user in &moving {
                 entry.holds.give_back(user, entry.file.as_deref());
+            }
+        }
+        for filter in filters {
+            if let Some(file) = entries.get_mut(filter).and_then(|entry| entry.facts.file.as_mut())
+                && file == from
+            {
+                to.clone_into(file);
             }
         }
         drop(entries);
@@ -137,7 +155,7 @@ impl Blockdevs {
         if facts.backing.is_some() {
             bail!("The overlay already has a backing image");
         }
-        if top.backing().is_none() || facts.is_filter() {
+        if top.backing().is_none() {
             bail!("The overlay does not support backing images");
         }
         if self.chain(name).iter().any(|layer| layer == overlay) {

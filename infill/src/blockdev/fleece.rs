@@ -11,7 +11,7 @@ use infill_storage::sync::Arc;
 use infill_storage::sync::lock;
 
 use super::hold::Access;
-use super::open::{Opening, settings_of};
+use super::open::{Opened, Opening, settings_of};
 use super::{Blockdevs, hold};
 
 impl Opening<'_> {
@@ -31,7 +31,6 @@ impl Opening<'_> {
         }
         let name = self.reserve_name(settings.node_name.as_ref())?;
         let (file, below) = self.child(file, ChildRole::Filtered, &settings, &name, Access::Writer).await?;
-        self.blockdevs.all_go_through(&file)?;
         let (target, copy) =
             self.child(target, ChildRole::Filtered, &settings, &name, Access::Writer).await?;
         let only = bitmap.filter(|_| !passed).map(|wanted| {
@@ -56,8 +55,10 @@ impl Opening<'_> {
         }
         drop(held);
         lock(&self.blockdevs.0.pasts).insert(name.clone(), Arc::downgrade(&past));
-        let node = NodeHandle::new(CopyBeforeWriteNode::new(past));
-        self.push_filter(&settings, implicit, &name, "copy-before-write", node, (file, Some(target)));
+        // What is kept is of this disk: no other one takes its place.
+        let filter =
+            Opened { target: Some(target), edge: None, ..Opened::over(file, CopyBeforeWriteNode::new(past)) };
+        self.push_filter(&settings, implicit, &name, filter);
         Ok(name)
     }
 
@@ -77,7 +78,8 @@ impl Opening<'_> {
         };
         let node = NodeHandle::new(SnapshotAccessNode::new(past));
         let settings = BlockdevOptions { read_only: Some(true), ..settings };
-        self.push_filter(&settings, implicit, &name, "snapshot-access", node, (file, None));
+        let opened = Opened { driver: "snapshot-access", node, file, target: None, edge: None };
+        self.push_filter(&settings, implicit, &name, opened);
         Ok(name)
     }
 }
@@ -88,18 +90,5 @@ impl Blockdevs {
         let mut pasts = lock(&self.0.pasts);
         pasts.retain(|_, past| past.strong_count() > 0);
         pasts.get(name)?.upgrade()
-    }
-
-    /// Refuses a node whose changes do not all go through it.
-    pub fn all_go_through(&self, name: &str) -> Result<()> {
-        // A format lies on the bytes of a file themselves, where nobody sees what it writes.
-        let users = self.0.graph.users(name);
-        let above = users.iter().find(|user| user.starts_with("node '"));
-        match (self.storage(name), above) {
-            (Some(_), Some(above)) => {
-                bail!("what {above} writes to '{name}' would not be seen there: use that node instead")
-            }
-            _ => Ok(()),
-        }
     }
 }

@@ -10,6 +10,7 @@
 //!   added by name stay until they are deleted.
 
 mod exchange;
+mod filters;
 mod fleece;
 mod format;
 mod hold;
@@ -30,7 +31,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use infill_base::{Ctx, DiscardMode};
+use infill_base::{Ctx, DetectZeroes, DiscardMode};
 use infill_io::{FileStorage, JournalDir};
 use infill_job::copy::fleece::Past;
 use infill_nbd::{OnLost, SourceWatch};
@@ -97,6 +98,8 @@ pub struct NodeFacts {
     pub cache_direct: bool,
     /// Whether its user has said that flushes may be dropped (they are not).
     pub cache_no_flush: bool,
+    /// What becomes of writes of zeroes.
+    pub detect_zeroes: DetectZeroes,
     /// Whether it belongs to its parent, and goes with it.
     pub implicit: bool,
 }
@@ -104,7 +107,12 @@ pub struct NodeFacts {
 impl NodeFacts {
     /// Whether it passes everything on to the node that it lies on.
     pub fn is_filter(&self) -> bool {
-        matches!(self.driver, "copy-on-read" | "copy-before-write")
+        matches!(self.driver, "copy-on-read" | "copy-before-write" | "throttle" | "blkdebug" | "preallocate")
+    }
+
+    /// Whether another node can take the place of the one that it filters.
+    pub fn goes_along(&self) -> bool {
+        matches!(self.driver, "copy-on-read" | "throttle")
     }
 }
 
@@ -278,6 +286,30 @@ impl Blockdevs {
         std::iter::successors(Some(name.to_owned()), below).take(CHAIN_LAYERS_MAX + 1).collect()
     }
 
+    /// How many nodes lie below each other from `name` down, at most.
+    pub fn height(&self, name: &str) -> usize {
+        let entries = lock(&self.0.entries);
+        let (mut level, mut height) = (vec![name.to_owned()], 0);
+        while !level.is_empty() {
+            height += 1;
+            let facts = level.iter().filter_map(|name| entries.get(name)).map(|entry| &entry.facts);
+            let below =
+                facts.flat_map(|facts| [&facts.file, &facts.target, &facts.backing].into_iter().flatten());
+            level = below.collect::<std::collections::BTreeSet<_>>().into_iter().cloned().collect();
+        }
+        height
+    }
+
+    /// The node itself, or the first one below it that is no filter.
+    pub fn unfiltered(&self, name: &str) -> String {
+        let entries = lock(&self.0.entries);
+        let below = |name: &String| {
+            let facts = entries.get(name).map(|entry| &entry.facts).filter(|facts| facts.is_filter())?;
+            facts.file.clone()
+        };
+        std::iter::successors(Some(name.to_owned()), below).last().unwrap_or_default()
+    }
+
     /// Names of the layers from `name` down, filters between them too.
     pub fn chain_with_filters(&self, name: &str) -> Vec<String> {
         let entries = lock(&self.0.entries);
@@ -402,9 +434,7 @@ impl Blockdevs {
     async fn follow_backing(&self, top: &str, access: Access) -> Result<()> {
         let _turn = self.0.turn.exclusive(0, 1).await;
         let mut top = top.to_owned();
-        while let NodeFacts { driver: "copy-on-read", file: Some(file), .. } = self.facts(&top)? {
-            top = file;
-        }
+        top = self.unfiltered(&top);
         let top = top.as_str();
         let node = self.0.graph.get(top)?;
         let below = node.backing().and_then(|slot| slot.node());

@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::future::LocalBoxFuture;
-use infill_base::{Ctx, DiscardMode, ErrorKind, OpenError};
+use infill_base::{Ctx, DetectZeroes, DiscardMode, ErrorKind, OpenError};
 use infill_io::{Address, FileOptions, FileStorage, Share, connector};
 use infill_nbd::{ClientOptions, NbdStorage, NbdUri, OnLost, ServerAddress, UriTls};
-use infill_node::{BackingRef, CopyOnReadNode, NodeHandle, NodeStorage, RawNode};
+use infill_node::{BackingRef, Edge, Filter, NodeHandle, NodeStorage, RawNode};
 use infill_qmp::{
     BackingOption, BlockdevOptions, BlockdevRef, ChildRole, Driver, Locking, NbdCredentials, SocketAddress,
 };
@@ -45,6 +45,28 @@ struct Pending {
     name: String,
     node: NodeHandle,
     entry: Entry,
+    /// Of a filter: where it points at its file child, if another node can take that one's place.
+    edge: Option<Edge>,
+}
+
+/// A filter that is open.
+pub(super) struct Opened {
+    pub(super) driver: &'static str,
+    pub(super) node: NodeHandle,
+    /// The node that it passes requests on to.
+    pub(super) file: String,
+    /// The node that it puts something aside on.
+    pub(super) target: Option<String>,
+    /// Where it points at `file`, if another node can take that one's place.
+    pub(super) edge: Option<Edge>,
+}
+
+impl Opened {
+    /// `filter` over the node `file`, which another one may take the place of.
+    pub(super) fn over<F: Filter>(file: String, filter: F) -> Opened {
+        let edge = Some(filter.below().clone());
+        Opened { driver: F::DRIVER, node: NodeHandle::new(filter), file, target: None, edge }
+    }
 }
 
 /// One description on its way into the graph.
@@ -74,10 +96,14 @@ impl<'a> Opening<'a> {
     /// Puts everything into the graph.
     pub fn commit(self) -> Result<()> {
         let mut edges = Vec::new();
-        for Pending { name, node, entry } in self.pending {
+        for Pending { name, node, entry, edge } in self.pending {
             edges.extend(entry.facts.backing.clone().map(|below| (name.clone(), below)));
             let children = entry.facts.file.iter().chain(&entry.facts.target).cloned().collect();
+            node.set_detect_zeroes(entry.facts.detect_zeroes);
             self.blockdevs.0.graph.insert(&name, node, children)?;
+            if let (Some(edge), Some(file)) = (edge, &entry.facts.file) {
+                self.blockdevs.0.graph.point(&name, file, edge);
+            }
             lock(&self.blockdevs.0.entries).insert(name, entry);
         }
         for (above, below) in edges {
@@ -88,7 +114,7 @@ impl<'a> Opening<'a> {
 
     /// Closes everything, the last opened first.
     pub async fn abandon(mut self) {
-        while let Some(Pending { name, node, entry }) = self.pending.pop() {
+        while let Some(Pending { name, node, entry, .. }) = self.pending.pop() {
             if let Err(error) = node.close(&Ctx::GUEST).await {
                 tracing::warn!(%error, name, "closing after a failed open");
             }
@@ -104,11 +130,15 @@ impl<'a> Opening<'a> {
     /// Opens a description of any kind and gives the name of its node. `implicit`: it belongs to a parent.
     pub fn open(&mut self, options: BlockdevOptions, implicit: bool) -> LocalBoxFuture<'_, Result<String>> {
         Box::pin(async move {
+            check_detect_zeroes(&options)?;
             match options.driver {
                 Driver::File { .. } | Driver::Null { .. } | Driver::Nbd { .. } => {
                     self.open_protocol(options, implicit).await
                 }
-                Driver::CopyOnRead { .. } => self.open_filter(options, implicit).await,
+                Driver::CopyOnRead { .. } => self.open_copy_on_read(options, implicit).await,
+                Driver::Blkdebug(_) => self.open_blkdebug(options, implicit).await,
+                Driver::Preallocate { .. } => self.open_preallocate(options, implicit).await,
+                Driver::Throttle { .. } => self.open_throttle(options, implicit).await,
                 Driver::CopyBeforeWrite { .. } => self.open_copy_before_write(options, implicit).await,
                 Driver::SnapshotAccess { .. } => self.open_snapshot_access(options, implicit).await,
                 Driver::Raw { .. } | Driver::Qcow2 { .. } | Driver::Qed { .. } => {
@@ -173,6 +203,17 @@ impl<'a> Opening<'a> {
                  it look like another format, so say -f raw if it is"
             ),
         }
+    }
+
+    /// The node of that name, in the graph or on its way there.
+    pub(super) fn node(&self, name: &str) -> Option<NodeHandle> {
+        let pending = self.pending.iter().find(|pending| pending.name == name);
+        pending.map(|pending| pending.node.clone()).or_else(|| self.blockdevs.0.graph.get(name).ok())
+    }
+
+    /// The storage of the protocol node of that name, in the graph or on its way there.
+    pub(super) fn storage_of(&self, name: &str) -> Option<StorageHandle> {
+        self.pending_storage(name).or_else(|| self.blockdevs.storage(name))
     }
 
     fn pending_storage(&self, name: &str) -> Option<StorageHandle> {
@@ -268,7 +309,7 @@ impl<'a> Opening<'a> {
             recipe,
             holds,
         };
-        self.pending.push(Pending { name: name.clone(), node: NodeHandle::new(node), entry });
+        self.pending.push(Pending { name: name.clone(), node: NodeHandle::new(node), entry, edge: None });
         Ok(name)
     }
 
@@ -329,30 +370,12 @@ impl<'a> Opening<'a> {
         settings: &BlockdevOptions,
         implicit: bool,
         name: &str,
-        driver: &'static str,
-        node: NodeHandle,
-        (file, target): (String, Option<String>),
+        filter: Opened,
     ) {
-        let mut facts = facts_of(settings, driver, settings.is_read_only(), implicit);
-        (facts.file, facts.target) = (Some(file), target);
+        let mut facts = facts_of(settings, filter.driver, settings.is_read_only(), implicit);
+        (facts.file, facts.target) = (Some(filter.file), filter.target);
         let entry = Entry::without_storage(facts);
-        self.pending.push(Pending { name: name.to_owned(), node, entry });
-    }
-
-    async fn open_filter(&mut self, options: BlockdevOptions, implicit: bool) -> Result<String> {
-        let settings = settings_of(&options);
-        let Driver::CopyOnRead { file, bottom } = options.driver else { bail!("not a filter") };
-        if bottom.is_some() {
-            bail!("copy-on-read: 'bottom' is not supported; leave it out to keep what any layer gives");
-        }
-        if settings.is_read_only() {
-            bail!("copy-on-read writes what is read: it cannot be read-only");
-        }
-        let name = self.reserve_name(settings.node_name.as_ref())?;
-        let (file, below) = self.child(file, ChildRole::Filtered, &settings, &name, Access::Writer).await?;
-        let node = NodeHandle::new(CopyOnReadNode::new(below));
-        self.push_filter(&settings, implicit, &name, "copy-on-read", node, (file, None));
-        Ok(name)
+        self.pending.push(Pending { name: name.to_owned(), node: filter.node, entry, edge: filter.edge });
     }
 
     /// Opens one format node over its file child, without its backing: its name, and what its options say of that.
@@ -385,11 +408,11 @@ impl<'a> Opening<'a> {
             (false, None) => Access::Owner,
         };
         let (file, below) = self.child(file, ChildRole::ImageFile, &settings, &name, access).await?;
-        // A format lies on the storage itself where there is one: one step less for each request.
-        let storage = self.pending_storage(&file).or_else(|| self.blockdevs.storage(&file));
-        // Unless somebody there has to see what it writes.
-        let storage = storage.filter(|_| !below.is_watched());
-        let storage = storage.unwrap_or_else(|| StorageHandle::new(NodeStorage(below)));
+        // A format lies on the storage itself where there is one: no step more for a read, and a write is seen by the node.
+        let storage = match self.storage_of(&file) {
+            Some(storage) => below.on_storage(storage),
+            None => StorageHandle::new(NodeStorage::new(below)),
+        };
         let read_only = open.read_only;
         if format != FormatKind::Raw {
             open.journal = self.journaling(&file, &storage)?;
@@ -410,7 +433,7 @@ impl<'a> Opening<'a> {
         let mut facts = facts_of(&settings, format.as_str(), read_only, implicit);
         facts.file = Some(file);
         let entry = Entry { recipe, ..Entry::without_storage(facts) };
-        self.pending.push(Pending { name: name.clone(), node, entry });
+        self.pending.push(Pending { name: name.clone(), node, entry, edge: None });
         Ok((name, backing))
     }
 
@@ -452,6 +475,7 @@ impl<'a> Opening<'a> {
                 self.put_below(&above, &name).await.with_context(|| wrong)?;
                 return Ok(top);
             }
+            check_detect_zeroes(&options)?;
             settings = settings_of(&options);
             let (name, next) = self.open_layer(options, true).await.with_context(|| wrong.clone())?;
             self.put_below(&above, &name).await.with_context(|| wrong)?;
@@ -678,6 +702,7 @@ fn facts_of(options: &BlockdevOptions, driver: &'static str, read_only: bool, im
         read_only,
         cache_direct: options.is_direct(),
         cache_no_flush: options.cache_no_flush.unwrap_or(false),
+        detect_zeroes: options.detect_zeroes.unwrap_or_default(),
         implicit,
     }
 }
@@ -686,6 +711,13 @@ fn facts_of(options: &BlockdevOptions, driver: &'static str, read_only: bool, im
 fn cache_bytes(driver: &Driver) -> Option<u64> {
     let Driver::Qcow2 { options, .. } = driver else { return None };
     options.cache_bytes.or(options.l2_cache_bytes)
+}
+
+fn check_detect_zeroes(options: &BlockdevOptions) -> Result<()> {
+    if options.detect_zeroes == Some(DetectZeroes::Unmap) && options.discard_mode() != DiscardMode::Unmap {
+        bail!("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap");
+    }
+    Ok(())
 }
 
 fn check_depth(layers: usize) -> Result<()> {

@@ -36,11 +36,13 @@ impl Blockdevs {
         let parents = self.parents(name)?;
         let old = self.0.graph.get(name)?;
         let (storage, file) = self.reopen_file(name, child, *options)?;
+        let driver = self.facts(child)?.driver;
+        let below = NodeHandle::new(RawNode::protocol(driver, storage.clone(), false));
         let journal = self.journaling_of(child, &storage);
         let opened = match journal {
             Ok(journal) => {
                 let open = FormatOptions { read_only: false, discard, metadata_cache_bytes, journal };
-                format.open(storage, open).await
+                format.open(below.on_storage(storage), open).await
             }
             Err(error) => Err(error),
         };
@@ -61,8 +63,7 @@ impl Blockdevs {
             (entry.storage, entry.file) = (Some(file.0.clone()), file.1);
             entry.facts.read_only = false;
             entry.holds.own(&format!("node '{name}'"));
-            let driver = entry.facts.driver;
-            self.0.graph.set_node(child, NodeHandle::new(RawNode::protocol(driver, file.0, false)))?;
+            self.0.graph.set_node(child, below)?;
             if let Some(entry) = entries.get_mut(name) {
                 entry.facts.read_only = false;
             }
@@ -87,12 +88,12 @@ impl Blockdevs {
         lock(&self.0.entries).get(name).and_then(|entry| entry.recipe.clone())
     }
 
-    /// The overlays of `name`; refused where a filter lies on it, which cannot be given another node.
+    /// The overlays of `name`; refused where something lies on it that cannot be given another node.
     fn parents(&self, name: &str) -> Result<Vec<NodeHandle>> {
         let mut parents = Vec::new();
         for (other, node) in self.0.graph.list() {
             let facts = self.facts(&other)?;
-            if facts.file.as_deref() == Some(name) {
+            if facts.file.as_deref() == Some(name) && !facts.goes_along() {
                 bail!(
                     "Block node '{name}' is read-only, and '{other}' lies on it: open it with read-only=off"
                 );

@@ -78,7 +78,6 @@ impl Control {
             return Err(self.busy(&options.device));
         }
         self.not_busy(&options.target)?;
-        self.blockdevs().all_go_through(&options.device).map_err(|error| refused(&error))?;
         Ok(Checked { options, source, bitmap })
     }
 

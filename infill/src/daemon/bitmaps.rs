@@ -62,7 +62,6 @@ impl Control {
             .blockdevs()
             .get(name)
             .map_err(|_| QmpError::generic(format!("Cannot find device='{name}' nor node-name='{name}'")))?;
-        self.blockdevs().all_go_through(name).map_err(|error| refused(&error))?;
         Ok(node)
     }
 

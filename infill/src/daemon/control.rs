@@ -118,6 +118,7 @@ impl Control {
     /// No command is taken any more.
     pub fn begin_to_end(&self) {
         self.quit.set(true);
+        self.blockdevs.objects().lift_limits();
         self.signal.notify(usize::MAX);
     }
 

@@ -189,7 +189,7 @@ impl Control {
         if self.blockdevs().get(device).is_err() {
             return Err(QmpError::generic(format!("Cannot find device='{device}' nor node-name='{device}'")));
         }
-        let chain = self.blockdevs().chain(&self.unfiltered(device));
+        let chain = self.blockdevs().chain(&self.blockdevs().unfiltered(device));
         let kept = self.kept_layer(&chain, &options.end)?;
         let filled = &chain[..kept.unwrap_or(chain.len())];
         for layer in filled {
@@ -226,15 +226,6 @@ impl Control {
         // Its task has its first turn before the answer, as QEMU's has: it is told as running.
         yield_once().await;
         Ok(())
-    }
-
-    /// The overlay under a node and its filters.
-    fn unfiltered(&self, name: &str) -> String {
-        let below = |name: &String| {
-            let facts = self.blockdevs().facts(name).ok().filter(|facts| facts.driver == "copy-on-read")?;
-            facts.file
-        };
-        std::iter::successors(Some(name.to_owned()), below).last().unwrap_or_default()
     }
 
     /// Which layer of the chain stays as backing.
@@ -282,7 +273,7 @@ fn follow_swap(control: Rc<Control>, mut claims: Claims) -> LocalBoxFuture<'stat
         if let Err(error) = claims.blockdevs.backing_changed(top).await {
             tracing::warn!("after a stream: {error:#}");
         }
-        control.note_backing(&control.unfiltered(top));
+        control.note_backing(&control.blockdevs().unfiltered(top));
     })
 }
 

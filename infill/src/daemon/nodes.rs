@@ -83,7 +83,7 @@ impl Control {
         out.insert("ro".into(), json!(facts.read_only));
         out.insert("active".into(), json!(true));
         out.insert("encrypted".into(), json!(false));
-        out.insert("detect_zeroes".into(), json!("off"));
+        out.insert("detect_zeroes".into(), json!(facts.detect_zeroes.as_str()));
         let cache =
             json!({ "writeback": true, "direct": facts.cache_direct, "no-flush": facts.cache_no_flush });
         out.insert("cache".into(), cache);

@@ -104,8 +104,6 @@ impl Control {
             self.thresholds.clear(&name);
             return Ok(());
         }
-        // What a format writes to its file past the node would not be seen.
-        self.blockdevs().all_go_through(&name).map_err(|error| refused(&error))?;
         let held = hold(&name, &node).await.map_err(|error| refused(&error))?;
         self.thresholds.clear(&name);
         let threshold = Arc::new(Threshold { at, end: AtomicU64::new(ARMED), came: Signal::new() });

@@ -91,7 +91,7 @@ impl Control {
         names.retain(|name| self.blockdevs().get(name).is_ok());
         names.sort();
         names.dedup();
-        names.sort_by_key(|name| std::cmp::Reverse(self.blockdevs().chain_with_filters(name).len()));
+        names.sort_by_key(|name| std::cmp::Reverse(self.blockdevs().height(name)));
         names
     }
 

@@ -12,7 +12,7 @@
 use std::any::Any;
 
 use infill_base::{Ctx, IoResult};
-use infill_node::{BackingSlot, BitmapUse, DirtyMap, Held, NodeHandle, Watching};
+use infill_node::{BitmapUse, DirtyMap, Held, NodeHandle, Watching};
 use infill_storage::sync::Arc;
 
 use super::keep::KeepOld;
@@ -128,7 +128,7 @@ pub fn prepare(
         return Err(JobError::generic("Source and target image have different sizes"));
     }
     let claim = jobs.claim(&job.id, &target, Vec::new())?;
-    let below = source.backing().and_then(BackingSlot::node);
+    let below = source.layer_below();
     let scope = match (sync, below) {
         (BackupSync::Nothing | BackupSync::Bitmap, _) => Scope::Nothing,
         (BackupSync::Top, Some(below)) => Scope::Above(below),

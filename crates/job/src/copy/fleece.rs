@@ -6,13 +6,13 @@
 
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use infill_base::{
     Ctx, ErrorKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags, align_down,
     push_extent,
 };
 use infill_node::generic::chain_extents;
-use infill_node::{BackingRef, BackingSlot, DirtyMap, Held, Node, NodeHandle, NodeInfo, Populated, Watching};
+use infill_node::{DirtyMap, Edge, Filter, Held, Node, NodeHandle, NodeInfo, Watching};
 use infill_storage::sync::Arc;
 
 use super::keep::KeepOld;
@@ -134,14 +134,14 @@ impl Past {
 
 /// Passes everything on to a disk, and keeps how the disk was when this was opened.
 pub struct CopyBeforeWriteNode {
-    below: NodeHandle,
+    below: Edge,
     past: Arc<Past>,
 }
 
 impl CopyBeforeWriteNode {
     /// Over the disk of `past`.
     pub fn new(past: Arc<Past>) -> CopyBeforeWriteNode {
-        CopyBeforeWriteNode { below: past.transfer.source.clone(), past }
+        CopyBeforeWriteNode { below: Edge::new(past.transfer.source.clone()), past }
     }
 }
 
@@ -151,53 +151,14 @@ impl Drop for CopyBeforeWriteNode {
     }
 }
 
-impl Node for CopyBeforeWriteNode {
-    fn limits(&self) -> Limits {
-        self.below.limits()
+impl Filter for CopyBeforeWriteNode {
+    const DRIVER: &'static str = "copy-before-write";
+
+    /// Nobody else has this edge: what is kept is of this one disk.
+    fn below(&self) -> &Edge {
+        &self.below
     }
-    fn len(&self) -> u64 {
-        self.below.len()
-    }
-    fn info(&self) -> NodeInfo {
-        NodeInfo { driver: "copy-before-write", ..self.below.info() }
-    }
-    async fn read(&self, cx: &Ctx, at: u64, buf: BytesMut) -> IoResult<BytesMut> {
-        self.below.read(cx, at, buf).await
-    }
-    async fn write(&self, cx: &Ctx, at: u64, data: Gather, flags: WriteFlags) -> IoResult<()> {
-        self.below.write(cx, at, data, flags).await
-    }
-    async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
-        self.below.write_zeroes(cx, at, len, flags).await
-    }
-    async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
-        self.below.discard(cx, at, len).await
-    }
-    async fn sync(&self, cx: &Ctx) -> IoResult<()> {
-        self.below.sync(cx).await
-    }
-    async fn extents(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Extents> {
-        self.below.extents(cx, at, len).await
-    }
-    fn backing(&self) -> Option<&BackingSlot> {
-        self.below.backing()
-    }
-    fn populate_unit(&self) -> u64 {
-        self.below.populate_unit()
-    }
-    async fn populate(&self, cx: &Ctx, at: u64, data: Bytes, generation: u64) -> IoResult<Populated> {
-        self.below.populate(cx, at, data, generation).await
-    }
-    async fn populate_zero(&self, cx: &Ctx, at: u64, len: u64, generation: u64) -> IoResult<Populated> {
-        self.below.populate_zero(cx, at, len, generation).await
-    }
-    async fn set_backing_ref(&self, cx: &Ctx, backing: Option<BackingRef>) -> IoResult<()> {
-        self.below.set_backing_ref(cx, backing).await
-    }
-    async fn resize(&self, cx: &Ctx, len: u64) -> IoResult<()> {
-        self.below.resize(cx, len).await
-    }
-    /// The disk is somebody else's to close.
+
     async fn close(&self, _: &Ctx) -> IoResult<()> {
         self.past.keep.end();
         Ok(())

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
 use infill_base::{Ctx, ErrorKind, IoError, IoResult, align_down};
-use infill_node::{BackingSlot, Change, Held, Kept, NodeHandle, Watcher, Watching};
+use infill_node::{Change, Held, Kept, NodeHandle, Watcher, Watching};
 use infill_storage::sync::Arc;
 use infill_storage::{RangeGuard, rt};
 
@@ -113,7 +113,7 @@ pub fn start(jobs: &Jobs, job: JobOptions, options: MirrorOptions) -> Result<Job
         return Err(JobError::generic("Source and target image have different sizes"));
     }
     let claim = jobs.claim(&job.id, &target, Vec::new())?;
-    let below = source.backing().and_then(BackingSlot::node);
+    let below = source.layer_below();
     let scope = match (sync, below) {
         (MirrorSync::Nothing, _) => Scope::Nothing,
         (MirrorSync::Top, Some(below)) => Scope::Above(below),

@@ -5,7 +5,7 @@ use std::ops::Range;
 use event_listener::Event;
 use infill_base::{Ctx, ExtentKind, IoError, IoResult, WriteFlags, ZeroFlags, align_down};
 use infill_node::generic::{chain_extents, chain_map};
-use infill_node::{BackingSlot, DirtyMap, NodeHandle};
+use infill_node::{DirtyMap, NodeHandle};
 use infill_storage::RangeLock;
 use infill_storage::sync::Arc;
 use infill_storage::sync::atomic::{AtomicU64, Ordering};
@@ -92,7 +92,7 @@ impl Transfer {
     /// [`BLOCK_BYTES`].
     pub fn of_the_past(source: NodeHandle, target: NodeHandle, scope: Scope, old: DirtyMap) -> Arc<Transfer> {
         // Zeroes given up on a target whose header names a backing that is not attached would show that one later.
-        let unmap = match target.backing() {
+        let unmap = match target.unfiltered().backing() {
             Some(slot) if !slot.is_some() => target.info().backing.is_none(),
             _ => true,
         };
@@ -305,9 +305,8 @@ enum What {
 
 /// How many layers `base` lies below `top`.
 fn depth_of(top: &NodeHandle, base: &NodeHandle) -> IoResult<usize> {
-    let below = |node: &NodeHandle| node.backing().and_then(BackingSlot::node);
-    let mut layers = std::iter::successors(Some(top.clone()), below).take(CHAIN_LAYERS_MAX);
-    layers.position(|layer| layer.is_same(base)).ok_or_else(|| {
+    let layers = std::iter::successors(Some(top.unfiltered()), NodeHandle::layer_below);
+    layers.take(CHAIN_LAYERS_MAX).position(|layer| layer.is_same(&base.unfiltered())).ok_or_else(|| {
         let why = format!("{} is not in the chain of {} any more", base.info().filename, top.info().filename);
         IoError::new(infill_base::ErrorKind::NotFound, why)
     })

@@ -129,7 +129,9 @@ fn bottom_of(options: &StreamOptions) -> Result<Option<NodeHandle>, JobError> {
 }
 
 /// Starts a stream on this thread's reactor (`block-stream`).
-pub fn start(jobs: &Jobs, job: JobOptions, options: StreamOptions) -> Result<Job, JobError> {
+pub fn start(jobs: &Jobs, job: JobOptions, mut options: StreamOptions) -> Result<Job, JobError> {
+    // It is the overlay that is filled, whatever filters it.
+    options.top = options.top.unfiltered();
     let bottom = bottom_of(&options)?;
     let name = options.top.info().filename;
     if !options.top.limits().writable {

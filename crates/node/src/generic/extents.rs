@@ -38,6 +38,7 @@ fn map_layer(
     depth: usize,
 ) -> LocalBoxFuture<'static, IoResult<Vec<MappedExtent>>> {
     Box::pin(async move {
+        let node = node.unfiltered();
         let mut out = Vec::new();
         // What a layer calls absent counts only while the edge stays as it was before the question.
         let (below, extents) = loop {
