@@ -6,6 +6,10 @@
 //! costs a block that is copied once more.
 //!
 //! While somebody *uses* a bitmap (a job, an export), managers may not change it; changes of the disk go on being recorded.
+//!
+//! A *persistent* one is kept by its image: the driver gives it at open ([`Node::stored_bitmaps`](crate::Node)) and takes it
+//! when the node is closed. While it is used, the image says that what it holds is out of date: after a crash the bitmap is
+//! *inconsistent*, which nobody can take for one that says the truth.
 
 use std::fmt;
 
@@ -167,6 +171,11 @@ impl Bitmap {
         self.persistent.store(persistent, Ordering::SeqCst);
     }
 
+    /// Whether its image is open read-only, and it is what stands there.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
     /// Whether what it says is not true.
     pub fn is_inconsistent(&self) -> bool {
         self.inconsistent
@@ -259,6 +268,36 @@ impl NodeHandle {
     /// Its bitmaps, the newest first.
     pub fn bitmaps(&self) -> Vec<Arc<Bitmap>> {
         lock(&self.bitmap_list().0).iter().map(|(_, bitmap)| bitmap.clone()).collect()
+    }
+
+    /// Shows the bitmaps of an image that was just opened, and has those record that can. Nobody has the node yet.
+    pub(crate) fn show_stored(&self, stored: Vec<Bitmap>) {
+        for bitmap in stored.into_iter().map(Arc::new) {
+            // Numbers begin with 1: this one is nobody's.
+            let mut id = 0;
+            if !bitmap.read_only && !bitmap.inconsistent {
+                id = changes::watch_new(self, bitmap.clone());
+            }
+            lock(&self.bitmap_list().0).insert(0, (id, bitmap));
+        }
+    }
+
+    /// Takes over the bitmaps of `old` that its image does not keep: this node, which nobody has yet, is about to take its
+    /// place, and nothing has changed on `old` since this one was opened.
+    pub fn take_bitmaps_of(&self, old: &NodeHandle) {
+        for bitmap in old.bitmaps().into_iter().rev().filter(|bitmap| !bitmap.is_persistent()) {
+            old.remove_bitmap(&bitmap);
+            let id = changes::watch_new(self, bitmap.clone());
+            lock(&self.bitmap_list().0).insert(0, (id, bitmap));
+        }
+    }
+
+    /// The bitmaps that the image is to keep as they are now.
+    pub(crate) fn bitmaps_to_store(&self) -> Vec<Arc<Bitmap>> {
+        let mut bitmaps = self.bitmaps();
+        bitmaps
+            .retain(|bitmap| bitmap.is_persistent() && !bitmap.is_read_only() && !bitmap.is_inconsistent());
+        bitmaps
     }
 
     /// The bitmap of that name.

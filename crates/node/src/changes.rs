@@ -236,9 +236,14 @@ pub(crate) fn unwatch(node: &NodeHandle, id: u64) {
 
 /// Adds a watcher that stays until it is taken away by its number, or its node goes.
 pub(crate) fn watch_for_ever(held: &Held, watcher: Arc<dyn Watcher>) -> u64 {
+    watch_new(&held.0, watcher)
+}
+
+/// Adds a watcher to a node that nobody changes, because it is held or nobody has it yet.
+pub(crate) fn watch_new(node: &NodeHandle, watcher: Arc<dyn Watcher>) -> u64 {
     static NEXT: PlainCounter = PlainCounter::new(1);
     let id = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) as u64;
-    let changes = held.0.changes();
+    let changes = node.changes();
     let mut list = lock(&changes.watchers);
     let more = list.iter().cloned().chain([(id, watcher)]).collect();
     *list = more;

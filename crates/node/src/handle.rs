@@ -9,7 +9,7 @@ use futures_util::future::LocalBoxFuture;
 use infill_base::{Ctx, DetectZeroes, Extents, Gather, IoResult, Limits, WriteFlags, ZeroFlags};
 use infill_storage::{StorageHandle, rt};
 
-use crate::bitmaps::Bitmaps;
+use crate::bitmaps::{Bitmap, Bitmaps};
 use crate::changes::{self, Change, ChangeKind, Changes, Held, InFlight, Watcher, Watching};
 use crate::fetch::FetchTable;
 use crate::gate::NodeGate;
@@ -37,6 +37,10 @@ trait DynNode: Send + Sync {
     fn populate_zero<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64, generation: u64) -> Answer<'a, Populated>;
     fn set_backing_ref<'a>(&'a self, cx: &'a Ctx, backing: Option<BackingRef>) -> Answer<'a, ()>;
     fn make_empty<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
+    fn check_persistent(&self, node: &str, name: &str, granularity: u64) -> IoResult<()>;
+    fn outdate_bitmaps<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
+    fn store_bitmaps<'a>(&'a self, cx: &'a Ctx, bitmaps: Vec<Arc<Bitmap>>) -> Answer<'a, ()>;
+    fn remove_stored_bitmap<'a>(&'a self, cx: &'a Ctx, name: &'a str) -> Answer<'a, ()>;
     fn resize<'a>(&'a self, cx: &'a Ctx, len: u64) -> Answer<'a, ()>;
     fn close<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
 }
@@ -93,6 +97,18 @@ impl<N: Node> DynNode for N {
     fn make_empty<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()> {
         Box::pin(Node::make_empty(self, cx))
     }
+    fn check_persistent(&self, node: &str, name: &str, granularity: u64) -> IoResult<()> {
+        Node::check_persistent(self, node, name, granularity)
+    }
+    fn outdate_bitmaps<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()> {
+        Box::pin(Node::outdate_bitmaps(self, cx))
+    }
+    fn store_bitmaps<'a>(&'a self, cx: &'a Ctx, bitmaps: Vec<Arc<Bitmap>>) -> Answer<'a, ()> {
+        Box::pin(Node::store_bitmaps(self, cx, bitmaps))
+    }
+    fn remove_stored_bitmap<'a>(&'a self, cx: &'a Ctx, name: &'a str) -> Answer<'a, ()> {
+        Box::pin(Node::remove_stored_bitmap(self, cx, name))
+    }
     fn resize<'a>(&'a self, cx: &'a Ctx, len: u64) -> Answer<'a, ()> {
         Box::pin(Node::resize(self, cx, len))
     }
@@ -134,16 +150,19 @@ impl std::fmt::Debug for NodeHandle {
 }
 
 impl NodeHandle {
-    /// Shares `node`.
+    /// Shares `node`. The bitmaps that its image keeps record from here on.
     pub fn new(node: impl Node) -> NodeHandle {
-        NodeHandle(Arc::new(Cell {
+        let stored = node.stored_bitmaps();
+        let handle = NodeHandle(Arc::new(Cell {
             fetches: FetchTable::default(),
             latency: LatencyBoard::default(),
             changes: Changes::default(),
             bitmaps: Bitmaps::default(),
             detect_zeroes: AtomicU8::new(0),
             driver: node,
-        }))
+        }));
+        handle.show_stored(stored);
+        handle
     }
 
     /// A reference that does not keep it.
@@ -349,9 +368,31 @@ impl NodeHandle {
         }
     }
 
-    /// See [`Node::close`].
+    /// See [`Node::check_persistent`].
+    pub fn check_persistent(&self, node: &str, name: &str, granularity: u64) -> IoResult<()> {
+        self.0.driver.check_persistent(node, name, granularity)
+    }
+
+    /// See [`Node::outdate_bitmaps`].
+    pub async fn outdate_bitmaps(&self, cx: &Ctx) -> IoResult<()> {
+        self.0.driver.outdate_bitmaps(cx).await
+    }
+
+    /// See [`Node::remove_stored_bitmap`].
+    pub async fn remove_stored_bitmap(&self, cx: &Ctx, name: &str) -> IoResult<()> {
+        self.0.driver.remove_stored_bitmap(cx, name).await
+    }
+
+    /// See [`Node::close`]. Bitmaps that are to be kept are stored first. Where that fails the image is closed all the same,
+    /// and says that they are not up to date.
     pub async fn close(&self, cx: &Ctx) -> IoResult<()> {
-        self.0.driver.close(cx).await
+        let kept = self.bitmaps_to_store();
+        let stored = match kept.is_empty() {
+            true => Ok(()),
+            false => self.0.driver.store_bitmaps(cx, kept).await,
+        };
+        let closed = self.0.driver.close(cx).await;
+        stored.and(closed)
     }
 
     /// Waits for `answer`, and notes how long a guest's request took if somebody wants to know.

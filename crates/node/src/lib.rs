@@ -38,6 +38,7 @@ use std::future::Future;
 
 use bytes::{Bytes, BytesMut};
 use infill_base::{Ctx, ErrorKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags};
+use infill_storage::sync::Arc;
 
 pub use backing::{BackingSlot, Below, COPY_ON_READ_BYTES_MAX, CopyOnRead, Fetched, LinkGuard};
 pub use bitmaps::{
@@ -77,6 +78,10 @@ pub enum InfoValue {
     Int(u64),
     /// A word.
     Text(String),
+    /// Several of a kind.
+    List(Vec<InfoValue>),
+    /// Facts by their names.
+    Object(Vec<(&'static str, InfoValue)>),
 }
 
 /// What a node is.
@@ -261,6 +266,39 @@ pub trait Node: Send + Sync + 'static {
     fn make_empty(&self, cx: &Ctx) -> impl Future<Output = IoResult<()>> {
         let _ = cx;
         async { Err(unsupported(self.info().driver, "be emptied")) }
+    }
+
+    /// The dirty bitmaps that the image keeps, as they were found at open. Asked once, by the handle, which shows them and
+    /// has them record.
+    fn stored_bitmaps(&self) -> Vec<Bitmap> {
+        Vec::new()
+    }
+
+    /// Refuses a bitmap that the image could not keep, in QEMU's words (for the node called `node`).
+    fn check_persistent(&self, node: &str, name: &str, granularity: u64) -> IoResult<()> {
+        let _ = (name, granularity);
+        let why = format!("Can't store persistent bitmaps to {node}: Operation not supported");
+        Err(IoError::new(ErrorKind::Unsupported, why))
+    }
+
+    /// The image says, stable when this returns, that what it holds of its bitmaps may be out of date, until they are stored
+    /// again. The driver does so by itself before a change of the disk; whoever changes a bitmap otherwise awaits this.
+    fn outdate_bitmaps(&self, cx: &Ctx) -> impl Future<Output = IoResult<()>> {
+        let _ = cx;
+        async { Ok(()) }
+    }
+
+    /// Stores these bitmaps in the image, and says that they are up to date. Nothing changes the disk from now on until the
+    /// node is closed.
+    fn store_bitmaps(&self, cx: &Ctx, bitmaps: Vec<Arc<Bitmap>>) -> impl Future<Output = IoResult<()>> {
+        let _ = (cx, bitmaps);
+        async { Err(unsupported(self.info().driver, "keep dirty bitmaps")) }
+    }
+
+    /// Takes the bitmap of that name out of the image, if it is there.
+    fn remove_stored_bitmap(&self, cx: &Ctx, name: &str) -> impl Future<Output = IoResult<()>> {
+        let _ = (cx, name);
+        async { Ok(()) }
     }
 
     /// Changes the size of the disk. What is new reads as zeroes.

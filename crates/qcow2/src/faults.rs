@@ -39,6 +39,10 @@ pub enum Fault {
     ReplayedUnasked,
     /// What was not recorded is acknowledged without a round.
     OwedUnpaid,
+    /// The disk changes before the marks of its bitmaps are stable.
+    BitmapsMarkUnsynced,
+    /// The header says that bitmaps are right before their refcounts are stable.
+    BitmapsListedFirst,
 }
 
 impl Fault {
@@ -52,6 +56,9 @@ impl Fault {
         Fault::ReplayedUnasked,
         Fault::OwedUnpaid,
     ];
+
+    /// Those of bitmaps, which an image without any does not show.
+    pub const OF_BITMAPS: [Fault; 2] = [Fault::BitmapsMarkUnsynced, Fault::BitmapsListedFirst];
 
     /// All others.
     pub const ALL: [Fault; 10] = [

@@ -149,8 +149,10 @@ pub mod limits {
     pub const BITMAPS_MAX: u32 = 65535;
     /// Longest bitmap directory, in bytes.
     pub const BITMAP_DIRECTORY_BYTES_MAX: u64 = 64 << 20;
-    /// Longest table of one bitmap, in bytes (QEMU's limit, too).
+    /// Tables of all bitmaps together, in bytes (QEMU's limit for one).
     pub const BITMAP_TABLE_BYTES_MAX: u64 = 32 << 20;
+    /// Bits of all bitmaps together that are read, and of one that is stored, in bytes (QEMU's limit for one).
+    pub const BITMAP_BYTES_MAX: u64 = 512 << 20;
     /// Host offsets of clusters and tables lie below this.
     pub const HOST_OFFSET_END: u64 = 1 << 56;
 }

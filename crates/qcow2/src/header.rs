@@ -5,7 +5,7 @@
 //!   comes out may be read from; [`Header::writable`] is the gate for writing.
 //! * Header bytes that are not understood are kept: a change patches the bytes of its own fields only.
 //! * A change ([`Header::changed`]) is one write of the first sector. Where more has to change (a new backing file
-//!   name), [`BackingRewrite`] first fills bytes that nothing names, to be synced before that one write.
+//!   name, another list of bitmaps), [`HeaderRewrite`] first fills bytes that nothing names, to be synced before that one write.
 //!
 //! Costs: one read of at most 64 KiB at open. Never writes by itself.
 
@@ -21,11 +21,16 @@ use crate::format::limits::{
     SNAPSHOTS_MAX,
 };
 use crate::format::{
-    MAGIC, RawBitmapsExtension, RawExtension, RawFeatureName, RawHeader, SECTOR_BYTES, V2_HEADER_BYTES,
-    V3_HEADER_BYTES, V3_HEADER_BYTES_MIN, extension,
+    MAGIC, RawBitmapsExtension, RawExtension, RawHeader, SECTOR_BYTES, V2_HEADER_BYTES, V3_HEADER_BYTES,
+    V3_HEADER_BYTES_MIN, extension,
 };
 use crate::geometry::{Geometry, HostOffset, TABLE_ENTRY_BYTES};
 use crate::metaio;
+
+mod rewrite;
+
+pub use rewrite::HeaderRewrite;
+pub(crate) use rewrite::trim_names;
 
 /// Name of the format in errors and in `info`.
 pub(crate) const FORMAT: &str = "qcow2";
@@ -416,80 +421,6 @@ impl Header {
         self.area[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
-    /// The header that names `backing` as its backing file, and what has to be written to get there.
-    ///
-    /// The feature name table, which informs and no more, gives up entries where the rest would not fit else. Fails
-    /// with `Unsupported` where extensions leave no room for a change that a crash cannot tear.
-    pub fn with_backing(&self, backing: &BackingRef) -> Result<BackingRewrite, IoError> {
-        let name = backing.filename.as_bytes();
-        if name.is_empty() || name.len() > BACKING_NAME_BYTES_MAX {
-            return Err(IoError::new(
-                ErrorKind::InvalidInput,
-                format!(
-                    "a backing file name has 1 to {BACKING_NAME_BYTES_MAX} bytes, this one {}",
-                    name.len()
-                ),
-            ));
-        }
-        let mut extensions = self.extensions_with_format(backing.format.as_deref());
-        let area = self.area_with(&extensions, name).or_else(|| {
-            trim_names(&mut extensions, SECTOR_BYTES.checked_sub(self.header_length)?);
-            self.area_with(&extensions, name)
-        });
-        let area = area.ok_or_else(|| {
-            IoError::new(
-                ErrorKind::Unsupported,
-                "the extensions in this qcow2 header leave no room to change the backing file in a way that a crash \
-                 cannot tear; convert the image",
-            )
-        })?;
-        let header = Header::parse(&area, u64::MAX, Purpose::Use)
-            .map_err(|error| IoError::new(ErrorKind::InvalidInput, error.to_string()))?;
-        Ok(BackingRewrite { header, tail: area[SECTOR_BYTES..].to_vec() })
-    }
-
-    /// The extensions with another backing format, which keeps its place or comes first.
-    fn extensions_with_format(&self, format: Option<&str>) -> Vec<Extension> {
-        let mut extensions = self.extensions.clone();
-        let place = extensions.iter().position(|found| found.kind == extension::BACKING_FORMAT);
-        match (place, format) {
-            (Some(place), Some(format)) => extensions[place].data = format.as_bytes().to_vec(),
-            (Some(place), None) => drop(extensions.remove(place)),
-            (None, Some(format)) => {
-                let data = format.as_bytes().to_vec();
-                extensions.insert(0, Extension { kind: extension::BACKING_FORMAT, data });
-            }
-            (None, None) => {}
-        }
-        extensions
-    }
-
-    /// The header's area with these extensions and this name, if all that changes behind the first sector is what
-    /// the header, as it stands, does not name.
-    fn area_with(&self, extensions: &[Extension], name: &[u8]) -> Option<Vec<u8>> {
-        let bytes = serialize_extensions(extensions);
-        let (start, end) = (self.header_length, self.header_length + bytes.len());
-        let old_end = start + serialize_extensions(&self.extensions).len();
-        let old_name = self.backing.as_ref().map_or(0..0, |old| old.at..old.at + old.name.len());
-        let mut area = self.area.clone();
-        area.resize((self.geometry.cluster_bytes() as usize).min(HEADER_BYTES_MAX), 0);
-        let named = |at: &usize| *at < old_end || old_name.contains(at);
-        let tears = |at: usize| at >= SECTOR_BYTES && named(&at) && area[at] != bytes[at - start];
-        if end > area.len() || (start..end).any(tears) {
-            return None;
-        }
-        let free = end.max(old_end).next_multiple_of(8);
-        let at = [free, free.max(old_name.end.next_multiple_of(8))].into_iter().find(|at| {
-            let end = at + name.len();
-            end <= area.len() && (end <= old_name.start || *at >= old_name.end)
-        })?;
-        area[start..end].copy_from_slice(&bytes);
-        area[at..at + name.len()].copy_from_slice(name);
-        area[8..16].copy_from_slice(&(at as u64).to_be_bytes());
-        area[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
-        Some(area)
-    }
-
     /// Header, extensions without the backing format, and nothing else: what a program would write that does not mind
     /// that more than one sector can tear.
     #[cfg(feature = "planted-faults")]
@@ -513,15 +444,6 @@ impl Header {
     }
 }
 
-/// Takes entries from the end of the feature name table until the extensions fit `room` bytes, or none is left.
-pub(crate) fn trim_names(extensions: &mut [Extension], room: usize) -> Option<()> {
-    let excess = serialize_extensions(extensions).len().checked_sub(room)?;
-    let names = extensions.iter_mut().find(|found| found.kind == extension::FEATURE_NAMES)?;
-    let entry = size_of::<RawFeatureName>();
-    names.data.truncate(names.data.len().saturating_sub(excess.next_multiple_of(entry)) / entry * entry);
-    Some(())
-}
-
 /// One change of the header that its first sector holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeaderChange {
@@ -539,28 +461,6 @@ pub enum HeaderChange {
     Snapshots(TableRef),
     /// No backing file any more.
     DropBacking,
-}
-
-/// How a header gets another backing file name, so that a crash leaves the old one or the new one.
-#[derive(Clone, Debug)]
-pub struct BackingRewrite {
-    /// The header afterwards.
-    pub header: Header,
-    /// Bytes from byte 512 on: they change only what nothing names yet.
-    tail: Vec<u8>,
-}
-
-impl BackingRewrite {
-    /// Writes it: (1) bytes that nothing names, (2) sync, (3) the first sector, (4) sync.
-    pub async fn store(&self, cx: &Ctx, storage: &StorageHandle) -> IoResult<()> {
-        if !self.tail.is_empty() {
-            let tail = Bytes::copy_from_slice(&self.tail);
-            metaio::write(cx, storage, SECTOR_BYTES as u64, tail).await?;
-        }
-        storage.sync(cx).await?;
-        self.header.store(cx, storage).await?;
-        storage.sync(cx).await
-    }
 }
 
 /// The extensions and the end mark.

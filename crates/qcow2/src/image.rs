@@ -9,6 +9,7 @@ use infill_storage::journal::{Journaling, Ledger};
 use infill_storage::sync::atomic::{AtomicU64, Ordering};
 use infill_storage::sync::{Arc, Mutex, lock};
 
+use crate::bitmaps::Bitmaps;
 use crate::check::check;
 use crate::entry::{CompressedCluster, L1Entry, be64};
 use crate::features::Autoclear;
@@ -67,6 +68,7 @@ pub(crate) struct Image {
     pub(crate) ledger: Ledger,
     pub(crate) backing: BackingSlot,
     pub(crate) in_flight: InFlight,
+    pub(crate) bitmaps: Bitmaps,
     /// `None`: open read-only.
     pub(crate) writer: Option<Writer>,
     /// The compressed cluster that was unpacked last: neighbours are mostly read one after another. We write none, so
@@ -110,7 +112,13 @@ impl Image {
             header = repaired(cx, &storage).await?;
         }
         options.read_only = read_only;
-        Ok(Arc::new(Image::build(cx, &storage, header, &options, journal).await?))
+        let bitmaps = Bitmaps::load(cx, &storage, &header, read_only).await;
+        let image = Image::build(cx, &storage, header, &options, journal).await?;
+        let image = Image { bitmaps, ..image };
+        if !read_only {
+            image.check_bitmaps(cx).await?;
+        }
+        Ok(Arc::new(image))
     }
 
     /// What is in memory of an image whose header has passed.
@@ -146,6 +154,7 @@ impl Image {
             ledger: Ledger::new(journal),
             backing: BackingSlot::new(None),
             in_flight: InFlight::default(),
+            bitmaps: Bitmaps::default(),
             writer,
             unpacked: Mutex::new(None),
             header: Mutex::new(header),

@@ -19,6 +19,7 @@
 //! * Anything is written while an image is open read-only, or after one of its syncs has failed.
 #![forbid(unsafe_code)]
 
+mod bitmaps;
 mod check;
 mod compress;
 mod create;
@@ -61,7 +62,7 @@ pub use geometry::{
     Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset, L1Index, L2Index, SUBCLUSTERS,
 };
 pub use header::{
-    BackingRewrite, BitmapDirectory, Extension, Header, HeaderChange, Purpose, TableRef, WriteGate, probe,
+    BitmapDirectory, Extension, Header, HeaderChange, HeaderRewrite, Purpose, TableRef, WriteGate, probe,
 };
 pub use image::{METADATA_CACHE_BYTES, OpenOptions};
 pub use node::Qcow2;

@@ -115,7 +115,7 @@ impl Image {
     }
 
     /// Takes exactly `count` contiguous clusters.
-    async fn contiguous(self: &Arc<Image>, cx: &Ctx, count: u64) -> IoResult<HostRun> {
+    pub(crate) async fn contiguous(self: &Arc<Image>, cx: &Ctx, count: u64) -> IoResult<HostRun> {
         let (mut short, mut found) = (Vec::new(), None);
         while found.is_none() && short.len() < L1_RUNS_MAX {
             let run = self.allocate(cx, count).await?;
@@ -125,7 +125,7 @@ impl Image {
             self.give_back(cx, run);
         }
         found.ok_or_else(|| {
-            let why = format!("no {count} contiguous clusters are free for a larger L1 table");
+            let why = format!("no {count} contiguous clusters are free");
             IoError::new(ErrorKind::NoSpace, why).in_node(self.storage.name())
         })
     }

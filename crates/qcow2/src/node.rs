@@ -5,7 +5,7 @@
 
 use bytes::{Bytes, BytesMut};
 use infill_base::{Ctx, DiscardMode, Extents, Gather, IoResult, Limits, OpenError, WriteFlags, ZeroFlags};
-use infill_node::{BackingRef, BackingSlot, InfoValue, Node, NodeInfo, Populated};
+use infill_node::{BackingRef, BackingSlot, Bitmap, InfoValue, Node, NodeInfo, Populated};
 use infill_storage::sync::Arc;
 use infill_storage::{StorageHandle, rt};
 
@@ -55,7 +55,7 @@ impl Node for Qcow2 {
             cluster_bytes: Some(self.0.geometry.cluster_bytes()),
             read_only: self.is_read_only(),
             dirty: header.incompatible().contains(Incompatible::DIRTY),
-            format_specific: format_specific(&header),
+            format_specific: format_specific(&header, self.0.bitmaps.told()),
         }
     }
 
@@ -119,6 +119,28 @@ impl Node for Qcow2 {
         rt::detached(async move { image.make_empty(&cx).await }).await
     }
 
+    fn stored_bitmaps(&self) -> Vec<Bitmap> {
+        self.0.bitmaps.take_loaded()
+    }
+
+    fn check_persistent(&self, node: &str, name: &str, granularity: u64) -> IoResult<()> {
+        self.0.check_persistent(node, name, granularity)
+    }
+
+    async fn outdate_bitmaps(&self, _cx: &Ctx) -> IoResult<()> {
+        self.0.prepare().await.map(drop)
+    }
+
+    async fn store_bitmaps(&self, _cx: &Ctx, bitmaps: Vec<Arc<Bitmap>>) -> IoResult<()> {
+        let image = self.0.clone();
+        rt::detached(async move { image.store_bitmaps(bitmaps).await }).await
+    }
+
+    async fn remove_stored_bitmap(&self, _cx: &Ctx, name: &str) -> IoResult<()> {
+        let (image, name) = (self.0.clone(), name.to_owned());
+        rt::detached(async move { image.remove_bitmap(&name).await }).await
+    }
+
     async fn resize(&self, cx: &Ctx, len: u64) -> IoResult<()> {
         let (image, cx) = (self.0.clone(), *cx);
         rt::detached(async move { image.resize(&cx, len).await }).await
@@ -131,7 +153,7 @@ impl Node for Qcow2 {
 }
 
 /// The format's facts, with QEMU's names and in its order.
-fn format_specific(header: &crate::Header) -> Vec<(&'static str, InfoValue)> {
+fn format_specific(header: &crate::Header, bitmaps: Option<InfoValue>) -> Vec<(&'static str, InfoValue)> {
     let refcount_bits = InfoValue::Int(u64::from(header.geometry().refcount_bits()));
     let compression = InfoValue::Text(header.compression().name().into());
     if header.version() < 3 {
@@ -141,12 +163,16 @@ fn format_specific(header: &crate::Header) -> Vec<(&'static str, InfoValue)> {
             ("refcount-bits", refcount_bits),
         ];
     }
-    vec![
+    let mut facts = vec![
         ("compat", InfoValue::Text("1.1".into())),
         ("compression-type", compression),
         ("lazy-refcounts", InfoValue::Bool(header.compatible().contains(Compatible::LAZY_REFCOUNTS))),
+    ];
+    facts.extend(bitmaps.map(|bitmaps| ("bitmaps", bitmaps)));
+    facts.extend([
         ("refcount-bits", refcount_bits),
         ("corrupt", InfoValue::Bool(header.incompatible().contains(Incompatible::CORRUPT))),
         ("extended-l2", InfoValue::Bool(header.geometry().extended_l2())),
-    ]
+    ]);
+    facts
 }

@@ -12,6 +12,7 @@ use infill_storage::sync::{Arc, Mutex, lock};
 use infill_storage::{RangeLock, StorageHandle, rt};
 
 use crate::entry::{L1Entry, L2Entry, L2TableRef, L2View, StandardCluster};
+use crate::features::Autoclear;
 use crate::geometry::{GuestCluster, HostOffset, L1Index};
 use crate::header::{Header, HeaderChange};
 use crate::image::Image;
@@ -34,7 +35,9 @@ pub(crate) struct Writer {
     pub(crate) freed: Mutex<Vec<Freed>>,
     /// Held, shared, while space is given back.
     pub(crate) freeing: RangeLock,
-    /// The header no longer claims what we do not keep up.
+    /// Bitmaps are being stored.
+    pub(crate) bitmaps: RangeLock,
+    /// The image no longer claims what we do not keep up.
     prepared: AtomicBool,
     poisoned: AtomicBool,
 }
@@ -50,6 +53,7 @@ impl Writer {
             runs: Runs::new(),
             freed: Mutex::default(),
             freeing: RangeLock::new(),
+            bitmaps: RangeLock::new(),
             prepared: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
         }
@@ -86,8 +90,8 @@ impl Image {
         })
     }
 
-    /// Before the first write: clears the bits of features that we do not keep up and sets that of the journal, stable
-    /// before anything depends on it.
+    /// Before the first write: marks the bitmaps as in use, clears the bits of features that we do not keep up and sets
+    /// that of the journal, stable before anything depends on it.
     pub(crate) async fn prepare(self: &Arc<Image>) -> IoResult<&Writer> {
         let writer = self.writer()?;
         if writer.prepared.load(Ordering::Acquire) {
@@ -98,7 +102,11 @@ impl Image {
             let writer = image.writer()?;
             let turn = writer.rounds.turn().await;
             if !writer.prepared.load(Ordering::Acquire) {
-                let wanted = image.begin_journal();
+                let mut wanted = image.begin_journal();
+                if image.bitmaps.are_valid() {
+                    image.mark_bitmaps().await?;
+                    wanted |= Autoclear::BITMAPS;
+                }
                 if image.header().autoclear() != wanted {
                     image.change_header(&turn, &[HeaderChange::Autoclear(wanted)]).await?;
                 }

@@ -98,6 +98,32 @@ fn to_json(value: &InfoValue) -> Value {
         InfoValue::Bool(value) => json!(value),
         InfoValue::Int(value) => json!(value),
         InfoValue::Text(value) => json!(value),
+        InfoValue::List(values) => values.iter().map(to_json).collect(),
+        InfoValue::Object(facts) => {
+            let facts = facts.iter().map(|(key, value)| ((*key).to_owned(), to_json(value)));
+            Value::Object(facts.collect())
+        }
+    }
+}
+
+/// Writes a fact for people, `depth` levels in. As deep as the facts are, which a driver has made.
+fn write_fact(out: &mut String, depth: usize, key: &str, value: &InfoValue) -> std::fmt::Result {
+    let indent = " ".repeat(4 * depth);
+    match value {
+        InfoValue::Bool(value) => writeln!(out, "{indent}{key}: {value}"),
+        InfoValue::Int(value) => writeln!(out, "{indent}{key}: {value}"),
+        InfoValue::Text(value) => writeln!(out, "{indent}{key}: {value}"),
+        InfoValue::List(values) => {
+            writeln!(out, "{indent}{key}:")?;
+            let one = |(nth, value)| write_fact(out, depth + 1, &format!("[{nth}]"), value);
+            values.iter().enumerate().try_for_each(one)
+        }
+        InfoValue::Object(facts) => {
+            writeln!(out, "{indent}{key}:")?;
+            let one =
+                |(key, value): &(&str, InfoValue)| write_fact(out, depth + 1, &key.replace('-', " "), value);
+            facts.iter().try_for_each(one)
+        }
     }
 }
 
@@ -136,12 +162,7 @@ pub fn info_text(blockdevs: &Blockdevs, name: &str) -> Result<String> {
     if !info.format_specific.is_empty() {
         writeln!(out, "Format specific information:")?;
         for (key, value) in &info.format_specific {
-            let value = match value {
-                InfoValue::Bool(value) => value.to_string(),
-                InfoValue::Int(value) => value.to_string(),
-                InfoValue::Text(value) => value.clone(),
-            };
-            writeln!(out, "    {}: {value}", key.replace('-', " "))?;
+            write_fact(&mut out, 1, &key.replace('-', " "), value)?;
         }
     }
     let mut path = String::new();

@@ -68,6 +68,7 @@ impl Blockdevs {
                 entry.facts.read_only = false;
             }
         }
+        node.take_bitmaps_of(&old);
         self.0.graph.set_node(name, node.clone())?;
         for parent in parents {
             if let Some(slot) = parent.backing() {

@@ -1,11 +1,13 @@
 //! `block-dirty-bitmap-*`, and bitmaps in the list of nodes.
 //!
 //! Each change is made in a way that can be taken back ([`Undo`]): a transaction is several of them. Whoever adds a
-//! bitmap holds its node, so that no change in flight is missed.
+//! bitmap holds its node, so that no change in flight is missed. Before a persistent one is changed its image says so
+//! ([`Control::outdate`]): after a crash it is inconsistent, not what it was before.
 
 use std::sync::Arc;
 
-use infill_node::{Bitmap, BitmapError, DirtyMap, Held, NodeHandle};
+use infill_base::Ctx;
+use infill_node::{Bitmap, BitmapError, BitmapUse, DirtyMap, Held, NodeHandle};
 use infill_qmp::{BitmapAdd, BitmapCommand, BitmapMerge, BitmapRef, QmpError};
 use serde_json::{Value, json};
 
@@ -31,6 +33,7 @@ impl Control {
 
     /// `block-dirty-bitmap-*`, `x-debug-block-dirty-bitmap-sha256`.
     pub(super) async fn bitmap_command(&self, command: BitmapCommand) -> Result<Value, QmpError> {
+        self.outdate(&command).await?;
         match command {
             BitmapCommand::Add(add) => {
                 let node = self.node_for_bitmap(&add.node)?;
@@ -41,8 +44,8 @@ impl Control {
             }
             BitmapCommand::Remove(node, name) => {
                 let (node, bitmap) = self.bitmap(&node, &name)?;
-                bitmap.check_removable().map_err(|why| error(&why))?;
-                node.remove_bitmap(&bitmap);
+                let used = bitmap.use_removable().map_err(|why| error(&why))?;
+                self.remove_bitmap(&node, &used).await?;
             }
             BitmapCommand::Sha256(node, name) => {
                 let (_, bitmap) = self.bitmap(&node, &name)?;
@@ -72,15 +75,49 @@ impl Control {
             None => node.default_bitmap_granularity(),
         };
         let bitmap = Bitmap::new(add.name.as_str(), node.len(), granularity).map_err(|why| error(&why))?;
-        if add.persistent {
-            return Err(QmpError::generic(format!(
-                "Can't store persistent bitmaps to {}: not supported yet; leave 'persistent' out",
-                add.node
-            )));
-        }
         node.check_new_bitmap(&add.name).map_err(|why| error(&why))?;
+        if add.persistent {
+            let checked = node.check_persistent(&add.node, &add.name, granularity);
+            checked.map_err(|error| QmpError::generic(error.message()))?;
+        }
+        bitmap.set_persistent(add.persistent);
         bitmap.set_recording(!add.disabled);
         Ok(Arc::new(bitmap))
+    }
+
+    /// What is about to change a persistent bitmap waits until its image says that the one in it is out of date.
+    pub(super) async fn outdate(&self, command: &BitmapCommand) -> Result<(), QmpError> {
+        let (node, name) = match command {
+            BitmapCommand::Clear(node, name)
+            | BitmapCommand::Enable(node, name)
+            | BitmapCommand::Disable(node, name) => (node, name),
+            BitmapCommand::Merge(merge) => (&merge.node, &merge.target),
+            BitmapCommand::Add(_) | BitmapCommand::Remove(..) | BitmapCommand::Sha256(..) => return Ok(()),
+        };
+        // What is wrong with the command is told by whoever carries it out.
+        let Ok((node, bitmap)) = self.bitmap(node, name) else { return Ok(()) };
+        if !bitmap.is_persistent() || bitmap.is_read_only() || bitmap.check_readable().is_err() {
+            return Ok(());
+        }
+        let outdated = node.outdate_bitmaps(&Ctx::GUEST).await;
+        outdated.map_err(|error| QmpError::generic(error.to_string()))
+    }
+
+    /// Takes a bitmap away, out of its image too.
+    pub(super) async fn remove_bitmap(&self, node: &NodeHandle, used: &BitmapUse) -> Result<(), QmpError> {
+        let bitmap = used.bitmap();
+        if bitmap.is_persistent() {
+            let removed = node.remove_stored_bitmap(&Ctx::GUEST, bitmap.name()).await;
+            removed.map_err(|why| {
+                QmpError::generic(format!(
+                    "Failed to remove persistent dirty bitmap '{}' from node '{}': {why}",
+                    bitmap.name(),
+                    node.info().filename
+                ))
+            })?;
+        }
+        node.remove_bitmap(bitmap);
+        Ok(())
     }
 
     /// Makes a bitmap clean.

@@ -71,7 +71,9 @@ impl Control {
             }
         }
         for (node, used) in done.removals {
-            node.remove_bitmap(used.bitmap());
+            if let Err(error) = self.remove_bitmap(&node, &used).await {
+                tracing::error!("{}", error.desc);
+            }
         }
         drop(held);
         self.start_all(done.backups, grouped)?;
@@ -103,7 +105,10 @@ impl Control {
     ) -> Result<(), QmpError> {
         match action {
             Action::Abort => Err(QmpError::generic("Transaction aborted using Abort action")),
-            Action::Bitmap(command) => self.prepare_bitmap(command, held, done),
+            Action::Bitmap(command) => {
+                self.outdate(&command).await?;
+                self.prepare_bitmap(command, held, done)
+            }
             Action::Backup(checked) => {
                 let missing = || QmpError::generic("the disk of a backup has gone");
                 let held = held.get(checked.device()).ok_or_else(missing)?;

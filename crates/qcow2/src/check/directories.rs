@@ -6,11 +6,9 @@ use zerocopy::FromBytes;
 
 use super::Pass;
 use super::walk::Tables;
-use crate::entry::be64;
-use crate::format::limits::{
-    BITMAP_DIRECTORY_BYTES_MAX, BITMAP_TABLE_BYTES_MAX, BITMAPS_MAX, L1_BYTES_MAX, SNAPSHOT_TABLE_BYTES_MAX,
-};
-use crate::format::{RawBitmapEntry, RawSnapshot};
+use crate::bitmaps::directory::{self, Bits};
+use crate::format::RawSnapshot;
+use crate::format::limits::{BITMAP_TABLE_BYTES_MAX, L1_BYTES_MAX, SNAPSHOT_TABLE_BYTES_MAX};
 use crate::geometry::{HostOffset, TABLE_ENTRY_BYTES};
 use crate::header::{BitmapDirectory, TableRef};
 
@@ -18,8 +16,6 @@ use crate::header::{BitmapDirectory, TableRef};
 const SNAPSHOT_L1_BYTES_MAX: u64 = 4 << 30;
 /// Longest extra data of a snapshot, in bytes (QEMU's limit, too).
 const SNAPSHOT_EXTRA_BYTES_MAX: u32 = 1024;
-/// Bits of a bitmap table's entry that must be 0.
-const BITMAP_ENTRY_RESERVED: u64 = 0xff00_0000_0000_01fe;
 
 impl Pass<'_> {
     /// Counts the snapshot table and the snapshots' L1 tables, and collects their L2 tables.
@@ -121,57 +117,26 @@ impl Pass<'_> {
 
     /// Everything that the directory takes and names, in bytes of the file.
     async fn bitmap_places(&mut self, directory: BitmapDirectory) -> Result<Vec<(HostOffset, u64)>, String> {
-        let fits = directory.len <= BITMAP_DIRECTORY_BYTES_MAX
-            && directory.count <= BITMAPS_MAX
-            && self.geometry.is_aligned(directory.at)
-            && self.in_file(directory.at, directory.len.max(1));
-        if !fits {
-            return Err(format!(
-                "the directory at byte {} ({} bytes, {} bitmaps) cannot be so",
-                directory.at.0, directory.len, directory.count
-            ));
-        }
+        directory::check_place(&directory, &self.geometry, self.file_len)?;
         let unread = || "the directory cannot be read".to_owned();
         let bytes =
             self.read(directory.at.0, directory.len as usize, "bitmap directory").await.ok_or_else(unread)?;
         let mut places = vec![(directory.at, directory.len)];
-        let (mut at, mut table_bytes) = (0usize, 0);
-        for nth in 0..directory.count {
-            let wrong = |what: &str| format!("entry {nth} of the directory {what}");
-            let raw = at.checked_add(size_of::<RawBitmapEntry>()).and_then(|end| bytes.get(at..end));
-            let raw = raw.and_then(|raw| RawBitmapEntry::read_from_bytes(raw).ok());
-            let raw = raw.ok_or_else(|| wrong("leaves it"))?;
-            let len = size_of::<RawBitmapEntry>() as u64
-                + u64::from(raw.name_size.get())
-                + u64::from(raw.extra_data_size.get());
-            if at as u64 + len > directory.len {
-                return Err(wrong("leaves it"));
+        let mut table_bytes = 0;
+        for (nth, listed) in directory::parse(&bytes, directory.count)?.iter().enumerate() {
+            let wrong = |what: String| format!("entry {nth} of the directory {what}");
+            let (at, len) = listed.table_place(&self.geometry, self.file_len).map_err(wrong)?;
+            table_bytes += len;
+            if table_bytes > BITMAP_TABLE_BYTES_MAX {
+                return Err(wrong("has too long a table".into()));
             }
-            at += len.next_multiple_of(8) as usize;
-            let table = HostOffset(raw.table_offset.get());
-            let size = u64::from(raw.table_size.get()) * TABLE_ENTRY_BYTES;
-            table_bytes += size;
-            if table_bytes > BITMAP_TABLE_BYTES_MAX
-                || !self.geometry.is_aligned(table)
-                || !self.in_file(table, size.max(1))
-            {
-                return Err(wrong("names a table that cannot lie there"));
-            }
-            places.push((table, size));
-            let data = self.read(table.0, size as usize, "bitmap table").await;
-            for entry in data.ok_or_else(|| wrong("names a table that cannot be read"))?.chunks_exact(8) {
-                let raw = be64(entry);
-                let host = HostOffset(raw & !1);
-                if raw & !1 == 0 {
-                    continue;
+            places.push((HostOffset(at), len));
+            let table = self.read(at, len as usize, "bitmap table").await;
+            let table = table.ok_or_else(|| wrong("names a table that cannot be read".into()))?;
+            for bits in directory::parse_table(&table, &self.geometry, self.file_len).map_err(wrong)? {
+                if let Bits::At(host) = bits {
+                    places.push((host, self.geometry.cluster_bytes()));
                 }
-                if raw & (BITMAP_ENTRY_RESERVED | 1) != 0
-                    || !self.geometry.is_aligned(host)
-                    || !self.in_file(host, self.geometry.cluster_bytes())
-                {
-                    return Err(wrong("has data that cannot lie there"));
-                }
-                places.push((host, self.geometry.cluster_bytes()));
             }
         }
         Ok(places)

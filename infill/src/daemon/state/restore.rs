@@ -136,7 +136,8 @@ impl Control {
         outcome
     }
 
-    /// An export comes back without the bitmaps that went with the last daemon: clients then ask for everything.
+    /// An export comes back without the bitmaps that went with the last daemon, or that it could not store: clients then ask
+    /// for everything.
     fn leave_out_bitmaps(&self, export: &mut BlockExportOptions) {
         let node_name = &export.node_name;
         export.bitmaps.retain(|wanted| {
@@ -145,14 +146,16 @@ impl Control {
                 None => self.blockdevs().chain_with_filters(node_name),
             };
             let has = |layer: &String| {
-                self.blockdevs().get(layer).is_ok_and(|node| node.bitmap(&wanted.name).is_ok())
+                self.blockdevs()
+                    .get(layer)
+                    .is_ok_and(|node| node.bitmap(&wanted.name).is_ok_and(|bitmap| !bitmap.is_inconsistent()))
             };
             let found = layers.iter().any(has);
             if !found {
                 tracing::warn!(
                     export = export.id,
                     bitmap = wanted.name,
-                    "exported without a bitmap that is gone"
+                    "exported without a bitmap that is gone or inconsistent"
                 );
             }
             found
