@@ -48,13 +48,22 @@ pub enum Command {
     /// Let a paused job go on.
     Resume(JobArgs),
     /// Cancel a job, and wait until it has ended.
-    Cancel(JobEndArgs),
+    Cancel(CancelArgs),
     /// Complete a job that is ready, and wait until it has ended.
     Complete(JobEndArgs),
+    /// Show what the disks and jobs of a running daemon are doing.
+    Top(TopArgs),
     /// Serve many disks, controlled over QMP: the command line and protocol of qemu-storage-daemon.
     #[command(alias = "qemu-storage-daemon", disable_help_flag = true, disable_version_flag = true)]
     Daemon {
         /// Its options; `infill daemon --help` lists them.
+        #[arg(value_name = "OPTIONS", allow_hyphen_values = true, trailing_var_arg = true)]
+        arguments: Vec<std::ffi::OsString>,
+    },
+    /// Serve one disk with the options of qemu-nbd.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    QemuNbd {
+        /// Its options; `infill qemu-nbd --help` lists them.
         #[arg(value_name = "OPTIONS", allow_hyphen_values = true, trailing_var_arg = true)]
         arguments: Vec<std::ffi::OsString>,
     },
@@ -315,7 +324,7 @@ pub enum DiscardArg {
 )]
 pub struct StreamArgs {
     /// The overlay, an image that nobody has open.
-    #[arg(required_unless_present = "monitor", conflicts_with = "monitor")]
+    #[arg(required_unless_present = "node", conflicts_with = "node")]
     pub image: Option<String>,
     /// How it is opened.
     #[command(flatten)]
@@ -327,21 +336,24 @@ pub struct StreamArgs {
     #[arg(long, value_name = "RATE", value_parser = parse_size)]
     pub speed: Option<u64>,
     /// Bytes per second below which it does not fall for politeness.
-    #[arg(long, value_name = "RATE", value_parser = parse_size, conflicts_with = "monitor")]
+    #[arg(long, value_name = "RATE", value_parser = parse_size, conflicts_with = "node")]
     pub min_rate: Option<u64>,
     /// What happens while an NBD source is away.
-    #[arg(long, value_name = "WHAT", default_value = "hold", conflicts_with = "monitor")]
+    #[arg(long, value_name = "WHAT", default_value = "hold", conflicts_with = "node")]
     pub on_lost: OnLostArg,
-    /// Ask the daemon whose QMP monitor listens at this Unix socket.
-    #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
-    pub monitor: Option<PathBuf>,
-    /// The daemon's node that is to be filled.
-    #[arg(long, value_name = "NAME", requires = "monitor", required_unless_present = "image")]
+    /// The node that is to be filled, of a running daemon.
+    #[arg(long, value_name = "NAME")]
     pub node: Option<String>,
+    /// The Unix socket of the daemon's QMP monitor (default: what INFILL_SOCKET in the environment says).
+    #[arg(long, value_name = "PATH", visible_alias = "monitor", requires = "node")]
+    pub socket: Option<PathBuf>,
     /// Id of the job in the daemon (default: the node's name with `stream-` before it).
-    #[arg(long, value_name = "ID", requires = "monitor")]
+    #[arg(long, value_name = "ID", requires = "node")]
     pub job_id: Option<String>,
-    /// No progress bar.
+    /// Do not wait for the end of the daemon's job.
+    #[arg(long, requires = "node")]
+    pub detach: bool,
+    /// No progress bar, and nothing but errors.
     #[arg(short, long)]
     pub quiet: bool,
 }
@@ -460,6 +472,28 @@ pub struct JobsArgs {
     pub output: Output,
 }
 
+/// `infill top`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Disks that are exported, or busy: bytes a second (FILLED: put into the disk from below), requests a \
+    second, and how long they took, on the average and for all but one in a hundred.\n\nExit codes: 0 shown, 1 failed, \
+    or the daemon has ended."
+)]
+pub struct TopArgs {
+    /// Which daemon.
+    #[command(flatten)]
+    pub daemon: SocketArgs,
+    /// Seconds between two looks.
+    #[arg(short = 'i', long, value_name = "SECONDS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=3600))]
+    pub interval: u16,
+    /// Look once: what happens in one interval.
+    #[arg(long)]
+    pub once: bool,
+    /// How the result is printed.
+    #[arg(long, value_name = "OFMT", default_value = "human")]
+    pub output: Output,
+}
+
 /// `infill pause`, `infill resume`.
 #[derive(Debug, Args)]
 pub struct JobArgs {
@@ -470,7 +504,20 @@ pub struct JobArgs {
     pub daemon: SocketArgs,
 }
 
-/// `infill cancel`, `infill complete`.
+/// `infill cancel`.
+#[derive(Debug, Args)]
+#[command(after_help = "Exit codes: 0 the job has ended as asked, 1 it has not, or had ended before.")]
+pub struct CancelArgs {
+    /// What and how.
+    #[command(flatten)]
+    pub end: JobEndArgs,
+    /// End a mirror that is ready, and leave its target as it is: a copy of the disk at that instant. Guests stay on the
+    /// disk.
+    #[arg(long)]
+    pub keep_copy: bool,
+}
+
+/// `infill complete`.
 #[derive(Debug, Args)]
 pub struct JobEndArgs {
     /// The job.

@@ -85,6 +85,11 @@ impl Listening {
         self.0.reactors.iter().map(|(_, count)| count.load(Ordering::Acquire)).sum()
     }
 
+    /// Connections that have chosen an export so far.
+    pub fn chosen(&self) -> u64 {
+        self.0.server.chosen()
+    }
+
     /// Takes no more connections.
     pub fn stop(&self) {
         self.0.stopping.store(true, Ordering::Release);

@@ -40,7 +40,7 @@ fn main() -> ExitCode {
         }
     };
     // The daemon has options of its own for that.
-    if !matches!(cli.command, Command::Daemon { .. }) {
+    if !matches!(cli.command, Command::Daemon { .. } | Command::QemuNbd { .. }) {
         log();
     }
     match dispatch(cli.command) {
@@ -52,11 +52,14 @@ fn main() -> ExitCode {
     }
 }
 
-/// The command line, with `daemon` put in where the program is called by the name of what that stands in for.
+/// The command line, with the command put in where the program is called by the name of what that stands in for.
 fn as_named(mut arguments: Vec<OsString>) -> Vec<OsString> {
     let name = arguments.first().and_then(|program| Path::new(program).file_name());
-    if name.is_some_and(|name| name == "qemu-storage-daemon") {
-        arguments.insert(1, "daemon".into());
+    for (stands_in_for, command) in [("qemu-storage-daemon", "daemon"), ("qemu-nbd", "qemu-nbd")] {
+        if name == Some(stands_in_for.as_ref()) {
+            arguments.insert(1, command.into());
+            break;
+        }
     }
     arguments
 }
@@ -97,7 +100,9 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Resume(args) => commands::ask::told("job-resume", &args),
         Command::Cancel(args) => commands::ask::cancel(args),
         Command::Complete(args) => commands::ask::complete(args),
+        Command::Top(args) => commands::top::main(args),
         Command::Daemon { arguments } => daemon::main(arguments),
+        Command::QemuNbd { arguments } => daemon::qemu_nbd(arguments),
         Command::Demo => {
             demo::main()?;
             Ok(ExitCode::SUCCESS)

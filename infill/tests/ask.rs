@@ -86,6 +86,71 @@ fn a_mirror_stops_when_it_is_ready_and_goes_on_when_told() {
 }
 
 #[test]
+fn a_mirror_that_is_ended_and_keeps_its_copy_leaves_the_guest_where_it_is() {
+    let mut scene = Scene::new();
+    scene.ask(&["mirror", "top", "copy", "--speed", "64k", "--detach"]);
+    let early = scene.refused(&["cancel", "mirror-top", "--keep-copy"]);
+    assert!(early.contains("only a mirror that is ready"), "{early}");
+    scene.ask(&["cancel", "mirror-top"]);
+    scene.ask(&["mirror", "top", "copy"]);
+    scene.ask(&["cancel", "mirror-top", "--keep-copy"]);
+    assert_eq!(scene.ask(&["jobs"]), "");
+    let event = scene.qmp.event(|event| event["event"] == "BLOCK_JOB_COMPLETED");
+    assert_eq!(event["data"]["type"], "mirror");
+    assert!(scene.quit_and_read("copy", "qcow2") == expected());
+}
+
+#[test]
+fn a_stream_of_a_daemons_node_is_asked_for_like_any_other_job() {
+    let mut scene = Scene::new();
+    scene.ask(&["stream", "--node", "top", "--speed", "64k", "--detach"]);
+    assert_eq!(scene.qmp.run("query-jobs", json!({}))[0]["id"], "stream-top");
+    scene.ask(&["cancel", "stream-top"]);
+    scene.ask(&["stream", "--node", "top", "--job-id", "s"]);
+    assert_eq!(scene.qmp.run("query-jobs", json!({})), json!([]));
+    assert!(scene.refused(&["stream", "--node", "nobody"]).contains("nobody"));
+    assert!(fails(INFILL, &["stream"]).contains("IMAGE"));
+    assert!(scene.quit_and_read("top", "qcow2") == expected());
+}
+
+#[test]
+fn top_tells_what_disks_and_jobs_do_between_two_looks() {
+    let mut scene = Scene::new();
+    let socket = scene.dir.path().join("nbd.sock");
+    scene.qmp.run("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": socket}}}));
+    scene
+        .qmp
+        .run("block-export-add", json!({"type": "nbd", "id": "e", "node-name": "top", "writable": true}));
+    scene.ask(&["backup", "top", "copy", "--speed", "64k", "--detach", "--job-id", "b"]);
+    // The first look begins the count.
+    scene.ask(&["top", "--once", "--output=json"]);
+    let mut top = std::process::Command::new(INFILL);
+    top.args(scene.asked(&["top", "--output=json"])).stdout(std::process::Stdio::piped());
+    let mut top = Process::start(&mut top);
+    let uri = format!("nbd+unix:///top?socket={}", text(&socket));
+    let lines = std::io::BufRead::lines(std::io::BufReader::new(top.0.stdout.take().unwrap()));
+    let mut looks = lines.map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
+    // Written until a look has seen it.
+    let busy = loop {
+        run("qemu-io", &["-f", "raw", "-c", "write -P 1 0 1M", &uri]);
+        let look = looks.next().unwrap();
+        let node = look["nodes"].as_array().unwrap().iter().find(|node| node["node-name"] == "top").cloned();
+        let node = node.unwrap();
+        if node["written-bytes-per-second"].as_u64().unwrap() > 0 {
+            assert_eq!(look["jobs"][0]["device"], "b");
+            break node;
+        }
+    };
+    assert_eq!(busy["exported"], true);
+    assert!(busy["write"]["requests-per-second"].as_f64().unwrap() > 0.0, "{busy}");
+    assert!(busy["write"]["mean-micros"].as_u64().unwrap() > 0, "{busy}");
+    let table = scene.ask(&["top", "--once"]);
+    assert!(table.starts_with("DISK") && table.contains("\ntop ") && table.contains("\nb "), "{table}");
+    assert!(!table.contains('\u{1b}'), "no control codes where there is no terminal");
+    scene.ask(&["cancel", "b"]);
+}
+
+#[test]
 fn a_backup_holds_the_disk_when_the_command_is_over() {
     let scene = Scene::new();
     scene.ask(&["backup", "top", "copy"]);

@@ -27,6 +27,13 @@ const TOOLS: &[(&str, &str)] = &[
     ("ip", "iproute2"),
     ("tc", "iproute2"),
     ("/usr/share/doc/linux-image-cloud-amd64", "linux-image-cloud-amd64"),
+    ("/usr/share/doc/busybox-static", "busybox-static"),
+    ("virsh", "libvirt-clients"),
+    ("/usr/share/doc/libvirt-daemon-driver-qemu", "libvirt-daemon-driver-qemu"),
+    ("setpriv", "util-linux"),
+    ("xz", "xz-utils"),
+    ("python3", "python3"),
+    ("pip3", "python3-pip"),
 ];
 
 /// Every test compares with this QEMU or a newer one; Debian 12's own is older (its backports have it).

@@ -35,7 +35,12 @@ enum Kind {
 
 impl Words for Kind {
     const WORDS: &'static [(&'static str, Kind)] =
-        &[("inet", Kind::Inet), ("unix", Kind::Unix), ("vsock", Kind::Vsock), ("fd", Kind::Fd)];
+        &[("inet", Kind::Inet), ("unix", Kind::Unix), ("fd", Kind::Fd)];
+
+    fn of(word: &str) -> Option<&'static Kind> {
+        let known = Self::WORDS.iter().chain(&[("vsock", Kind::Vsock)]);
+        known.into_iter().find(|(name, _)| *name == word).map(|(_, kind)| kind)
+    }
 }
 
 impl SocketAddress {
@@ -55,52 +60,48 @@ impl SocketAddress {
     }
 
     fn read_kind(kind: Kind, mut members: Members) -> Result<SocketAddress, QmpError> {
-        let address = match kind {
-            Kind::Inet => Self::read_inet(&mut members)?,
+        match kind {
+            Kind::Inet => Self::read_inet(members),
             Kind::Unix => {
                 let path = members.str("path")?;
                 members.opt_bool("tight")?;
-                if members.opt_bool("abstract")? == Some(true) {
+                let nameless = members.opt_bool("abstract")? == Some(true);
+                members.finish()?;
+                if nameless {
                     return Err(QmpError::generic(
                         "abstract Unix sockets are not supported: give a path in the file system",
                     ));
                 }
-                SocketAddress::Unix { path }
+                Ok(SocketAddress::Unix { path })
             }
-            Kind::Vsock => {
-                return Err(QmpError::generic("vsock addresses are not supported: use inet or unix"));
-            }
+            Kind::Vsock => Err(QmpError::generic("vsock addresses are not supported: use inet or unix")),
             Kind::Fd => {
                 let text = members.str("str")?;
+                members.finish()?;
                 let number = text.parse().ok().filter(|number| *number >= 0);
                 let number = number.ok_or_else(|| {
                     QmpError::generic(format!("File descriptor '{text}' is not a number that can be open"))
                 })?;
-                SocketAddress::Fd { number }
+                Ok(SocketAddress::Fd { number })
             }
-        };
-        members.finish()?;
-        Ok(address)
+        }
     }
 
-    fn read_inet(members: &mut Members) -> Result<SocketAddress, QmpError> {
+    fn read_inet(mut members: Members) -> Result<SocketAddress, QmpError> {
         let host = members.str("host")?;
         let port = members.str("port")?;
+        for name in ["to", "mptcp", "ipv4", "ipv6"] {
+            members.refuse(name, "leave it out")?;
+        }
+        // Hosts may be numbers in any case, and connections are always kept alive.
+        members.opt_bool("numeric")?;
+        members.opt_bool("keep-alive")?;
+        members.finish()?;
         let number = port.parse().map_err(|_| {
             QmpError::generic(format!(
                 "address resolution failed for {host}:{port}: a port is a number from 0 to 65535"
             ))
         })?;
-        for refused in ["to", "mptcp", "ipv4", "ipv6"] {
-            if members.has(refused) {
-                return Err(QmpError::generic(format!(
-                    "'{refused}' of an inet address is not supported: leave it out"
-                )));
-            }
-        }
-        // Hosts may be numbers in any case, and connections are always kept alive.
-        members.opt_bool("numeric")?;
-        members.opt_bool("keep-alive")?;
         Ok(SocketAddress::Inet { host, port: number })
     }
 }

@@ -102,13 +102,14 @@ impl BlockdevBackup {
             crate::names::check_node_name(&name)
                 .map_err(|error| QmpError::generic(format!("Could not create node: {error}")))?;
         }
-        if arguments.opt_bool("discard-source")?.unwrap_or(false) {
-            return Err(QmpError::generic("'discard-source' is not supported: leave it out"));
-        }
+        let discard_source = arguments.opt_bool("discard-source")?.unwrap_or(false);
         // How many requests are in flight follows from what guests and both disks bear.
         arguments.ignore("x-perf");
         let target = arguments.str("target")?;
         arguments.finish()?;
+        if discard_source {
+            return Err(QmpError::generic("'discard-source' is not supported: leave it out"));
+        }
         let sync_word =
             SyncWord::WORDS.iter().find(|(_, meaning)| *meaning == word).map_or("", |(text, _)| text);
         if matches!(word, SyncWord::Incremental | SyncWord::Is(BackupSync::Bitmap)) && bitmap.is_none() {

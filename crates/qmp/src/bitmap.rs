@@ -1,7 +1,7 @@
 //! Commands on dirty bitmaps.
 
 use crate::error::QmpError;
-use crate::members::{Alternate, Members};
+use crate::members::{Alternate, Members, Object};
 
 /// A bitmap, of the node that the command is about or of another one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,15 +57,20 @@ pub enum BitmapCommand {
     Sha256(String, String),
 }
 
+impl Object for BitmapRef {
+    fn read(mut members: Members) -> Result<BitmapRef, QmpError> {
+        let found = BitmapRef { node: Some(members.str("node")?), name: members.str("name")? };
+        members.finish()?;
+        Ok(found)
+    }
+}
+
 /// A list of bitmaps.
 pub(crate) fn bitmap_refs(arguments: &mut Members, member: &str) -> Result<Option<Vec<BitmapRef>>, QmpError> {
-    let Some(items) = arguments.opt_alternates(member, "BlockDirtyBitmapOrStr")? else { return Ok(None) };
+    let items = arguments.opt_alternates::<BitmapRef>(member, "BlockDirtyBitmapOrStr")?;
+    let Some(items) = items else { return Ok(None) };
     let one = |item| match item {
-        Alternate::Object(mut object) => {
-            let found = BitmapRef { node: Some(object.str("node")?), name: object.str("name")? };
-            object.finish()?;
-            Ok(found)
-        }
+        Alternate::Object(found) => Ok(found),
         Alternate::Name(name) => Ok(BitmapRef { node: None, name }),
         Alternate::Null => Err(arguments.missing(member)),
     };

@@ -12,7 +12,7 @@ use crate::address::SocketAddress;
 use crate::bitmap::BitmapRef;
 use crate::error::QmpError;
 use crate::filters::{self, BlkdebugOptions};
-use crate::members::{Alternate, Members, Words};
+use crate::members::{Alternate, Members, Object, Words};
 use crate::names::check_node_name;
 
 impl Words for DetectZeroes {
@@ -372,6 +372,12 @@ impl BlockdevOptions {
     }
 }
 
+impl Object for BlockdevOptions {
+    fn read(members: Members) -> Result<BlockdevOptions, QmpError> {
+        BlockdevOptions::read(members)
+    }
+}
+
 fn unbuilt(what: &str, advice: &str) -> QmpError {
     QmpError::generic(format!("{what} is not supported yet: {advice}"))
 }
@@ -485,14 +491,7 @@ impl DriverName {
             DriverName::CopyBeforeWrite => {
                 let file = read_ref(members, "file")?;
                 let target = read_ref(members, "target")?;
-                let bitmap = match members.opt_object("bitmap")? {
-                    None => None,
-                    Some(mut object) => {
-                        let found = BitmapRef { node: Some(object.str("node")?), name: object.str("name")? };
-                        object.finish()?;
-                        Some(found)
-                    }
-                };
+                let bitmap = members.opt_object("bitmap")?.map(BitmapRef::read).transpose()?;
                 let on_error = members.opt_word("on-cbw-error")?.unwrap_or_default();
                 let timeout = members.opt_u32("cbw-timeout")?.filter(|seconds| *seconds > 0);
                 Ok(Driver::CopyBeforeWrite { file, target, bitmap, on_error, timeout, passed: false })
@@ -514,9 +513,7 @@ impl DriverName {
 
 fn read_file(members: &mut Members, device: bool) -> Result<Driver, QmpError> {
     let filename = members.str("filename")?;
-    if members.opt_str("pr-manager")?.is_some() {
-        return Err(unbuilt("'pr-manager'", "leave it out"));
-    }
+    members.refuse("pr-manager", "leave it out")?;
     let locking = members.opt_word("locking")?.unwrap_or_default();
     // How the kernel is asked is the reactor's own choice, and what it caches its own: accepted, and nothing changes.
     members.opt_word::<Aio>("aio")?;
@@ -545,9 +542,7 @@ fn read_nbd(members: &mut Members) -> Result<Driver, QmpError> {
         }
         None => None,
     };
-    if members.opt_str("x-dirty-bitmap")?.is_some() {
-        return Err(unbuilt("'x-dirty-bitmap'", "leave it out"));
-    }
+    members.refuse("x-dirty-bitmap", "leave it out")?;
     let reconnect_delay = members.opt_u32("reconnect-delay")?;
     let open_timeout = members.opt_u32("open-timeout")?;
     Ok(Driver::Nbd { server, export, reconnect_delay, open_timeout, tls })
@@ -569,9 +564,7 @@ fn read_qcow2(members: &mut Members) -> Result<Driver, QmpError> {
     let refcount_cache_bytes = members.opt_unsigned("refcount-cache-size")?;
     members.opt_unsigned("cache-clean-interval")?;
     for name in ["encrypt", "data-file"] {
-        if members.has(name) {
-            return Err(unbuilt(&format!("'{name}' of qcow2"), "such images cannot be opened"));
-        }
+        members.refuse(name, "such images cannot be opened")?;
     }
     if let (Some(whole), part) = (cache_bytes, l2_cache_bytes.max(refcount_cache_bytes))
         && part.is_some_and(|part| part > whole)
@@ -583,24 +576,22 @@ fn read_qcow2(members: &mut Members) -> Result<Driver, QmpError> {
 }
 
 pub(crate) fn read_ref(members: &mut Members, name: &str) -> Result<BlockdevRef, QmpError> {
-    match members.opt_alternate(name, "BlockdevRef")? {
+    match members.opt_alternate::<BlockdevOptions>(name, "BlockdevRef")? {
         Some(Alternate::Name(node)) => Ok(BlockdevRef::Name(node)),
-        Some(Alternate::Object(definition)) => {
-            Ok(BlockdevRef::Definition(Box::new(BlockdevOptions::read(definition)?)))
-        }
+        Some(Alternate::Object(definition)) => Ok(BlockdevRef::Definition(Box::new(definition))),
         Some(Alternate::Null) | None => Err(members.missing(name)),
     }
 }
 
 fn read_backing(members: &mut Members) -> Result<BackingOption, QmpError> {
-    Ok(match members.opt_alternate("backing", "BlockdevRefOrNull")? {
+    Ok(match members.opt_alternate::<BlockdevOptions>("backing", "BlockdevRefOrNull")? {
         None => BackingOption::Header,
         Some(Alternate::Null) => BackingOption::None,
         // Dotted keys have no null: an empty name stands for it.
         Some(Alternate::Name(node)) if node.is_empty() => BackingOption::None,
         Some(Alternate::Name(node)) => BackingOption::Node(BlockdevRef::Name(node)),
         Some(Alternate::Object(definition)) => {
-            BackingOption::Node(BlockdevRef::Definition(Box::new(BlockdevOptions::read(definition)?)))
+            BackingOption::Node(BlockdevRef::Definition(Box::new(definition)))
         }
     })
 }

@@ -103,6 +103,8 @@ pub enum Command {
     QueryVersion,
     /// `query-commands`.
     QueryCommands,
+    /// `query-qmp-schema`.
+    QueryQmpSchema,
     /// `quit`.
     Quit,
     /// `blockdev-add`.
@@ -179,6 +181,8 @@ pub enum Command {
     },
     /// `__infill_query-state`.
     QueryState,
+    /// `__infill_query-load`.
+    QueryLoad,
 }
 
 /// Commands that are built, `qmp_capabilities` among them.
@@ -186,6 +190,7 @@ pub const NAMES: &[&str] = &[
     "qmp_capabilities",
     "query-version",
     "query-commands",
+    "query-qmp-schema",
     "quit",
     "blockdev-add",
     "blockdev-del",
@@ -232,6 +237,7 @@ pub const NAMES: &[&str] = &[
     "object-add",
     "object-del",
     "__infill_query-state",
+    "__infill_query-load",
 ];
 
 /// Commands of qemu-storage-daemon 10 that are not built.
@@ -257,7 +263,6 @@ pub const UNBUILT: &[&str] = &[
     "query-blockstats",
     "query-chardev",
     "query-chardev-backends",
-    "query-qmp-schema",
     "ringbuf-read",
     "ringbuf-write",
     "x-blockdev-amend",
@@ -315,12 +320,14 @@ impl Command {
             "block-commit" => return BlockCommit::read(arguments).map(Command::BlockCommit),
             "query-version" => Command::QueryVersion,
             "query-commands" => Command::QueryCommands,
+            "query-qmp-schema" => Command::QueryQmpSchema,
             "quit" => Command::Quit,
             "query-block" => Command::QueryBlock,
             "query-block-exports" => Command::QueryBlockExports,
             "query-jobs" => Command::QueryJobs,
             "query-block-jobs" => Command::QueryBlockJobs,
             "__infill_query-state" => Command::QueryState,
+            "__infill_query-load" => Command::QueryLoad,
             "nbd-server-stop" => Command::NbdServerStop,
             "blockdev-del" => Command::BlockdevDel { node_name: arguments.str("node-name")? },
             "blockdev-snapshot" => {

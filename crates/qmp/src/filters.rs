@@ -149,8 +149,8 @@ pub(crate) fn read_blkdebug(members: &mut Members) -> Result<Driver, QmpError> {
     for name in ["config", "take-child-perms", "unshare-child-perms"] {
         if members.has(name) {
             refused.get_or_insert(unbuilt(name));
+            members.ignore(name);
         }
-        members.ignore(name);
     }
     let errors = members.opt_objects("inject-error")?.unwrap_or_default();
     let states = members.opt_objects("set-state")?.unwrap_or_default();

@@ -17,6 +17,7 @@ mod bitmap;
 mod blockdev;
 pub mod command;
 pub mod copy;
+mod describe;
 mod error;
 mod export;
 mod filters;
@@ -26,8 +27,10 @@ mod members;
 pub mod names;
 mod object;
 mod output;
+pub mod schema;
 mod session;
 pub mod throttle;
+mod told;
 pub mod transaction;
 
 pub use address::SocketAddress;
@@ -41,7 +44,7 @@ pub use export::{
     BlockExportOptions, NBD_CONNECTIONS_DEFAULT, NBD_STRING_BYTES_MAX, NbdServerOptions, RemoveMode,
 };
 pub use filters::BlkdebugOptions;
-pub use members::{Alternate, Members, Words};
+pub use members::{Alternate, Members, Object, Words};
 pub use object::{ObjectKind, ObjectOptions, TlsCredsX509};
 pub use output::{Event, answer, encode};
 pub use session::{Incoming, Request, Session};

@@ -2,9 +2,13 @@
 //!
 //! What is taken is gone; [`Members::finish`] refuses what is left over. Objects that came from dotted keys hold strings
 //! only, out of which switches and numbers are read here. Costs no copies: values are moved out.
+//!
+//! What is taken is also how the commands' schema is found out: read every member before refusing a value, and refuse
+//! what is known and not built by [`Members::refuse`] or in [`Words::of`], so that the schema leaves it out.
 
 use serde_json::{Map, Value};
 
+use crate::describe::{Either, Log, Taken};
 use crate::error::QmpError;
 use crate::json;
 use crate::keyval;
@@ -17,25 +21,33 @@ pub struct Members {
     path: String,
     /// Whether scalars are strings because they came from dotted keys.
     strings: bool,
+    /// Who is told what is taken.
+    log: Option<Log>,
 }
 
-/// What a member that names a node or defines one holds.
+/// What a member that names something or defines it holds.
 #[derive(Debug)]
-pub enum Alternate {
+pub enum Alternate<T> {
     /// A name.
     Name(String),
     /// An object.
-    Object(Members),
+    Object(T),
     /// `null`.
     Null,
 }
 
+/// What is read out of an object.
+pub trait Object: Sized + 'static {
+    /// Reads all of `members`.
+    fn read(members: Members) -> Result<Self, QmpError>;
+}
+
 /// A named set of words: what an enumeration accepts.
 pub trait Words: Sized + 'static {
-    /// The words and what they mean.
+    /// The words that are accepted, and what they mean. What is known and refused belongs into [`Words::of`] alone.
     const WORDS: &'static [(&'static str, Self)];
 
-    /// What `word` means.
+    /// What `word` means; also of words that are known only to be refused with a sentence of their own.
     fn of(word: &str) -> Option<&'static Self> {
         Self::WORDS.iter().find(|(name, _)| *name == word).map(|(_, meaning)| meaning)
     }
@@ -44,7 +56,12 @@ pub trait Words: Sized + 'static {
 impl Members {
     /// Members of an object that came as JSON.
     pub fn of_json(object: Map<String, Value>) -> Members {
-        Members { object, path: String::new(), strings: false }
+        Members { object, path: String::new(), strings: false, log: None }
+    }
+
+    /// Members that tell `log` what is taken of them.
+    pub(crate) fn logged(object: Map<String, Value>, log: Log) -> Members {
+        Members { object, path: String::new(), strings: false, log: Some(log) }
     }
 
     /// The members of a command-line argument: JSON if it begins with `{`, dotted keys else. `implied` is the key of
@@ -57,7 +74,7 @@ impl Members {
             };
         }
         let object = keyval::parse(text, implied)?;
-        Ok(Members { object, path: String::new(), strings: true })
+        Ok(Members { object, path: String::new(), strings: true, log: None })
     }
 
     /// The members as they came, and whether scalars are strings because they came from dotted keys.
@@ -67,12 +84,20 @@ impl Members {
 
     /// What [`Members::into_parts`] gave, once more.
     pub fn of_parts(object: Map<String, Value>, strings: bool) -> Members {
-        Members { object, path: String::new(), strings }
+        Members { object, path: String::new(), strings, log: None }
     }
 
     /// The name of a member as messages tell it.
     fn full(&self, name: &str) -> String {
         format!("{}{name}", self.path)
+    }
+
+    /// Takes a member, and tells as what.
+    fn take(&mut self, name: &str, taken: impl FnOnce() -> Taken) -> Option<Value> {
+        if let Some(log) = &self.log {
+            log.taken(self.full(name), taken());
+        }
+        self.object.remove(name)
     }
 
     fn mistyped(&self, name: &str, expected: &str) -> QmpError {
@@ -85,6 +110,9 @@ impl Members {
 
     /// The refusal of an object that lacks a member.
     pub fn missing(&self, name: &str) -> QmpError {
+        if let Some(log) = &self.log {
+            log.missing(self.full(name));
+        }
         QmpError::generic(format!("Parameter '{}' is missing", self.full(name)))
     }
 
@@ -94,7 +122,11 @@ impl Members {
 
     /// An optional string.
     pub fn opt_str(&mut self, name: &str) -> Result<Option<String>, QmpError> {
-        match self.object.remove(name) {
+        self.opt_text(name, || Taken::Str)
+    }
+
+    fn opt_text(&mut self, name: &str, taken: impl FnOnce() -> Taken) -> Result<Option<String>, QmpError> {
+        match self.take(name, taken) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
             Some(_) => Err(self.mistyped(name, "string")),
@@ -109,7 +141,7 @@ impl Members {
 
     /// An optional switch.
     pub fn opt_bool(&mut self, name: &str) -> Result<Option<bool>, QmpError> {
-        match self.object.remove(name) {
+        match self.take(name, || Taken::Bool) {
             None => Ok(None),
             Some(Value::Bool(on)) => Ok(Some(on)),
             Some(Value::String(text)) if self.strings => match switch(&text) {
@@ -122,7 +154,7 @@ impl Members {
 
     /// An optional signed number.
     pub fn opt_int(&mut self, name: &str) -> Result<Option<i64>, QmpError> {
-        match self.object.remove(name) {
+        match self.take(name, || Taken::Int) {
             None => Ok(None),
             Some(Value::String(text)) if self.strings => match integer(&text) {
                 Some(number) => Ok(Some(number)),
@@ -165,7 +197,7 @@ impl Members {
 
     /// A number of 64 bits.
     pub fn u64(&mut self, name: &str) -> Result<u64, QmpError> {
-        let value = self.object.remove(name);
+        let value = self.take(name, || Taken::Int);
         let value = self.need(name, value)?;
         let number = match &value {
             Value::String(text) if self.strings => text.parse().ok(),
@@ -176,7 +208,8 @@ impl Members {
 
     /// An optional word out of a set.
     pub fn opt_word<W: Words + Copy>(&mut self, name: &str) -> Result<Option<W>, QmpError> {
-        let Some(word) = self.opt_str(name)? else { return Ok(None) };
+        let taken = || Taken::Word(W::WORDS.iter().map(|(name, _)| *name).collect());
+        let Some(word) = self.opt_text(name, taken)? else { return Ok(None) };
         match W::of(&word) {
             Some(meaning) => Ok(Some(*meaning)),
             None => Err(QmpError::generic(format!("Parameter '{name}' does not accept value '{word}'"))),
@@ -190,12 +223,13 @@ impl Members {
     }
 
     fn inside(&self, name: &str, object: Map<String, Value>) -> Members {
-        Members { object, path: format!("{}.", self.full(name)), strings: self.strings }
+        let path = format!("{}.", self.full(name));
+        Members { object, path, strings: self.strings, log: self.log.clone() }
     }
 
     /// An optional object.
     pub fn opt_object(&mut self, name: &str) -> Result<Option<Members>, QmpError> {
-        match self.object.remove(name) {
+        match self.take(name, || Taken::Object) {
             None => Ok(None),
             Some(Value::Object(object)) => Ok(Some(self.inside(name, object))),
             Some(_) => Err(self.mistyped(name, "object")),
@@ -208,30 +242,51 @@ impl Members {
         self.need(name, value)
     }
 
-    /// An optional member that is a name, an object, or `null` where `kind` (the type's name in messages) ends in
-    /// `OrNull`.
-    pub fn opt_alternate(&mut self, name: &str, kind: &str) -> Result<Option<Alternate>, QmpError> {
-        match self.object.remove(name) {
+    /// An optional member that is a name, an object, or `null` where `kind` (the type's name) ends in `OrNull`.
+    pub fn opt_alternate<T: Object>(
+        &mut self,
+        name: &str,
+        kind: &'static str,
+    ) -> Result<Option<Alternate<T>>, QmpError> {
+        match self.take(name, || Taken::Either(either::<T>(kind))) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(Alternate::Name(text))),
-            Some(Value::Object(object)) => Ok(Some(Alternate::Object(self.inside(name, object)))),
-            Some(Value::Null) if kind.ends_with("OrNull") => Ok(Some(Alternate::Null)),
+            Some(Value::Object(object)) => {
+                T::read(self.inside(name, object)).map(Alternate::Object).map(Some)
+            }
+            Some(Value::Null) if takes_null(kind) => Ok(Some(Alternate::Null)),
             Some(_) => Err(self.mistyped(name, kind)),
         }
     }
 
-    /// An optional list, its items as they are.
-    pub fn opt_list(&mut self, name: &str) -> Result<Option<Vec<Value>>, QmpError> {
-        match self.object.remove(name) {
+    fn opt_items(
+        &mut self,
+        name: &str,
+        taken: impl FnOnce() -> Taken,
+    ) -> Result<Option<Vec<Value>>, QmpError> {
+        match self.take(name, taken) {
             None => Ok(None),
             Some(Value::Array(items)) => Ok(Some(items)),
             Some(_) => Err(self.mistyped(name, "array")),
         }
     }
 
+    /// An optional list of words out of a set.
+    pub fn opt_words<W: Words + Copy>(&mut self, name: &str) -> Result<Option<Vec<W>>, QmpError> {
+        let taken = || Taken::Words(W::WORDS.iter().map(|(name, _)| *name).collect());
+        let Some(items) = self.opt_items(name, taken)? else { return Ok(None) };
+        let one = |(at, item)| match item {
+            Value::String(word) => W::of(&word).copied().ok_or_else(|| {
+                QmpError::generic(format!("Parameter '{name}' does not accept value '{word}'"))
+            }),
+            _ => Err(self.mistyped(&format!("{name}[{at}]"), "string")),
+        };
+        items.into_iter().enumerate().map(one).collect::<Result<_, _>>().map(Some)
+    }
+
     /// An optional list of objects.
     pub fn opt_objects(&mut self, name: &str) -> Result<Option<Vec<Members>>, QmpError> {
-        let Some(items) = self.opt_list(name)? else { return Ok(None) };
+        let Some(items) = self.opt_items(name, || Taken::Objects)? else { return Ok(None) };
         let one = |(at, item)| {
             let name = format!("{name}[{at}]");
             match item {
@@ -243,15 +298,31 @@ impl Members {
     }
 
     /// An optional list of members that are names or objects each.
-    pub fn opt_alternates(&mut self, name: &str, kind: &str) -> Result<Option<Vec<Alternate>>, QmpError> {
-        let Some(items) = self.opt_list(name)? else { return Ok(None) };
+    pub fn opt_alternates<T: Object>(
+        &mut self,
+        name: &str,
+        kind: &'static str,
+    ) -> Result<Option<Vec<Alternate<T>>>, QmpError> {
+        let Some(items) = self.opt_items(name, || Taken::Eithers(either::<T>(kind)))? else {
+            return Ok(None);
+        };
         let one = |(at, item)| match item {
             Value::String(text) => Ok(Alternate::Name(text)),
-            Value::Object(object) => Ok(Alternate::Object(self.inside(&format!("{name}[{at}]"), object))),
+            Value::Object(object) => {
+                T::read(self.inside(&format!("{name}[{at}]"), object)).map(Alternate::Object)
+            }
             // The protocol's words for what has no name of its own.
             _ => Err(QmpError::generic(format!("Invalid parameter type for 'null', expected: {kind}"))),
         };
         items.into_iter().enumerate().map(one).collect::<Result<_, _>>().map(Some)
+    }
+
+    /// Refuses a member that is known and not supported, by name; `advice` says what to do instead.
+    pub fn refuse(&self, name: &str, advice: &str) -> Result<(), QmpError> {
+        if !self.has(name) {
+            return Ok(());
+        }
+        Err(QmpError::generic(format!("'{}' is not supported yet: {advice}", self.full(name))))
     }
 
     /// Whether the member is there and was not taken.
@@ -261,16 +332,28 @@ impl Members {
 
     /// Takes a member whatever it is: for those that are accepted and change nothing.
     pub fn ignore(&mut self, name: &str) {
-        self.object.remove(name);
+        self.take(name, || Taken::Any);
     }
 
     /// Refuses what is left over.
     pub fn finish(self) -> Result<(), QmpError> {
+        if let Some(log) = &self.log {
+            log.finished(&self.path);
+        }
         match self.object.keys().next() {
             None => Ok(()),
             Some(name) => Err(QmpError::generic(format!("Parameter '{}' is unexpected", self.full(name)))),
         }
     }
+}
+
+/// Whether a type takes `null`, by its name.
+fn takes_null(kind: &str) -> bool {
+    kind.ends_with("OrNull")
+}
+
+fn either<T: Object>(kind: &'static str) -> Either {
+    Either { kind, read: |members| T::read(members).map(drop), null: takes_null(kind) }
 }
 
 /// A switch as dotted keys spell it.

@@ -53,23 +53,22 @@ impl Words for Endpoint {
 
 impl TlsCredsX509 {
     /// Reads what these alone take.
-    fn read(members: &mut Members) -> Result<TlsCredsX509, QmpError> {
+    fn read(mut members: Members) -> Result<TlsCredsX509, QmpError> {
         let verify_peer = members.opt_bool("verify-peer")?.unwrap_or(true);
         let dir = members.opt_str("dir")?;
         let endpoint = members.opt_word("endpoint")?.unwrap_or(Endpoint::Client);
         let priority = members.opt_str("priority")?;
         let sanity_check = members.opt_bool("sanity-check")?.unwrap_or(true);
-        let password = members.opt_str("passwordid")?;
+        members.refuse(
+            "passwordid",
+            "decrypt the key (openssl pkey -in KEY -out NEWKEY) and protect its file",
+        )?;
+        members.finish()?;
         let dir = dir.ok_or_else(|| QmpError::generic("Missing 'dir' property value"))?;
         if priority.is_some_and(|priority| priority != "NORMAL") {
             return Err(QmpError::generic(
                 "'priority' is in the language of another library and is not supported: leave it out; TLS 1.2 and 1.3 \
                  with ciphers that are not broken are what is agreed on",
-            ));
-        }
-        if password.is_some() {
-            return Err(QmpError::generic(
-                "'passwordid' is not supported: decrypt the key (openssl pkey -in KEY -out NEWKEY) and protect its file",
             ));
         }
         Ok(TlsCredsX509 { server: endpoint == Endpoint::Server, dir, verify_peer, sanity_check })
@@ -85,22 +84,26 @@ macro_rules! kinds {
 }
 
 impl Words for Kind {
-    const WORDS: &'static [(&'static str, Kind)] = kinds![
-        "iothread",
-        "authz-list",
-        "authz-list-file",
-        "authz-pam",
-        "authz-simple",
-        "main-loop",
-        "secret",
-        "secret_keyring",
-        "throttle-group",
-        "tls-creds-anon",
-        "tls-creds-psk",
-        "tls-creds-x509",
-        "tls-cipher-suites",
-    ];
+    const WORDS: &'static [(&'static str, Kind)] = kinds!["iothread", "throttle-group", "tls-creds-x509"];
+
+    fn of(word: &str) -> Option<&'static Kind> {
+        Self::WORDS.iter().chain(UNBUILT).find(|(name, _)| *name == word).map(|(_, kind)| kind)
+    }
 }
+
+/// Types that QEMU knows and that are not built.
+const UNBUILT: &[(&str, Kind)] = kinds![
+    "authz-list",
+    "authz-list-file",
+    "authz-pam",
+    "authz-simple",
+    "main-loop",
+    "secret",
+    "secret_keyring",
+    "tls-creds-anon",
+    "tls-creds-psk",
+    "tls-cipher-suites",
+];
 
 impl ObjectOptions {
     /// Reads all of `members`.
@@ -120,13 +123,13 @@ impl ObjectOptions {
                 ] {
                     members.opt_unsigned(number)?;
                 }
+                members.finish()?;
                 ObjectKind::IoThread
             }
-            "tls-creds-x509" => ObjectKind::TlsCredsX509(TlsCredsX509::read(&mut members)?),
+            "tls-creds-x509" => ObjectKind::TlsCredsX509(TlsCredsX509::read(members)?),
             "throttle-group" => {
                 let limits = throttle::read_group(&mut members)?;
-                // A member too many is told first.
-                members.clone().finish()?;
+                members.finish()?;
                 ObjectKind::ThrottleGroup(limits?)
             }
             "tls-creds-psk" => {
@@ -147,7 +150,6 @@ impl ObjectOptions {
                 )));
             }
         };
-        members.finish()?;
         if !names::is_id(&id) {
             return Err(QmpError::generic("Parameter 'id' expects an identifier"));
         }

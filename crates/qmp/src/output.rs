@@ -93,6 +93,11 @@ pub struct Event {
 impl Event {
     /// An event of that name.
     pub fn new(name: &'static str, data: Value) -> Event {
+        debug_assert_eq!(
+            crate::schema::event_misfit(name, &data),
+            None,
+            "{name} tells what its schema does not say"
+        );
         Event { name, data }
     }
 

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use crate::command::{self, Known};
 use crate::error::{ErrorClass, QmpError};
 use crate::json::Reader;
-use crate::members::Members;
+use crate::members::{Members, Words};
 use crate::output::{answer, encode};
 
 /// A command that is to be executed.
@@ -129,27 +129,28 @@ impl Session {
         Ok(Some((name, arguments)))
     }
 
-    fn negotiate(&mut self, mut arguments: Members) -> Result<(), QmpError> {
-        let enable = arguments.opt_list("enable")?.unwrap_or_default();
-        arguments.finish()?;
-        let mut oob = false;
-        for (nth, capability) in enable.iter().enumerate() {
-            match capability.as_str() {
-                Some("oob") => oob = true,
-                Some(other) => {
-                    return Err(QmpError::generic(format!(
-                        "Parameter 'enable' does not accept value '{other}'"
-                    )));
-                }
-                None => {
-                    let why = format!("Invalid parameter type for 'enable[{nth}]', expected: string");
-                    return Err(QmpError::generic(why));
-                }
-            }
-        }
-        (self.oob, self.negotiated) = (oob, true);
+    fn negotiate(&mut self, arguments: Members) -> Result<(), QmpError> {
+        (self.oob, self.negotiated) = (read_capabilities(arguments)?.contains(&Capability::Oob), true);
         Ok(())
     }
+}
+
+/// What a client may ask for before anything else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Capability {
+    /// Commands may be sent ahead of others.
+    Oob,
+}
+
+impl Words for Capability {
+    const WORDS: &'static [(&'static str, Capability)] = &[("oob", Capability::Oob)];
+}
+
+/// Reads the arguments of `qmp_capabilities`.
+pub(crate) fn read_capabilities(mut arguments: Members) -> Result<Vec<Capability>, QmpError> {
+    let enable = arguments.opt_words("enable")?.unwrap_or_default();
+    arguments.finish()?;
+    Ok(enable)
 }
 
 fn take_name(name: &mut Option<String>, key: &str, other: &str, value: Value) -> Result<(), QmpError> {

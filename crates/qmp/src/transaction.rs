@@ -44,11 +44,19 @@ impl Words for Kind {
         ("block-dirty-bitmap-merge", Kind::Bitmap("block-dirty-bitmap-merge")),
         ("blockdev-backup", Kind::Backup),
         ("blockdev-snapshot", Kind::Snapshot),
-        ("blockdev-snapshot-internal-sync", Kind::Unbuilt("blockdev-snapshot-internal-sync")),
-        ("blockdev-snapshot-sync", Kind::Unbuilt("blockdev-snapshot-sync")),
-        ("drive-backup", Kind::Unbuilt("drive-backup")),
     ];
+
+    fn of(word: &str) -> Option<&'static Kind> {
+        Self::WORDS.iter().chain(UNBUILT).find(|(name, _)| *name == word).map(|(_, kind)| kind)
+    }
 }
+
+/// Actions of QEMU that are not built.
+const UNBUILT: &[(&str, Kind)] = &[
+    ("blockdev-snapshot-internal-sync", Kind::Unbuilt("blockdev-snapshot-internal-sync")),
+    ("blockdev-snapshot-sync", Kind::Unbuilt("blockdev-snapshot-sync")),
+    ("drive-backup", Kind::Unbuilt("drive-backup")),
+];
 
 /// When jobs that one transaction starts complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -77,7 +85,6 @@ pub struct Transaction {
 impl Transaction {
     pub(crate) fn read(mut arguments: Members) -> Result<Transaction, QmpError> {
         let items = arguments.opt_objects("actions")?.ok_or_else(|| arguments.missing("actions"))?;
-        let read: Vec<_> = items.into_iter().map(read_action).collect::<Result<_, _>>()?;
         let mut grouped = false;
         if let Some(mut properties) = arguments.opt_object("properties")? {
             let mode: CompletionMode = properties.opt_word("completion-mode")?.unwrap_or_default();
@@ -85,6 +92,7 @@ impl Transaction {
             properties.finish()?;
         }
         arguments.finish()?;
+        let read: Vec<_> = items.into_iter().map(read_action).collect::<Result<_, _>>()?;
         let alone = read.iter().find(|(_, action)| !matches!(action, TransactionAction::Backup(_)));
         if let (true, Some((name, _))) = (grouped, alone) {
             return Err(QmpError::generic(format!(

@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 
 use super::run;
 use crate::args::{
-    BackupArgs, CommitArgs, JobArgs, JobEndArgs, JobsArgs, MirrorArgs, Output, SocketArgs, StartArgs,
+    BackupArgs, CancelArgs, CommitArgs, JobArgs, JobEndArgs, JobsArgs, MirrorArgs, Output, SocketArgs,
+    StartArgs, StreamArgs, WaitArgs,
 };
 use crate::monitor::Monitor;
 use crate::out;
@@ -31,7 +32,7 @@ enum End {
     Failed(String),
 }
 
-fn connect(daemon: &SocketArgs) -> Result<Monitor> {
+pub(super) fn connect(daemon: &SocketArgs) -> Result<Monitor> {
     let socket = daemon.socket.clone().or_else(|| std::env::var_os("INFILL_SOCKET").map(PathBuf::from));
     let Some(socket) = socket else {
         bail!(
@@ -39,6 +40,22 @@ fn connect(daemon: &SocketArgs) -> Result<Monitor> {
         )
     };
     Monitor::connect(&socket)
+}
+
+/// `infill stream`, of a daemon's node.
+pub fn stream(args: StreamArgs) -> Result<ExitCode> {
+    let node = args.node.context("which of the daemon's nodes is to be filled? Say --node NAME")?;
+    let mut arguments = json!({ "device": node });
+    if let Some(base) = &args.base {
+        arguments["base"] = json!(base);
+    }
+    let start = StartArgs {
+        daemon: SocketArgs { socket: args.socket },
+        job_id: args.job_id,
+        speed: args.speed,
+        wait: WaitArgs { detach: args.detach, quiet: args.quiet },
+    };
+    begin("stream", &node, "block-stream", arguments, false, &start)
 }
 
 /// `infill commit`.
@@ -92,7 +109,7 @@ fn begin(
         return Ok(ExitCode::SUCCESS);
     }
     match watch(&mut monitor, &id, Some(complete), quiet)? {
-        End::Done => say(quiet, &format!("the {verb} of {node} is done")),
+        End::Done => say(quiet, &format!("the {verb} of {node} is done, and all of it is on stable storage")),
         End::Ready => say(
             quiet,
             &format!(
@@ -149,12 +166,42 @@ pub fn told(command: &str, args: &JobArgs) -> Result<ExitCode> {
 }
 
 /// `infill cancel`.
-pub fn cancel(args: JobEndArgs) -> Result<ExitCode> {
+pub fn cancel(args: CancelArgs) -> Result<ExitCode> {
+    if args.keep_copy {
+        return keep_copy(&args.end);
+    }
+    let args = args.end;
     match end("job-cancel", &args)? {
         // What fails when it is told to give up has given up.
         Some(End::Failed(why)) => say(args.wait.quiet, &format!("'{}' ended with: {why}", args.job.id)),
         Some(End::Done) => bail!("the daemon's job '{}' was done before it could be cancelled", args.job.id),
         _ => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `infill cancel --keep-copy`: what the protocol calls cancelling a block job without force, once it is ready.
+fn keep_copy(args: &JobEndArgs) -> Result<ExitCode> {
+    let (id, quiet) = (&args.job.id, args.wait.quiet);
+    let mut monitor = connect(&args.job.daemon)?;
+    let jobs = monitor.call("query-jobs", json!({}))?;
+    let job = jobs.as_array().and_then(|jobs| jobs.iter().find(|job| job["id"] == **id));
+    let Some(job) = job else { bail!("the daemon has no job '{id}' (`infill jobs` lists its jobs)") };
+    if job["type"] != "mirror" || !matches!(job["status"].as_str(), Some("ready" | "standby")) {
+        bail!(
+            "'{id}' is a {} that is {}: only a mirror that is ready has a copy to keep",
+            job["type"].as_str().unwrap_or("job"),
+            job["status"].as_str().unwrap_or("not there"),
+        );
+    }
+    monitor.call("block-job-cancel", json!({ "device": id }))?;
+    if args.wait.detach {
+        return Ok(ExitCode::SUCCESS);
+    }
+    match watch(&mut monitor, id, None, quiet)? {
+        End::Failed(why) => bail!("the daemon's job '{id}' has failed: {why}"),
+        End::Cancelled => bail!("the daemon's job '{id}' was cancelled: its target is no copy"),
+        End::Done | End::Ready => say(quiet, &format!("'{id}' has ended: its target is a copy of the disk")),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -7,6 +7,7 @@ pub mod info;
 pub mod map;
 pub mod serve;
 pub mod stream;
+pub mod top;
 
 use std::future::Future;
 use std::path::PathBuf;

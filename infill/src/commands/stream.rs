@@ -1,10 +1,9 @@
-//! `infill stream`: fills an overlay until it needs no backing file. At rest, the image is opened here; of a running
-//! daemon, its monitor is asked to do it and watched.
+//! `infill stream`: fills an overlay until it needs no backing file. At rest, the image is opened here; a running daemon
+//! is asked as for every other job ([`ask`]).
 
 use std::path::Path;
 use std::pin::pin;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::future::{Either, select};
@@ -12,24 +11,20 @@ use infill_base::DiscardMode;
 use infill_io::termination;
 use infill_job::stream::{FILL_MIN_RATE, StreamBase, StreamOptions};
 use infill_job::{JobOptions, Jobs, stream};
-use serde_json::{Value, json};
 
 use crate::args::StreamArgs;
 use crate::blockdev::{Access, Blockdevs, Image, OpenPolicy};
 use crate::commands::serve::{on_lost, swapped};
-use crate::commands::{image, open_unless, policy, run};
-use crate::monitor::Monitor;
-use crate::progress::{bytes_bar, follow};
+use crate::commands::{ask, image, open_unless, policy, run};
+use crate::progress::follow;
 
-/// How often a daemon is asked how far its job is.
-const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// Who the stream is, among the users of its node.
 const STREAM_USER: &str = "the stream";
 
 /// Streams an image at rest, or asks a daemon to.
 pub fn main(args: StreamArgs) -> Result<ExitCode> {
-    match &args.monitor {
-        Some(socket) => ask_daemon(&args, socket),
+    match args.node {
+        Some(_) => ask::stream(args),
         None => run(move || at_rest(args)),
     }
 }
@@ -97,48 +92,5 @@ fn name_in_header(filename: &str, top: Option<&Path>, path: Option<&Path>) -> St
     match path.file_name() {
         Some(name) if top.and_then(Path::parent) == path.parent() => name.to_string_lossy().into_owned(),
         _ => path.to_string_lossy().into_owned(),
-    }
-}
-
-fn ask_daemon(args: &StreamArgs, socket: &Path) -> Result<ExitCode> {
-    let Some(node) = &args.node else {
-        bail!("which of the daemon's nodes is to be filled? Say --node NAME")
-    };
-    let id = args.job_id.clone().unwrap_or_else(|| format!("stream-{}", node.trim_start_matches('#')));
-    let mut monitor = Monitor::connect(socket)?;
-    let mut arguments = json!({"job-id": id, "device": node, "auto-dismiss": false});
-    if let Some(base) = &args.base {
-        arguments["base"] = json!(base);
-    }
-    if let Some(speed) = args.speed {
-        arguments["speed"] = json!(speed);
-    }
-    monitor.call("block-stream", arguments)?;
-    let outcome = watch(&mut monitor, &id, args.quiet)?;
-    monitor.call("job-dismiss", json!({"id": id}))?;
-    if let Some(why) = outcome {
-        bail!("the daemon's job '{id}' has failed: {why}");
-    }
-    if !args.quiet {
-        eprintln!("infill: {node} is filled, and all of it is on stable storage");
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Follows a daemon's job until it is concluded: why it failed, if it did.
-fn watch(monitor: &mut Monitor, id: &str, quiet: bool) -> Result<Option<String>> {
-    let bar = if quiet { indicatif::ProgressBar::hidden() } else { bytes_bar(id) };
-    loop {
-        let jobs = monitor.call("query-jobs", json!({}))?;
-        let job = jobs.as_array().and_then(|jobs| jobs.iter().find(|job| job["id"] == id));
-        let Some(job) = job else { bail!("the daemon knows no job '{id}' any more") };
-        bar.set_length(job["total-progress"].as_u64().unwrap_or(0));
-        bar.set_position(job["current-progress"].as_u64().unwrap_or(0));
-        if job["status"] == "concluded" {
-            bar.finish_and_clear();
-            return Ok(job["error"].as_str().map(str::to_owned));
-        }
-        // Events end the wait early; what they say is asked for anyway.
-        let _event: Option<Value> = monitor.event(ASK_AGAIN)?;
     }
 }

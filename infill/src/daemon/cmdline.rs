@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, anyhow, bail};
 
+use super::qemu_nbd::OneDisk;
 use super::sandbox::Sandbox;
 
 /// Most options of one command line.
@@ -54,7 +55,7 @@ pub struct Opt {
 }
 
 /// A command line to be carried out.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct CommandLine {
     /// In order.
     pub options: Vec<Opt>,
@@ -74,13 +75,19 @@ pub struct CommandLine {
     pub sandbox_paths: Vec<PathBuf>,
     /// Where changes of images are recorded that only memory has.
     pub journal: Option<PathBuf>,
+    /// Whether it goes into the background.
+    pub daemonize: bool,
+    /// Whether standard error stays where it is then.
+    pub keep_stderr: bool,
+    /// The disk of a daemon that serves one, and ends with its clients.
+    pub one: Option<OneDisk>,
 }
 
 /// What a command line asks for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Parsed {
     /// To run.
-    Run(CommandLine),
+    Run(Box<CommandLine>),
     /// To print this, and nothing else.
     Print(String),
 }
@@ -104,10 +111,10 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
         match name {
             "-h" | "--help" => return Ok(Parsed::Print(help())),
             "-V" | "--version" => return Ok(Parsed::Print(version())),
-            "--daemonize" => bail!(
-                "--daemonize is not supported yet: start it in the background (with `&`, setsid or a service \
-                 manager) and wait for its pid file"
-            ),
+            "--daemonize" if attached.is_none() => {
+                command_line.daemonize = true;
+                continue;
+            }
             "--forget" if attached.is_none() => {
                 command_line.forget = true;
                 continue;
@@ -154,10 +161,14 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
             bail!("more than {OPTIONS_MAX} options are given: add the rest over a monitor");
         }
     }
+    let terminal = |option: &Opt| option.kind == Kind::Chardev && option.text.contains("stdio");
+    if command_line.daemonize && command_line.options.iter().any(terminal) {
+        bail!("a process in the background has no standard input: --daemonize is not for --chardev stdio");
+    }
     if command_line.forget && command_line.state.is_none() {
         bail!("--forget is only of use with --state DIR: without it nothing is kept");
     }
-    Ok(Parsed::Run(command_line))
+    Ok(Parsed::Run(Box::new(command_line)))
 }
 
 fn version() -> String {
@@ -212,6 +223,8 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
                          server-key.pem, client-cert.pem, client-key.pem)
 
   --pidfile <path>       write the process id to a file after startup
+  --daemonize            end this process when another one, in the background,
+                         serves; with an exit code of 1 when it could not
 
   --metrics <host>:<port>
   --metrics <socket>     serve figures for Prometheus: GET /metrics
@@ -274,7 +287,7 @@ mod tests {
             (&["foo"], "foo: Unexpected argument"),
             (&["--blockdev"], "option '--blockdev' requires an argument"),
             (&["--sandbox", "maybe"], "--sandbox maybe: it is on, off or auto"),
-            (&["--daemonize"], "--daemonize is not supported yet"),
+            (&["--daemonize=1"], "unrecognized option '--daemonize'"),
             (&["--trace", "x"], "--trace is not supported"),
             (&["--forget"], "--forget is only of use with --state"),
             (&["--forget=1"], "unrecognized option '--forget'"),

@@ -145,6 +145,9 @@ impl Control {
     /// All nodes count for metrics from now on.
     pub fn meter_nodes(&self) {
         self.metered.set(true);
+        for (_, node) in self.blockdevs.graph().list() {
+            node.latency().meter().start();
+        }
     }
 
     /// Sends an event to all monitors, after those of jobs that have happened before.
@@ -219,6 +222,11 @@ impl Control {
             Err(error) => Err(error),
         };
         let kept = self.settle().await;
+        debug_assert_eq!(
+            outcome.as_ref().ok().and_then(|answer| infill_qmp::schema::answer_misfit(name, answer)),
+            None,
+            "{name} answers what its schema does not say"
+        );
         if name.starts_with("query-") { outcome } else { outcome.and_then(|value| kept.map(|()| value)) }
     }
 
@@ -228,6 +236,7 @@ impl Control {
             Command::QueryCommands => {
                 return Ok(NAMES.iter().map(|name| json!({ "name": name })).collect());
             }
+            Command::QueryQmpSchema => return infill_qmp::schema::schema().cloned(),
             Command::QueryNamedBlockNodes { flat } => return self.query_named_block_nodes(flat),
             // Nodes are not attached to devices here.
             Command::QueryBlock => return Ok(json!([])),
@@ -239,6 +248,7 @@ impl Control {
             Command::QueryJobs => return Ok(self.query_jobs()),
             Command::QueryBlockJobs => return Ok(self.query_block_jobs()),
             Command::QueryState => return self.query_state(),
+            Command::QueryLoad => return Ok(self.query_load()),
             Command::BlockdevAdd(options) => self.blockdev_add(*options).await?,
             Command::BlockdevDel { node_name } => self.blockdev_del(&node_name).await?,
             Command::BlockdevMirror(mirror) => self.blockdev_mirror(mirror).await?,
@@ -280,9 +290,7 @@ impl Control {
         }
         let added = self.blockdevs.add(options).await.map(drop).map_err(|error| refused(&error));
         if self.metered.get() {
-            for (_, node) in self.blockdevs.graph().list() {
-                node.latency().meter().start();
-            }
+            self.meter_nodes();
         }
         for (node, watch) in self.blockdevs.take_source_watches() {
             rt::spawn(self.clone().tell_source(node, watch));

@@ -126,6 +126,22 @@ impl Control {
         Ok(())
     }
 
+    /// Completes when there has been a client, and none is left.
+    pub async fn last_client_gone(&self) {
+        loop {
+            let changed = {
+                let server = self.exported.server.borrow();
+                let Some(NbdServer::Serving(listening)) = &*server else { return };
+                let changed = listening.changed();
+                if listening.chosen() > 0 && listening.connections() == 0 {
+                    return;
+                }
+                changed
+            };
+            changed.await;
+        }
+    }
+
     /// Everything that clients use goes; what they have in flight is answered first.
     pub async fn close_exports(self: &Rc<Self>) {
         let stopped = self.nbd_server_stop().await;
@@ -272,6 +288,12 @@ impl Control {
             self.blockdevs().release(&node, &user(id));
         }
         self.tell("BLOCK_EXPORT_DELETED", json!({ "id": id }));
+    }
+
+    /// The names of nodes that clients have.
+    pub(super) fn exported_nodes(&self) -> Vec<String> {
+        let entries = self.exported.entries.borrow();
+        entries.values().filter_map(|entry| self.blockdevs().graph().name_of(&entry.edge.node())).collect()
     }
 
     /// `query-block-exports`.

@@ -27,13 +27,16 @@ mod chardev;
 mod cmdline;
 mod control;
 mod copy;
+mod detach;
 mod exports;
 mod jobs;
+mod load;
 mod metrics;
 mod monitor;
 mod nodes;
 mod objects;
 mod pidfile;
+mod qemu_nbd;
 mod sandbox;
 mod sha256;
 mod state;
@@ -58,6 +61,7 @@ use crate::out::print;
 use chardev::Chardevs;
 use cmdline::{CommandLine, Kind, Parsed};
 use control::Control;
+use detach::{Detached, Ready, detach};
 use pidfile::PidFile;
 use state::State;
 
@@ -69,13 +73,27 @@ const REACTORS_MAX: usize = 8;
 
 /// Runs the daemon until it is asked to end. `arguments` are those behind the subcommand.
 pub fn main(arguments: Vec<OsString>) -> Result<ExitCode> {
-    match cmdline::parse(arguments)? {
+    start_with(cmdline::parse(arguments)?)
+}
+
+/// Runs a daemon for one disk, with qemu-nbd's options.
+pub fn qemu_nbd(arguments: Vec<OsString>) -> Result<ExitCode> {
+    start_with(qemu_nbd::parse(arguments)?)
+}
+
+fn start_with(parsed: Parsed) -> Result<ExitCode> {
+    match parsed {
         Parsed::Print(text) => {
             print(&text)?;
             Ok(ExitCode::SUCCESS)
         }
         Parsed::Run(mut command_line) => {
             log_to_stderr(command_line.log_json);
+            let ready = match command_line.daemonize.then(detach).transpose()? {
+                Some(Detached::First(code)) => return Ok(code),
+                Some(Detached::Second) => Some(Ready { keep_stderr: command_line.keep_stderr }),
+                None => None,
+            };
             let journal = journal_dir(&command_line);
             if let Some(journal) = journal.as_ref().filter(|_| !command_line.sandbox_paths.is_empty())
                 && journal.check().is_ok()
@@ -87,7 +105,7 @@ pub fn main(arguments: Vec<OsString>) -> Result<ExitCode> {
             let count = std::thread::available_parallelism().map_or(1, usize::from).min(REACTORS_MAX);
             let reactors = Reactors::start(count).context("starting the reactors")?;
             let all = reactors.all();
-            reactors.block_on(move || run(command_line, journal, all))?;
+            reactors.block_on(move || run(*command_line, ready, journal, all))?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -113,7 +131,12 @@ fn log_to_stderr(json: bool) {
     };
 }
 
-async fn run(command_line: CommandLine, journal: Option<JournalDir>, reactors: Vec<Reactor>) -> Result<()> {
+async fn run(
+    command_line: CommandLine,
+    ready: Option<Ready>,
+    journal: Option<JournalDir>,
+    reactors: Vec<Reactor>,
+) -> Result<()> {
     // From here on a signal ends it in order.
     let mut terminated = Box::pin(termination().context("waiting for signals")?);
     let state = command_line.state.as_deref().map(|dir| State::open(dir, command_line.forget)).transpose()?;
@@ -137,8 +160,18 @@ async fn run(command_line: CommandLine, journal: Option<JournalDir>, reactors: V
                 rt::spawn(metrics::serve(control.clone(), listener));
             }
             notify(&[NotifyState::Ready]);
+            let told = ready.map(Ready::tell).transpose();
+            if let Err(error) = told {
+                tracing::warn!("in the background: {error:#}");
+            }
             let asked = std::pin::pin!(control.asked_to_quit());
-            select(asked, terminated).await;
+            match command_line.one.as_ref().filter(|one| !one.persistent) {
+                Some(_) => {
+                    let unused = std::pin::pin!(control.last_client_gone());
+                    select(select(asked, terminated), unused).await;
+                }
+                None => drop(select(asked, terminated).await),
+            }
             pidfile
         }
         Ok(None) => None,
@@ -161,6 +194,9 @@ async fn start(
     for option in &command_line.options {
         let outcome = carry_out(control, chardevs, option.kind, &option.text).await;
         outcome.map_err(|error| anyhow!("{} {}: {}", option.kind.as_str(), option.text, error.desc))?;
+    }
+    if let Some(one) = &command_line.one {
+        qemu_nbd::serve(control, one).await?;
     }
     command_line.pidfile.as_deref().map(PidFile::write).transpose()
 }

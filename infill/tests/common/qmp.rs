@@ -73,9 +73,21 @@ impl Qmp {
 
     /// Connects and negotiates.
     pub fn connect(socket: &Path) -> Qmp {
-        let (mut qmp, _) = Qmp::greeted(socket);
-        assert_eq!(qmp.ask("qmp_capabilities", json!({})), json!({"return": {}}));
-        qmp
+        // Turned away only after the greeting, too.
+        let mut connected = None;
+        wait_until("the monitor negotiates", || {
+            let (mut qmp, _) = Qmp::greeted(socket);
+            let asked = qmp.stream.write_all(b"{\"execute\": \"qmp_capabilities\"}\n");
+            let mut answer = String::new();
+            if asked.is_err() || qmp.reader.read_line(&mut answer).is_err() || answer.is_empty() {
+                return false;
+            }
+            let answer: Value = serde_json::from_str(&answer).unwrap();
+            assert_eq!(answer, json!({"return": {}}));
+            connected = Some(qmp);
+            true
+        });
+        connected.expect("it has negotiated")
     }
 
     /// Sends bytes as they are.

@@ -1,0 +1,346 @@
+//! `infill qemu-nbd`, and the program where it is called `qemu-nbd`: one disk, with that program's options.
+//!
+//! The daemon does it: an option becomes what would be said of the disk there, and the end comes when the last client has
+//! gone. What is not built is refused by name.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use anyhow::{Result, anyhow, bail};
+use clap::Parser;
+use infill_base::DiscardMode;
+use infill_qmp::{BlockdevOptions, Members};
+use serde_json::{Map, Value, json};
+
+use super::cmdline::{CommandLine, Kind, Opt, Parsed};
+use super::control::Control;
+use crate::blockdev::{FormatKind, Image, Located, locate};
+use crate::size::parse_size;
+
+/// The export's id; its name is what clients ask for.
+const EXPORT_ID: &str = "disk";
+
+/// Serve one disk over NBD, with the options of qemu-nbd.
+#[derive(Debug, Parser)]
+#[command(name = "qemu-nbd", version, disable_help_subcommand = true)]
+struct Options {
+    /// The image: a file name or a URI; with --image-opts, options of a node.
+    #[arg(required_unless_present_any = ["connect", "disconnect", "list"])]
+    filename: Option<String>,
+    /// TCP port to listen at.
+    #[arg(short, long, default_value_t = 10809)]
+    port: u16,
+    /// Address to listen at.
+    #[arg(short, long, default_value = "0.0.0.0")]
+    bind: String,
+    /// Listen at this Unix socket instead.
+    #[arg(short = 'k', long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Clients at a time; 0 is without a limit.
+    #[arg(short = 'e', long, value_name = "NUM", default_value_t = 1)]
+    shared: u32,
+    /// Go on when the last client has gone.
+    #[arg(short = 't', long)]
+    persistent: bool,
+    /// Tell more.
+    #[arg(short, long)]
+    verbose: bool,
+    /// Name of the export.
+    #[arg(short = 'x', long, value_name = "NAME", default_value = "")]
+    export_name: String,
+    /// Description of the export.
+    #[arg(short = 'D', long, value_name = "TEXT")]
+    description: Option<String>,
+    /// Seconds that a client may take for its handshake.
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    handshake_limit: u32,
+    /// Where in the image the disk begins.
+    #[arg(short, long, value_name = "OFFSET", value_parser = parse_size)]
+    offset: Option<u64>,
+    /// Tell clients how deep in the chain data lies.
+    #[arg(short = 'A', long)]
+    allocation_depth: bool,
+    /// Offer this dirty bitmap (may be given several times).
+    #[arg(short = 'B', long, value_name = "NAME")]
+    bitmap: Vec<String>,
+    /// An object, as the daemon takes it: tls-creds-x509,id=ID,dir=DIR,endpoint=server.
+    #[arg(long, value_name = "OBJECT")]
+    object: Vec<String>,
+    /// Take clients over TLS only, with the object of this id.
+    #[arg(long, value_name = "ID")]
+    tls_creds: Option<String>,
+    /// End this process when another one, in the background, serves.
+    #[arg(long)]
+    fork: bool,
+    /// Write the process id to this file.
+    #[arg(long, value_name = "PATH")]
+    pid_file: Option<PathBuf>,
+    /// Format of the image.
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<FormatKind>,
+    /// Refuse writes.
+    #[arg(short, long)]
+    read_only: bool,
+    /// As --cache=none.
+    #[arg(short, long, conflicts_with = "cache")]
+    nocache: bool,
+    /// How the host's page cache is used: none, writeback, directsync or unsafe.
+    #[arg(long, value_name = "MODE")]
+    cache: Option<String>,
+    /// Accepted: how the kernel is asked is the program's own choice.
+    #[arg(long, value_name = "MODE", value_parser = ["threads", "native", "io_uring"])]
+    aio: Option<String>,
+    /// What a client's discard does: ignore (off) or unmap (on).
+    #[arg(long, value_name = "MODE", default_value = "ignore", value_parser = ["ignore", "off", "unmap", "on"])]
+    discard: String,
+    /// What writes of zeroes become: off, on or unmap.
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    detect_zeroes: String,
+    /// FILENAME is a set of options of a node, as driver=qcow2,file.filename=a.qcow2.
+    #[arg(long, conflicts_with = "format")]
+    image_opts: bool,
+    #[arg(short, long, hide = true)]
+    connect: Option<String>,
+    #[arg(short, long, hide = true)]
+    disconnect: bool,
+    #[arg(short = 'L', long, hide = true)]
+    list: bool,
+    #[arg(short, long, hide = true)]
+    snapshot: bool,
+    #[arg(short = 'l', long, hide = true)]
+    load_snapshot: Option<String>,
+    #[arg(long, hide = true)]
+    tls_authz: Option<String>,
+    #[arg(long, hide = true)]
+    tls_hostname: Option<String>,
+    #[arg(long, hide = true)]
+    selinux_label: Option<String>,
+    #[arg(short = 'T', long, hide = true)]
+    trace: Option<String>,
+}
+
+impl Options {
+    fn refuse_what_is_not_built(&self) -> Result<()> {
+        let device = "no kernel device is used: connect one with nbd-client, or mount the disk with a guest";
+        for (given, option, advice) in [
+            (self.connect.is_some(), "-c/--connect", device),
+            (self.disconnect, "-d/--disconnect", device),
+            (self.list, "-L/--list", "nbdinfo --list URI tells it"),
+            (self.snapshot, "-s/--snapshot", "make an overlay with `infill create -b IMAGE` and serve that"),
+            (
+                self.load_snapshot.is_some(),
+                "-l/--load-snapshot",
+                "convert the snapshot to an image of its own",
+            ),
+            (
+                self.tls_authz.is_some(),
+                "--tls-authz",
+                "let an authority of its own sign the clients' certificates",
+            ),
+            (self.tls_hostname.is_some(), "--tls-hostname", "it is of use to clients only"),
+            (self.selinux_label.is_some(), "--selinux-label", "label the socket's directory"),
+            (self.trace.is_some(), "-T/--trace", "RUST_LOG=debug in the environment tells more"),
+        ] {
+            if given {
+                bail!("{option} is not supported: {advice}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Options of every node that is made here.
+    fn settings(&self) -> Result<Map<String, Value>> {
+        let cache = match self.cache.as_deref() {
+            _ if self.nocache => "none",
+            None => "writeback",
+            Some(mode) => mode,
+        };
+        let (direct, no_flush) = match cache {
+            "writeback" => (false, false),
+            "none" | "directsync" => (true, false),
+            "unsafe" => (false, true),
+            "writethrough" => (false, false),
+            other => bail!("--cache={other}: it is none, writeback, writethrough, directsync or unsafe"),
+        };
+        if matches!(cache, "writethrough" | "directsync") {
+            bail!(
+                "--cache={cache} is not supported: use none or writeback; a client's FLUSH and FUA are always kept"
+            );
+        }
+        let discard = if matches!(self.discard.as_str(), "unmap" | "on") { "unmap" } else { "ignore" };
+        let mut settings = Map::new();
+        for (key, value) in [
+            ("read-only", json!(self.read_only)),
+            ("discard", json!(discard)),
+            ("detect-zeroes", json!(self.detect_zeroes)),
+            ("cache", json!({ "direct": direct, "no-flush": no_flush })),
+        ] {
+            settings.insert(key.into(), value);
+        }
+        Ok(settings)
+    }
+
+    fn disk(&self) -> Result<Disk> {
+        let name = self.filename.clone().ok_or_else(|| anyhow!("which image is to be served? Name one"))?;
+        let settings = self.settings()?;
+        if self.image_opts {
+            let given = Members::of_argument(&name, Some("file"))?;
+            return Ok(Disk::Node { given, settings });
+        }
+        let path = match locate(&name)? {
+            Located::Protocol(BlockdevOptions {
+                driver: infill_qmp::Driver::File { filename, device, .. },
+                ..
+            }) => Some((filename, device)),
+            _ => None,
+        };
+        if let (Some((filename, device)), Some(format)) = (path, self.format) {
+            let protocol = if device { "host_device" } else { "file" };
+            let file = json!({ "driver": protocol, "filename": filename });
+            let node = json!({ "driver": format.as_str(), "file": file });
+            let Value::Object(node) = node else { bail!("{name}: it cannot be described") };
+            return Ok(Disk::Node { given: Members::of_json(node), settings });
+        }
+        if self.nocache
+            || self.cache.as_deref().is_some_and(|mode| mode != "writeback")
+            || self.detect_zeroes != "off"
+        {
+            bail!(
+                "--cache and --detect-zeroes need the format of an image in a file: say -f FORMAT, or use --image-opts"
+            );
+        }
+        let discard = match settings["discard"] == "unmap" {
+            true => DiscardMode::Unmap,
+            false => DiscardMode::Ignore,
+        };
+        let image =
+            Image { format: self.format, read_only: self.read_only, discard, ..Image::read_only(&name) };
+        Ok(Disk::Image(image))
+    }
+}
+
+/// What is served.
+#[derive(Clone, Debug)]
+enum Disk {
+    /// By the name of an image.
+    Image(Image),
+    /// By its options; settings are for what those do not say.
+    Node { given: Members, settings: Map<String, Value> },
+}
+
+/// The one disk of a daemon that is called `qemu-nbd`.
+#[derive(Clone, Debug)]
+pub struct OneDisk {
+    disk: Disk,
+    offset: Option<u64>,
+    export: Map<String, Value>,
+    /// Whether it goes on when the last client has gone.
+    pub persistent: bool,
+}
+
+/// Reads the arguments behind the subcommand.
+pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
+    let arguments = std::iter::once("qemu-nbd".into()).chain(arguments);
+    let options = match Options::try_parse_from(arguments) {
+        Ok(options) => options,
+        Err(error) if !error.use_stderr() => return Ok(Parsed::Print(error.to_string())),
+        Err(error) => bail!("{}", error.to_string().trim_start_matches("error: ").trim_end()),
+    };
+    options.refuse_what_is_not_built()?;
+    let object = |text: &String| Opt { kind: Kind::Object, text: text.clone() };
+    let mut line =
+        CommandLine { options: options.object.iter().map(object).collect(), ..CommandLine::default() };
+    let address = match (&options.socket, passed_socket()?) {
+        (Some(_), true) => bail!("-k is not for a socket that the process was started with"),
+        (None, true) => json!({ "type": "fd", "str": FIRST_PASSED.to_string() }),
+        (Some(path), false) => json!({ "type": "unix", "path": path }),
+        (None, false) => json!({ "type": "inet", "host": options.bind, "port": options.port.to_string() }),
+    };
+    let mut server = json!({
+        "addr": address, "max-connections": options.shared, "handshake-max-seconds": options.handshake_limit,
+    });
+    if let Some(id) = &options.tls_creds {
+        server["tls-creds"] = json!(id);
+    }
+    line.options.push(Opt { kind: Kind::NbdServer, text: server.to_string() });
+    let mut export = Map::new();
+    for (key, value) in [
+        ("type", json!("nbd")),
+        ("id", json!(EXPORT_ID)),
+        ("name", json!(options.export_name)),
+        ("writable", json!(!options.read_only)),
+        ("allocation-depth", json!(options.allocation_depth)),
+        ("bitmaps", json!(options.bitmap)),
+    ] {
+        export.insert(key.into(), value);
+    }
+    if let Some(text) = &options.description {
+        export.insert("description".into(), json!(text));
+    }
+    line.one = Some(OneDisk {
+        disk: options.disk()?,
+        offset: options.offset,
+        export,
+        persistent: options.persistent,
+    });
+    (line.pidfile, line.daemonize, line.keep_stderr) = (options.pid_file, options.fork, options.verbose);
+    Ok(Parsed::Run(Box::new(line)))
+}
+
+/// The first descriptor that a service manager passes.
+const FIRST_PASSED: i32 = 3;
+
+/// Whether this process was started with a socket.
+fn passed_socket() -> Result<bool> {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
+    if number("LISTEN_PID") != Some(std::process::id()) {
+        return Ok(false);
+    }
+    match number("LISTEN_FDS") {
+        Some(1) => Ok(true),
+        other => bail!("this process was started with {} sockets: it takes one", other.unwrap_or(0)),
+    }
+}
+
+/// Opens the disk and exports it.
+pub async fn serve(control: &Rc<Control>, one: &OneDisk) -> Result<()> {
+    let blockdevs = control.blockdevs();
+    let mut node = match &one.disk {
+        Disk::Image(image) => blockdevs.add_image(image).await?,
+        Disk::Node { given, settings } => {
+            let (mut object, strings) = given.clone().into_parts();
+            // Dotted keys are strings, and so are settings beside them.
+            let plain = |value: &Value| match (strings, value) {
+                (true, Value::Bool(on)) => json!(if *on { "on" } else { "off" }),
+                (_, value) => value.clone(),
+            };
+            for (key, value) in settings {
+                match value {
+                    Value::Object(members) => {
+                        let group = object.entry(key.clone()).or_insert_with(|| json!({}));
+                        for (key, value) in members {
+                            if let Some(group) = group.as_object_mut() {
+                                group.entry(key.clone()).or_insert_with(|| plain(value));
+                            }
+                        }
+                    }
+                    value => drop(object.entry(key.clone()).or_insert_with(|| plain(value))),
+                }
+            }
+            blockdevs.add(BlockdevOptions::read(Members::of_parts(object, strings))?).await?
+        }
+    };
+    if let Some(offset) = one.offset {
+        let part = json!({
+            "driver": "raw", "file": node, "offset": offset, "read-only": one.export["writable"] == false,
+            "discard": "unmap",
+        });
+        let Value::Object(part) = part else { bail!("the part of the disk cannot be described") };
+        node = blockdevs.add(BlockdevOptions::read(Members::of_json(part))?).await?;
+    }
+    let mut export = one.export.clone();
+    export.insert("node-name".into(), json!(node));
+    control.block_export_add(infill_qmp::BlockExportOptions::read(Members::of_json(export))?)?;
+    Ok(())
+}
