@@ -13,6 +13,7 @@ mod daemon;
 mod demo;
 mod listen;
 mod monitor;
+mod object_types;
 mod objects;
 mod out;
 mod progress;

@@ -11,9 +11,12 @@ use std::sync::Arc;
 use anyhow::{Result, anyhow, bail};
 use infill_base::ThrottleLimits;
 use infill_node::ThrottleGroup;
+use infill_qmp::throttle::limits_value;
 use infill_qmp::{ObjectKind, ObjectOptions};
 use infill_storage::sync::{Mutex, lock};
+use serde_json::{Value, json};
 
+use crate::object_types::{IOTHREAD, THROTTLE_GROUP, TLS_CREDS_X509, TypeOfObject};
 use crate::tls::Credentials;
 
 #[derive(Debug)]
@@ -24,6 +27,14 @@ enum Object {
 }
 
 impl Object {
+    const fn kind(&self) -> &'static TypeOfObject {
+        match self {
+            Object::IoThread => &IOTHREAD,
+            Object::Throttle(_) => &THROTTLE_GROUP,
+            Object::Tls(_) => &TLS_CREDS_X509,
+        }
+    }
+
     fn is_in_use(&self) -> bool {
         match self {
             Object::IoThread => false,
@@ -71,6 +82,27 @@ impl Objects {
             Some(_) => objects.remove(id),
         };
         Ok(())
+    }
+
+    /// All objects: their ids and types.
+    pub fn list(&self) -> Vec<(String, &'static TypeOfObject)> {
+        lock(&self.0).iter().map(|(id, object)| (id.clone(), object.kind())).collect()
+    }
+
+    /// A property of an object, if it has one of that name that is known.
+    pub fn property(&self, id: &str, name: &str) -> Option<Value> {
+        match (lock(&self.0).get(id)?, name) {
+            // Reactors do not poll, and have no pools of threads to be sized.
+            (Object::IoThread, name) => IOTHREAD.has(name).then(|| json!(0)),
+            (Object::Throttle(group), "limits") => Some(limits_value(&group.limits())),
+            (Object::Throttle(group), name) => {
+                limits_value(&group.limits()).get(name.strip_prefix("x-")?).cloned()
+            }
+            (Object::Tls(credentials), "endpoint") => Some(json!(credentials.endpoint())),
+            (Object::Tls(credentials), "dir") => Some(json!(credentials.dir)),
+            (Object::Tls(credentials), "verify-peer") => Some(json!(credentials.verify_peer)),
+            (Object::Tls(_), _) => None,
+        }
     }
 
     /// Whether there is an I/O thread of that id.

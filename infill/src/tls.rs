@@ -123,6 +123,14 @@ fn no_access(path: &Path, why: &str) -> anyhow::Error {
 }
 
 impl Credentials {
+    /// Which end they are for, as the protocol names it.
+    pub const fn endpoint(&self) -> &'static str {
+        match self.end {
+            End::Server(_) => "server",
+            End::Client(_) => "client",
+        }
+    }
+
     /// Those of a server. With `verify_peer` clients need a certificate; with `sanity_check` ours is verified first.
     pub fn server(dir: &Path, verify_peer: bool, sanity_check: bool) -> Result<Credentials> {
         let files = Files::read(dir, "server", true)?;

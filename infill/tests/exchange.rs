@@ -80,7 +80,8 @@ fn snapshots_under_a_writing_client_lose_no_write_and_tear_none() {
         assert_eq!(exports[0]["node-name"], json!(top));
         // What is below now belongs to the snapshot alone.
         let again = qmp.refused("blockdev-snapshot", json!({"node": below, "overlay": top}));
-        assert_eq!(again["desc"], json!("The overlay is already in use"));
+        let busy = format!("Node '{below}' is busy: node is used as backing hd of '{top}'");
+        assert_eq!(again["desc"], json!(busy));
         assert!(qmp.refused("blockdev-del", json!({"node-name": below}))["desc"].is_string());
         // Until the client has written to the new top too.
         common::wait_until("a write lands in the overlay", || {

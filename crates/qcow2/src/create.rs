@@ -1,11 +1,12 @@
 //! Making an empty image.
 //!
 //! # Layout
-//! Header, refcount table, refcount blocks, L1 table, each at a cluster boundary and in this order. Nothing else: no L2
-//! table is made before something is written.
+//! Header, refcount table, refcount blocks, L1 table, each at a cluster boundary and in this order. Nothing else, unless it is
+//! preallocated: then all L2 tables follow, and a cluster for each of the disk's. With subclusters, those clusters are the
+//! disk's and hold nothing yet, so that a backing shows through.
 //!
 //! # Order of writes
-//! 1. The L1 table, the refcount table and the refcount blocks.
+//! 1. The L1 table, the refcount table and the refcount blocks; where it is preallocated, data clusters (zeroes) and L2 tables.
 //! 2. Sync.
 //! 3. The header, in one write.
 //! 4. Sync.
@@ -18,7 +19,7 @@ use infill_node::BackingRef;
 use infill_storage::StorageHandle;
 use zerocopy::IntoBytes;
 
-use crate::entry::refcount_set;
+use crate::entry::{COPIED, refcount_set};
 use crate::features::{Compatible, Compression, Incompatible, name_table};
 use crate::format::limits::{
     BACKING_NAME_BYTES_MAX, CLUSTER_BITS_MAX, CLUSTER_BITS_MIN, CLUSTER_BITS_MIN_EXTENDED, HEADER_BYTES_MAX,
@@ -32,6 +33,9 @@ use crate::metaio;
 /// The refcount table of a new image is made long enough for the whole disk, up to this many bytes: a longer one is
 /// better grown when it is needed.
 const REFCOUNT_TABLE_BYTES_INITIAL: u64 = 64 << 10;
+
+/// Zeroes are written in pieces of this size, where they are.
+const FULL_PIECE_BYTES: u64 = 1 << 20;
 
 /// Longest name of a backing format, in bytes.
 const BACKING_FORMAT_BYTES_MAX: usize = 64;
@@ -55,6 +59,22 @@ pub struct CreateOptions {
     pub compression: Compression,
     /// Whether refcounts may be written late, under the dirty bit. Needs version 3.
     pub lazy_refcounts: bool,
+    /// Which space is taken from the beginning. Over a backing only with subclusters.
+    pub preallocation: Preallocation,
+}
+
+/// Which space a new image takes from the beginning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Preallocation {
+    /// That of its header and its empty tables.
+    #[default]
+    Off,
+    /// All of its tables; data clusters have their places, in a file that may be sparse there.
+    Metadata,
+    /// That, and the storage has reserved the data clusters.
+    Falloc,
+    /// That, and zeroes were written to them.
+    Full,
 }
 
 impl Default for CreateOptions {
@@ -69,6 +89,7 @@ impl Default for CreateOptions {
             extended_l2: false,
             compression: Compression::Deflate,
             lazy_refcounts: false,
+            preallocation: Preallocation::Off,
         }
     }
 }
@@ -76,10 +97,13 @@ impl Default for CreateOptions {
 /// Makes an empty image in `storage`, which is empty, or whose content is given up. Stable on return.
 pub async fn create(cx: &Ctx, storage: &StorageHandle, options: &CreateOptions) -> Result<(), CreateError> {
     let geometry = options.geometry()?;
-    let layout = Layout::new(&geometry, options.size);
+    let layout = Layout::new(&geometry, options.size, options.preallocation != Preallocation::Off);
     let area = header_area(options, &geometry, &layout)?;
     layout.reserve(cx, storage, &geometry).await?;
     layout.write(cx, storage, &geometry).await?;
+    if layout.data_clusters > 0 {
+        layout.preallocate(cx, storage, &geometry, options.preallocation).await?;
+    }
     storage.sync(cx).await?;
     metaio::write(cx, storage, 0, Bytes::from(area)).await?;
     storage.sync(cx).await?;
@@ -143,6 +167,9 @@ impl CreateOptions {
         if !self.size.is_multiple_of(SECTOR_BYTES as u64) {
             return bad("size", format!("{} is not possible; multiples of {SECTOR_BYTES} are", self.size));
         }
+        if self.preallocation != Preallocation::Off && self.backing.is_some() && !self.extended_l2 {
+            return bad("preallocation", "clusters that are taken hide a backing file; subclusters do not");
+        }
         let most = geometry.max_virtual_size();
         if self.size > most {
             return bad(
@@ -171,10 +198,13 @@ struct Layout {
     blocks: u64,
     l1_entries: u64,
     l1_clusters: u64,
+    /// Where it is preallocated: L2 tables, each a cluster, and clusters of the disk.
+    l2_tables: u64,
+    data_clusters: u64,
 }
 
 impl Layout {
-    fn new(geometry: &Geometry, size: u64) -> Layout {
+    fn new(geometry: &Geometry, size: u64, preallocated: bool) -> Layout {
         let cluster = geometry.cluster_bytes();
         let l1_entries = geometry.l1_entries_for(size);
         let l1_clusters = (l1_entries * TABLE_ENTRY_BYTES).div_ceil(cluster);
@@ -182,7 +212,11 @@ impl Layout {
         // Entries for the whole disk, as far as that is not too long a table.
         let wanted = (size.div_ceil(cluster) + l1_clusters).div_ceil(per_block) * TABLE_ENTRY_BYTES;
         let wanted_clusters = wanted.min(REFCOUNT_TABLE_BYTES_INITIAL).div_ceil(cluster).max(1);
-        let mut layout = Layout { table_clusters: wanted_clusters, blocks: 1, l1_entries, l1_clusters };
+        let data_clusters = if preallocated { size.div_ceil(cluster) } else { 0 };
+        let l2_tables = data_clusters.div_ceil(u64::from(geometry.l2_entries()));
+        let table_clusters = wanted_clusters;
+        let mut layout =
+            Layout { table_clusters, blocks: 1, l1_entries, l1_clusters, l2_tables, data_clusters };
         // Blocks count themselves and the table, so one more can ask for another.
         loop {
             let blocks = layout.clusters().div_ceil(per_block);
@@ -195,7 +229,15 @@ impl Layout {
     }
 
     fn clusters(&self) -> u64 {
-        1 + self.table_clusters + self.blocks + self.l1_clusters
+        self.first_data() + self.data_clusters
+    }
+
+    fn first_l2(&self) -> u64 {
+        self.first_l1() + self.l1_clusters
+    }
+
+    fn first_data(&self) -> u64 {
+        self.first_l2() + self.l2_tables
     }
 
     fn first_block(&self) -> u64 {
@@ -245,6 +287,54 @@ impl Layout {
         }
         Ok(())
     }
+}
+
+impl Layout {
+    /// Gives the disk's clusters their places: zeroes there first, whatever the storage held, and then the tables that name them.
+    async fn preallocate(
+        &self,
+        cx: &Ctx,
+        storage: &StorageHandle,
+        geometry: &Geometry,
+        how: Preallocation,
+    ) -> IoResult<()> {
+        let cluster = geometry.cluster_bytes();
+        let (at, len) = (self.first_data() * cluster, self.data_clusters * cluster);
+        if how == Preallocation::Full {
+            let mut done = 0;
+            while done < len {
+                let piece = (len - done).min(FULL_PIECE_BYTES);
+                metaio::write(cx, storage, at + done, infill_base::zero_bytes(piece as usize)).await?;
+                done += piece;
+            }
+        } else {
+            write_zeroes(cx, storage, at, len).await?;
+        }
+        if how == Preallocation::Falloc {
+            storage.allocate(cx, at, len).await?;
+        }
+        let per_table = u64::from(geometry.l2_entries());
+        let entry_len = geometry.l2_entry_bytes() as usize;
+        for table in 0..self.l2_tables {
+            let first = table * per_table;
+            let mut bytes = vec![0; cluster as usize];
+            let clusters = first..self.data_clusters.min(first + per_table);
+            for (entry, nth) in bytes.chunks_exact_mut(entry_len).zip(clusters) {
+                // Behind it, with subclusters, zeroes: none of them holds anything yet.
+                entry[..8].copy_from_slice(&owned((self.first_data() + nth) * cluster));
+            }
+            metaio::write(cx, storage, (self.first_l2() + table) * cluster, Bytes::from(bytes)).await?;
+        }
+        let tables = (0..self.l2_tables).flat_map(|nth| owned((self.first_l2() + nth) * cluster));
+        let mut l1: Vec<u8> = tables.collect();
+        l1.resize((self.l1_clusters * cluster) as usize, 0);
+        metaio::write(cx, storage, self.first_l1() * cluster, Bytes::from(l1)).await
+    }
+}
+
+/// An entry that names a cluster which nobody else uses.
+fn owned(at: u64) -> [u8; 8] {
+    (at | COPIED).to_be_bytes()
 }
 
 /// Zeroes `len` bytes from `at`, both multiples of the cluster size.
@@ -378,7 +468,7 @@ mod tests {
                 let geometry = Geometry::new(3, bits, order, false).unwrap();
                 for size in [0, 512, 1 << 20, 100 << 30, geometry.max_virtual_size()] {
                     let size = size.min(geometry.max_virtual_size());
-                    let layout = Layout::new(&geometry, size);
+                    let layout = Layout::new(&geometry, size, size <= 1 << 20);
                     assert!(layout.blocks * geometry.refcounts_per_block() >= layout.clusters());
                     assert!(layout.table_clusters << bits >= layout.blocks * TABLE_ENTRY_BYTES);
                     assert!((layout.blocks - 1) * geometry.refcounts_per_block() < layout.clusters());

@@ -13,7 +13,7 @@ use crate::format::limits::HOST_OFFSET_END;
 use crate::geometry::{Geometry, HostOffset};
 
 /// Set in an L1 or L2 entry whose table or cluster has a refcount of exactly one: it may be written in place.
-const COPIED: u64 = 1 << 63;
+pub(crate) const COPIED: u64 = 1 << 63;
 /// Set in the L2 entry of a compressed cluster.
 const COMPRESSED: u64 = 1 << 62;
 /// Set in a standard L2 entry that reads as zeroes.

@@ -49,7 +49,7 @@ mod zero;
 pub(crate) use infill_storage::unaligned as metaio;
 
 pub use check::check;
-pub use create::{CreateOptions, create};
+pub use create::{CreateOptions, Preallocation, create};
 pub use entry::{
     CompressedCluster, EntryError, EntryRule, L1Entry, L2Entry, L2TableRef, L2View, StandardCluster,
     SubclusterState, refcount_block, refcount_get, refcount_set,

@@ -5,7 +5,7 @@ mod common;
 use common::{arg, assert_clean, file, memory, run_json};
 use infill_base::{CreateError, Ctx, ErrorKind};
 use infill_node::BackingRef;
-use infill_qcow2::{Compression, CreateOptions, Header, Purpose, create};
+use infill_qcow2::{Compression, CreateOptions, Header, Preallocation, Purpose, create};
 use infill_sim::{DiskOp, SimDisk, block_on};
 use infill_storage::StorageHandle;
 
@@ -24,6 +24,8 @@ fn matrix() -> Vec<CreateOptions> {
         all.push(CreateOptions { size: 512, lazy_refcounts: true, ..plain.clone() });
         all.push(CreateOptions { compression: Compression::Zstd, ..plain.clone() });
         all.push(CreateOptions { extended_l2: cluster_bytes >= 16 << 10, size: 3 << 30, ..plain.clone() });
+        let preallocation = Preallocation::Metadata;
+        all.push(CreateOptions { preallocation, size: (5 << 20) + 512, ..plain.clone() });
         let order = cluster_bytes.trailing_zeros() % 7;
         all.push(CreateOptions { refcount_bits: 1 << order, ..plain });
     }
@@ -59,6 +61,60 @@ fn qemu_finds_every_created_image_clean_and_as_it_was_asked_for() {
             assert_eq!(data["corrupt"], false, "{what}");
         }
     }
+}
+
+#[test]
+fn a_preallocated_image_has_every_cluster_and_shows_nothing_of_what_the_storage_held() {
+    let dir = tempfile::tempdir().unwrap();
+    let size = (3 << 20) + 512;
+    for preallocation in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
+        for extended_l2 in [false, true] {
+            let (memory, storage) = memory(vec![0xa5; 8 << 20]);
+            let options = CreateOptions { size, preallocation, extended_l2, ..CreateOptions::default() };
+            block_on(create(&Ctx::GUEST, &storage, &options)).unwrap();
+            let path = file(&dir, "image.qcow2", &memory.to_bytes());
+            let what = format!("{options:?}");
+            assert_clean(&path, &what);
+            let map = run_json("qemu-img", &["map", "-f", "qcow2", "--output=json", arg(&path)]);
+            let present = map.as_array().unwrap().iter().all(|extent| extent["present"] == true);
+            assert_eq!(present, !extended_l2, "{what}: {map}");
+            let zero = format!("read -P 0 0 {size}");
+            let out = std::process::Command::new("qemu-io")
+                .args(["-r", "-f", "qcow2", "-c", &zero, arg(&path)])
+                .output()
+                .unwrap();
+            assert!(!String::from_utf8_lossy(&out.stdout).contains("failed"), "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_preallocated_overlay_lets_its_backing_show_through_or_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    file(&dir, "base.raw", &[7; 1 << 20]);
+    let backing = Some(BackingRef { filename: "base.raw".into(), format: Some("raw".into()) });
+    let preallocation = Preallocation::Metadata;
+    let options = CreateOptions { size: 1 << 20, backing, preallocation, ..CreateOptions::default() };
+    let (_, storage) = memory(Vec::new());
+    assert!(block_on(create(&Ctx::GUEST, &storage, &options)).is_err());
+    let path = file(&dir, "overlay.qcow2", &image(&CreateOptions { extended_l2: true, ..options }));
+    assert_clean(&path, "an overlay");
+    let out = std::process::Command::new("qemu-io")
+        .args([
+            "-f",
+            "qcow2",
+            "-c",
+            "read -P 7 0 1M",
+            "-c",
+            "write -P 1 64k 4k",
+            "-c",
+            "read -P 7 68k 60k",
+            arg(&path),
+        ])
+        .output()
+        .unwrap();
+    assert!(!String::from_utf8_lossy(&out.stdout).contains("failed"), "{out:?}");
+    assert_clean(&path, "an overlay that was written to");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! `blockdev-backup`.
 
 use crate::command::OnError;
+use crate::copy::JobMembers;
 use crate::error::QmpError;
 use crate::members::{Members, Words};
 
@@ -56,8 +57,8 @@ impl Words for BitmapSyncMode {
 /// `blockdev-backup`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockdevBackup {
-    /// The job's id; empty where it was not given.
-    pub job_id: String,
+    /// What every job takes.
+    pub job: JobMembers,
     /// The disk.
     pub device: String,
     /// Where it is copied to.
@@ -66,8 +67,6 @@ pub struct BlockdevBackup {
     pub sync: BackupSync,
     /// `sync` as it was given.
     pub sync_word: &'static str,
-    /// Rate limit in bytes per second; 0 is none.
-    pub speed: u64,
     /// The bitmap.
     pub bitmap: Option<String>,
     /// What becomes of it, where that was given or follows from `sync`.
@@ -78,35 +77,24 @@ pub struct BlockdevBackup {
     pub on_source_error: OnError,
     /// What is done about errors of the target.
     pub on_target_error: OnError,
-    /// Whether it makes its last changes by itself.
-    pub auto_finalize: bool,
-    /// Whether it is forgotten by itself.
-    pub auto_dismiss: bool,
 }
 
 impl BlockdevBackup {
     pub(crate) fn read(mut arguments: Members) -> Result<BlockdevBackup, QmpError> {
-        let job_id = arguments.opt_str("job-id")?.unwrap_or_default();
+        let job = JobMembers::take(&mut arguments)?;
         let device = arguments.str("device")?;
         let word: SyncWord = arguments.word("sync")?;
-        let speed = arguments.opt_unsigned("speed")?.unwrap_or(0);
         let bitmap = arguments.opt_str("bitmap")?;
         let given: Option<BitmapSyncMode> = arguments.opt_word("bitmap-mode")?;
         let compress = arguments.opt_bool("compress")?.unwrap_or(false);
         let on_source_error = arguments.opt_word("on-source-error")?.unwrap_or_default();
         let on_target_error = arguments.opt_word("on-target-error")?.unwrap_or_default();
-        let auto_finalize = arguments.opt_bool("auto-finalize")?.unwrap_or(true);
-        let auto_dismiss = arguments.opt_bool("auto-dismiss")?.unwrap_or(true);
-        // No filter node is put into the graph, so there is none to be named: accepted where it could be one.
-        if let Some(name) = arguments.opt_str("filter-node-name")? {
-            crate::names::check_node_name(&name)
-                .map_err(|error| QmpError::generic(format!("Could not create node: {error}")))?;
-        }
         let discard_source = arguments.opt_bool("discard-source")?.unwrap_or(false);
         // How many requests are in flight follows from what guests and both disks bear.
         arguments.ignore("x-perf");
         let target = arguments.str("target")?;
         arguments.finish()?;
+        job.check().map_err(|error| QmpError::generic(format!("Could not create node: {error}")))?;
         if discard_source {
             return Err(QmpError::generic("'discard-source' is not supported: leave it out"));
         }
@@ -128,19 +116,16 @@ impl BlockdevBackup {
             }
         };
         Ok(BlockdevBackup {
-            job_id,
+            job,
             device,
             target,
             sync,
             sync_word,
-            speed,
             bitmap,
             bitmap_mode,
             compress,
             on_source_error,
             on_target_error,
-            auto_finalize,
-            auto_dismiss,
         })
     }
 

@@ -384,7 +384,7 @@ fn unbuilt(what: &str, advice: &str) -> QmpError {
 
 /// A driver that QEMU knows.
 #[derive(Clone, Copy, Debug)]
-enum DriverName {
+pub(crate) enum DriverName {
     File { device: bool },
     Null,
     Nbd,
@@ -459,7 +459,32 @@ impl Words for DriverName {
     }
 }
 
+/// Whether QEMU knows such a driver.
+pub fn is_driver(word: &str) -> bool {
+    DriverName::of(word).is_some()
+}
+
 impl DriverName {
+    /// Its name on the wire.
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            DriverName::File { device: false } => "file",
+            DriverName::File { device: true } => "host_device",
+            DriverName::Null => "null-co",
+            DriverName::Nbd => "nbd",
+            DriverName::Raw => "raw",
+            DriverName::Qcow2 => "qcow2",
+            DriverName::Qed => "qed",
+            DriverName::CopyOnRead => "copy-on-read",
+            DriverName::CopyBeforeWrite => "copy-before-write",
+            DriverName::Throttle => "throttle",
+            DriverName::Blkdebug => "blkdebug",
+            DriverName::Preallocate => "preallocate",
+            DriverName::SnapshotAccess => "snapshot-access",
+            DriverName::Unbuilt(name) => name,
+        }
+    }
+
     /// Reads what this driver alone takes.
     fn read(self, members: &mut Members) -> Result<Driver, QmpError> {
         match self {

@@ -5,10 +5,13 @@ use crate::backup::BlockdevBackup;
 use crate::bitmap::BitmapCommand;
 use crate::blockdev::BlockdevOptions;
 use crate::copy::{BlockCommit, BlockdevMirror};
+use crate::drive::{DriveBackup, DriveMirror};
 use crate::error::QmpError;
 use crate::export::{BlockExportOptions, NbdServerOptions, RemoveMode};
+use crate::inspect::Inspect;
 use crate::members::{Members, Words};
 use crate::object::ObjectOptions;
+use crate::shape::Shape;
 use crate::transaction::Transaction;
 
 /// What a manager asks of a job.
@@ -129,6 +132,10 @@ pub enum Command {
     Bitmap(BitmapCommand),
     /// `block_resize`, `block-set-write-threshold`, `change-backing-file`.
     Alter(Alter),
+    /// Commands that make nodes and change how they lie.
+    Shape(Shape),
+    /// Commands that only ask.
+    Inspect(Inspect),
     /// `query-named-block-nodes`.
     QueryNamedBlockNodes {
         /// Without the nodes below each.
@@ -236,23 +243,10 @@ pub const NAMES: &[&str] = &[
     "query-block-jobs",
     "object-add",
     "object-del",
-    "__infill_query-state",
-    "__infill_query-load",
-];
-
-/// Commands of qemu-storage-daemon 10 that are not built.
-pub const UNBUILT: &[&str] = &[
-    "block-job-change",
     "blockdev-create",
     "blockdev-reopen",
     "blockdev-set-active",
-    "blockdev-snapshot-delete-internal-sync",
-    "blockdev-snapshot-internal-sync",
     "blockdev-snapshot-sync",
-    "chardev-add",
-    "chardev-change",
-    "chardev-remove",
-    "chardev-send-break",
     "drive-backup",
     "drive-mirror",
     "qom-get",
@@ -263,12 +257,25 @@ pub const UNBUILT: &[&str] = &[
     "query-blockstats",
     "query-chardev",
     "query-chardev-backends",
+    "x-debug-query-block-graph",
+    "__infill_query-state",
+    "__infill_query-load",
+];
+
+/// Commands of qemu-storage-daemon 10 that are not built.
+pub const UNBUILT: &[&str] = &[
+    "block-job-change",
+    "blockdev-snapshot-delete-internal-sync",
+    "blockdev-snapshot-internal-sync",
+    "chardev-add",
+    "chardev-change",
+    "chardev-remove",
+    "chardev-send-break",
     "ringbuf-read",
     "ringbuf-write",
     "x-blockdev-amend",
     "x-blockdev-change",
     "x-blockdev-set-iothread",
-    "x-debug-query-block-graph",
 ];
 
 /// What is known of a name.
@@ -316,6 +323,12 @@ impl Command {
                 return Ok(Command::BlockdevBackup(Box::new(BlockdevBackup::read(arguments)?)));
             }
             "transaction" => return Transaction::read(arguments).map(Command::Transaction),
+            "drive-mirror" => {
+                return Ok(Command::Shape(Shape::DriveMirror(Box::new(DriveMirror::read(arguments)?))));
+            }
+            "drive-backup" => {
+                return Ok(Command::Shape(Shape::DriveBackup(Box::new(DriveBackup::read(arguments)?))));
+            }
             "blockdev-mirror" => return BlockdevMirror::read(arguments).map(Command::BlockdevMirror),
             "block-commit" => return BlockCommit::read(arguments).map(Command::BlockCommit),
             "query-version" => Command::QueryVersion,
@@ -349,12 +362,22 @@ impl Command {
                 Some(command) => Command::Bitmap(command),
                 None => match Alter::read(name, &mut arguments)? {
                     Some(alter) => Command::Alter(alter),
-                    None => read_job(name, &mut arguments)?,
+                    None => read_rest(name, &mut arguments)?,
                 },
             },
         };
         arguments.finish()?;
         Ok(command)
+    }
+}
+
+fn read_rest(name: &str, arguments: &mut Members) -> Result<Command, QmpError> {
+    if let Some(shape) = Shape::read(name, arguments)? {
+        return Ok(Command::Shape(shape));
+    }
+    match Inspect::read(name, arguments)? {
+        Some(inspect) => Ok(Command::Inspect(inspect)),
+        None => read_job(name, arguments),
     }
 }
 

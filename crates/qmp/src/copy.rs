@@ -59,21 +59,32 @@ pub struct JobMembers {
     pub auto_finalize: bool,
     /// Whether it is forgotten by itself.
     pub auto_dismiss: bool,
+    /// What the node that QEMU puts into the graph for the job would be called. None is put there.
+    filter_node_name: Option<String>,
 }
 
 impl JobMembers {
-    /// Takes them. No filter node is put into the graph, so there is none to be named: accepted where it could be one.
+    /// Takes them.
     pub fn take(arguments: &mut Members) -> Result<JobMembers, QmpError> {
-        if let Some(name) = arguments.opt_str("filter-node-name")? {
-            crate::names::check_node_name(&name)
-                .map_err(|error| QmpError::generic(format!("Could not create node: {error}")))?;
-        }
+        let job = JobMembers::take_unnamed(arguments)?;
+        Ok(JobMembers { filter_node_name: arguments.opt_str("filter-node-name")?, ..job })
+    }
+
+    /// Takes them where no node can be named.
+    fn take_unnamed(arguments: &mut Members) -> Result<JobMembers, QmpError> {
         Ok(JobMembers {
             job_id: arguments.opt_str("job-id")?.unwrap_or_default(),
             speed: arguments.opt_unsigned("speed")?.unwrap_or(0),
             auto_finalize: arguments.opt_bool("auto-finalize")?.unwrap_or(true),
             auto_dismiss: arguments.opt_bool("auto-dismiss")?.unwrap_or(true),
+            filter_node_name: None,
         })
+    }
+
+    /// Refuses a `filter-node-name` that no node could have. To be called when all members were taken, so that what is wrong
+    /// with those is told first.
+    pub fn check(&self) -> Result<(), QmpError> {
+        self.filter_node_name.as_deref().map_or(Ok(()), crate::names::check_node_name)
     }
 }
 
@@ -96,12 +107,25 @@ pub struct BlockdevMirror {
     pub on_target_error: OnError,
     /// When guests' writes are on the target.
     pub copy_mode: CopyMode,
+    /// Whether zeroes may become holes on the target.
+    pub unmap: bool,
 }
 
 impl BlockdevMirror {
     pub(crate) fn read(mut arguments: Members) -> Result<BlockdevMirror, QmpError> {
+        let job = JobMembers::take(&mut arguments)?;
+        BlockdevMirror::read_rest(job, arguments)
+    }
+
+    /// As [`BlockdevMirror::read`], for `drive-mirror`.
+    pub(crate) fn read_drive(mut arguments: Members) -> Result<BlockdevMirror, QmpError> {
+        let job = JobMembers::take_unnamed(&mut arguments)?;
+        BlockdevMirror::read_rest(job, arguments)
+    }
+
+    fn read_rest(job: JobMembers, mut arguments: Members) -> Result<BlockdevMirror, QmpError> {
         let mirror = BlockdevMirror {
-            job: JobMembers::take(&mut arguments)?,
+            job,
             device: arguments.str("device")?,
             target: arguments.str("target")?,
             replaces: arguments.opt_str("replaces")?,
@@ -109,6 +133,7 @@ impl BlockdevMirror {
             on_source_error: arguments.opt_word("on-source-error")?.unwrap_or_default(),
             on_target_error: arguments.opt_word("on-target-error")?.unwrap_or_default(),
             copy_mode: arguments.opt_word("copy-mode")?.unwrap_or_default(),
+            unmap: true,
         };
         // Dirty bits stand for 4 KiB whatever is asked for: finer is not needed, and coarser would send more.
         if let Some(granularity) = arguments.opt_u32("granularity")? {
@@ -125,6 +150,7 @@ impl BlockdevMirror {
             return Err(QmpError::generic("Invalid parameter 'buf-size'"));
         }
         arguments.finish()?;
+        mirror.job.check()?;
         Ok(mirror)
     }
 }
@@ -180,6 +206,7 @@ impl BlockCommit {
             on_error: arguments.opt_word("on-error")?.unwrap_or_default(),
         };
         arguments.finish()?;
+        commit.job.check()?;
         Ok(commit)
     }
 }

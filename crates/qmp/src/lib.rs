@@ -17,10 +17,13 @@ mod bitmap;
 mod blockdev;
 pub mod command;
 pub mod copy;
+pub mod create;
 mod describe;
+pub mod drive;
 mod error;
 mod export;
 mod filters;
+pub mod inspect;
 pub mod json;
 pub mod keyval;
 mod members;
@@ -29,6 +32,7 @@ mod object;
 mod output;
 pub mod schema;
 mod session;
+pub mod shape;
 pub mod throttle;
 mod told;
 pub mod transaction;
@@ -37,7 +41,7 @@ pub use address::SocketAddress;
 pub use bitmap::{BitmapAdd, BitmapCommand, BitmapMerge, BitmapRef};
 pub use blockdev::{
     BackingOption, BlockdevOptions, BlockdevRef, ChildRole, Driver, Locking, NbdCredentials, NbdTls,
-    OnCbwError, Qcow2Options,
+    OnCbwError, Qcow2Options, is_driver,
 };
 pub use error::{ErrorClass, QmpError};
 pub use export::{

@@ -152,6 +152,18 @@ impl Members {
         }
     }
 
+    /// A switch.
+    pub fn bool(&mut self, name: &str) -> Result<bool, QmpError> {
+        let value = self.opt_bool(name)?;
+        self.need(name, value)
+    }
+
+    /// A member of any type.
+    pub fn any(&mut self, name: &str) -> Result<Value, QmpError> {
+        let value = self.take(name, || Taken::Any);
+        self.need(name, value)
+    }
+
     /// An optional signed number.
     pub fn opt_int(&mut self, name: &str) -> Result<Option<i64>, QmpError> {
         match self.take(name, || Taken::Int) {
@@ -195,15 +207,20 @@ impl Members {
         }
     }
 
-    /// A number of 64 bits.
-    pub fn u64(&mut self, name: &str) -> Result<u64, QmpError> {
-        let value = self.take(name, || Taken::Int);
-        let value = self.need(name, value)?;
+    /// An optional number of 64 bits.
+    pub fn opt_u64(&mut self, name: &str) -> Result<Option<u64>, QmpError> {
+        let Some(value) = self.take(name, || Taken::Int) else { return Ok(None) };
         let number = match &value {
             Value::String(text) if self.strings => text.parse().ok(),
             value => crate::alter::unsigned(value),
         };
-        number.ok_or_else(|| self.unreadable(name, "uint64"))
+        number.ok_or_else(|| self.unreadable(name, "uint64")).map(Some)
+    }
+
+    /// A number of 64 bits.
+    pub fn u64(&mut self, name: &str) -> Result<u64, QmpError> {
+        let value = self.opt_u64(name)?;
+        self.need(name, value)
     }
 
     /// An optional word out of a set.
@@ -255,7 +272,10 @@ impl Members {
                 T::read(self.inside(name, object)).map(Alternate::Object).map(Some)
             }
             Some(Value::Null) if takes_null(kind) => Ok(Some(Alternate::Null)),
-            Some(_) => Err(self.mistyped(name, kind)),
+            // Without the objects around it, as others tell it.
+            Some(_) => {
+                Err(QmpError::generic(format!("Invalid parameter type for '{name}', expected: {kind}")))
+            }
         }
     }
 

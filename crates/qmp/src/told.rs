@@ -39,6 +39,11 @@ const JOB_STATUS: Form = Word(&[
 const PROGRESS: Form =
     Object(&[("device", Str), ("len", Int), ("offset", Int), ("speed", Int), ("type", JOB_TYPE)]);
 
+/// A property of an object.
+const PROPERTY: Form = Object(&[("name", Str), ("type", Str)]);
+
+const PERMISSION: Form = Word(&["consistent-read", "write", "write-unchanged", "resize"]);
+
 /// What events tell.
 pub(crate) const EVENTS: &[(&str, Form)] = &[
     ("BLOCK_EXPORT_DELETED", Object(&[("id", Str)])),
@@ -109,10 +114,20 @@ pub(crate) const ANSWERS: &[(&str, Form)] = &[
         ]),
     ),
     ("__infill_query-state", Any),
+    ("qom-get", Any),
+    ("qom-list", List(&PROPERTY)),
+    ("qom-list-properties", List(&PROPERTY)),
+    ("qom-list-types", List(&Object(&[("name", Str), ("*parent", Str)]))),
     ("query-block", List(&Any)),
     (
         "query-block-exports",
-        List(&Object(&[("id", Str), ("type", Word(&["nbd"])), ("node-name", Str), ("shutting-down", Bool)])),
+        List(&Object(&[
+            ("id", Str),
+            ("type", Word(&["nbd"])),
+            ("node-name", Str),
+            ("shutting-down", Bool),
+            ("*__infill_held", Str),
+        ])),
     ),
     (
         "query-block-jobs",
@@ -134,6 +149,9 @@ pub(crate) const ANSWERS: &[(&str, Form)] = &[
             ("*__infill_waiting_for", Str),
         ])),
     ),
+    ("query-blockstats", List(&Any)),
+    ("query-chardev", List(&Object(&[("label", Str), ("filename", Str), ("frontend-open", Bool)]))),
+    ("query-chardev-backends", List(&Object(&[("name", Str)]))),
     ("query-commands", List(&Object(&[("name", Str)]))),
     (
         "query-jobs",
@@ -151,6 +169,29 @@ pub(crate) const ANSWERS: &[(&str, Form)] = &[
     (
         "query-version",
         Object(&[("qemu", Object(&[("major", Int), ("minor", Int), ("micro", Int)])), ("package", Str)]),
+    ),
+    (
+        "x-debug-query-block-graph",
+        Object(&[
+            (
+                "nodes",
+                List(&Object(&[
+                    ("id", Int),
+                    ("type", Word(&["block-backend", "block-job", "block-driver"])),
+                    ("name", Str),
+                ])),
+            ),
+            (
+                "edges",
+                List(&Object(&[
+                    ("parent", Int),
+                    ("child", Int),
+                    ("name", Str),
+                    ("perm", List(&PERMISSION)),
+                    ("shared-perm", List(&PERMISSION)),
+                ])),
+            ),
+        ]),
     ),
     ("x-debug-block-dirty-bitmap-sha256", Object(&[("sha256", Str)])),
 ];

@@ -4,6 +4,7 @@ use crate::backup::BlockdevBackup;
 use crate::bitmap::BitmapCommand;
 use crate::error::QmpError;
 use crate::members::{Members, Words};
+use crate::shape::SnapshotSync;
 
 /// What one action does.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,6 +22,8 @@ pub enum TransactionAction {
         /// The node that takes its place.
         overlay: String,
     },
+    /// Makes an overlay and puts it on a node.
+    SnapshotSync(SnapshotSync),
 }
 
 /// The names of actions.
@@ -30,6 +33,7 @@ enum Kind {
     Bitmap(&'static str),
     Backup,
     Snapshot,
+    SnapshotSync,
     Unbuilt(&'static str),
 }
 
@@ -44,6 +48,7 @@ impl Words for Kind {
         ("block-dirty-bitmap-merge", Kind::Bitmap("block-dirty-bitmap-merge")),
         ("blockdev-backup", Kind::Backup),
         ("blockdev-snapshot", Kind::Snapshot),
+        ("blockdev-snapshot-sync", Kind::SnapshotSync),
     ];
 
     fn of(word: &str) -> Option<&'static Kind> {
@@ -54,7 +59,6 @@ impl Words for Kind {
 /// Actions of QEMU that are not built.
 const UNBUILT: &[(&str, Kind)] = &[
     ("blockdev-snapshot-internal-sync", Kind::Unbuilt("blockdev-snapshot-internal-sync")),
-    ("blockdev-snapshot-sync", Kind::Unbuilt("blockdev-snapshot-sync")),
     ("drive-backup", Kind::Unbuilt("drive-backup")),
 ];
 
@@ -114,6 +118,7 @@ fn read_action(mut action: Members) -> Result<(&'static str, TransactionAction),
         Kind::Snapshot => {
             TransactionAction::Snapshot { node: data.str("node")?, overlay: data.str("overlay")? }
         }
+        Kind::SnapshotSync => TransactionAction::SnapshotSync(SnapshotSync::take(&mut data)?),
         Kind::Bitmap(name) => match BitmapCommand::read(name, &mut data)? {
             Some(command) => TransactionAction::Bitmap(command),
             None => return Err(QmpError::generic(format!("'{name}' is no command on bitmaps"))),

@@ -82,6 +82,19 @@ impl Holds {
         }
     }
 
+    /// `user` uses it otherwise from now on, which disturbs nobody; the lock of its file follows.
+    pub fn become_(&mut self, user: &str, access: Access, file: Option<&FileStorage>) -> Result<()> {
+        for (_, held) in self.0.iter_mut().filter(|(other, _)| other == user) {
+            *held = access;
+        }
+        if let Some(file) = file {
+            // A writer's locks are more than a reader's: they are given back first.
+            file.unlock()?;
+            file.lock(self.writer().is_none())?;
+        }
+        Ok(())
+    }
+
     /// Takes one hold of `user` back; the last one gives the lock back.
     pub fn give_back(&mut self, user: &str, file: Option<&FileStorage>) {
         if let Some(at) = self.0.iter().position(|(other, _)| other == user) {

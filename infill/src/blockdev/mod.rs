@@ -9,6 +9,7 @@
 //! * Nodes that a description contains, or a header names, belong to their parent and go with it; nodes that have been
 //!   added by name stay until they are deleted.
 
+mod change;
 mod exchange;
 mod filters;
 mod fleece;
@@ -42,6 +43,7 @@ use infill_storage::{RangeGuard, RangeLock, StorageHandle, rt};
 
 use crate::objects::Objects;
 use crate::tls::Credentials;
+pub use change::Opened;
 pub use exchange::hold;
 pub use format::{FormatKind, probe_storage};
 pub use hold::Access;
@@ -49,7 +51,7 @@ use hold::Holds;
 pub use info::{image_info, info_text};
 pub use locate::{Located, locate};
 pub use name::resolve_backing;
-pub use open::uri_of;
+pub use open::{check_detect_zeroes, uri_of};
 
 /// Layers of one backing chain. A request that goes all the way down takes stack for each of them.
 pub const CHAIN_LAYERS_MAX: usize = 256;
@@ -201,7 +203,12 @@ impl Blockdevs {
 
     /// Opens what `options` describe, and gives the name of its top node (`blockdev-add`).
     pub async fn add(&self, options: BlockdevOptions) -> Result<String> {
-        let _turn = self.0.turn.exclusive(0, 1).await;
+        let turn = self.change_graph().await;
+        self.add_in(&turn, options).await
+    }
+
+    /// As [`Blockdevs::add`], for whoever changes the graph already.
+    pub async fn add_in(&self, _turn: &RangeGuard, options: BlockdevOptions) -> Result<String> {
         let mut opening = open::Opening::new(self);
         let result = opening.open(options, false).await;
         self.settle(opening, result).await
@@ -348,6 +355,11 @@ impl Blockdevs {
         entry.holds.take(name, user, access, entry.file.as_deref())
     }
 
+    /// How `user` uses the node.
+    pub fn access_of(&self, name: &str, user: &str) -> Option<Access> {
+        lock(&self.0.entries).get(name).and_then(|entry| entry.holds.of(user))
+    }
+
     /// Takes one claim of `user` back.
     pub fn release(&self, name: &str, user: &str) {
         self.0.graph.release(name, user);
@@ -358,7 +370,12 @@ impl Blockdevs {
 
     /// Closes a node that was added by name and that nobody uses (`blockdev-del`), and what belongs to it.
     pub async fn del(&self, name: &str) -> Result<()> {
-        let _turn = self.0.turn.exclusive(0, 1).await;
+        let turn = self.change_graph().await;
+        self.del_in(&turn, name).await
+    }
+
+    /// As [`Blockdevs::del`], for whoever changes the graph already.
+    pub async fn del_in(&self, _turn: &RangeGuard, name: &str) -> Result<()> {
         self.0.graph.get(name)?;
         if self.facts(name)?.implicit {
             bail!("Node '{name}' belongs to the node above it: delete that one");

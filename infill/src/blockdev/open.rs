@@ -713,7 +713,8 @@ fn cache_bytes(driver: &Driver) -> Option<u64> {
     options.cache_bytes.or(options.l2_cache_bytes)
 }
 
-fn check_detect_zeroes(options: &BlockdevOptions) -> Result<()> {
+/// Refuses what gives space back although nothing may.
+pub fn check_detect_zeroes(options: &BlockdevOptions) -> Result<()> {
     if options.detect_zeroes == Some(DetectZeroes::Unmap) && options.discard_mode() != DiscardMode::Unmap {
         bail!("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap");
     }

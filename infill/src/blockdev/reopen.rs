@@ -6,9 +6,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail};
 use infill_node::{NodeHandle, RawNode};
 use infill_qmp::{BlockdevOptions, Driver};
-use infill_storage::StorageHandle;
 use infill_storage::journal::Journaling;
 use infill_storage::sync::lock;
+use infill_storage::{RangeGuard, StorageHandle};
 
 use super::format::FormatOptions;
 use super::journal::journaling;
@@ -18,7 +18,12 @@ use super::{Blockdevs, Recipe, unknown};
 impl Blockdevs {
     /// Opens a format node on a file for writing, in place: those who lie on it, and its exports, go on with it.
     pub async fn make_writable(&self, name: &str) -> Result<()> {
-        let _turn = self.0.turn.exclusive(0, 1).await;
+        let turn = self.change_graph().await;
+        self.make_writable_in(&turn, name).await
+    }
+
+    /// As [`Blockdevs::make_writable`], for whoever changes the graph already.
+    pub async fn make_writable_in(&self, _turn: &RangeGuard, name: &str) -> Result<()> {
         let facts = self.facts(name)?;
         if !facts.read_only {
             return Ok(());
@@ -68,6 +73,7 @@ impl Blockdevs {
                 entry.facts.read_only = false;
             }
         }
+        node.set_detect_zeroes(facts.detect_zeroes);
         node.take_bitmaps_of(&old);
         self.0.graph.set_node(name, node.clone())?;
         for parent in parents {
@@ -78,19 +84,19 @@ impl Blockdevs {
         Ok(())
     }
 
-    fn journaling_of(&self, file: &str, storage: &StorageHandle) -> Result<Journaling> {
+    pub(super) fn journaling_of(&self, file: &str, storage: &StorageHandle) -> Result<Journaling> {
         let Some(dir) = &self.0.policy.journal else { return Ok(Journaling::Off) };
         let entries = lock(&self.0.entries);
         let entry = entries.get(file).ok_or_else(|| unknown(file))?;
         journaling(dir, entry.facts.driver, entry.path.as_deref(), storage)
     }
 
-    fn recipe(&self, name: &str) -> Option<Recipe> {
+    pub(super) fn recipe(&self, name: &str) -> Option<Recipe> {
         lock(&self.0.entries).get(name).and_then(|entry| entry.recipe.clone())
     }
 
     /// The overlays of `name`; refused where something lies on it that cannot be given another node.
-    fn parents(&self, name: &str) -> Result<Vec<NodeHandle>> {
+    pub(super) fn parents(&self, name: &str) -> Result<Vec<NodeHandle>> {
         let mut parents = Vec::new();
         for (other, node) in self.0.graph.list() {
             let facts = self.facts(&other)?;

@@ -45,6 +45,7 @@ const QCOW2_OPTIONS: &[(&str, &str)] = &[
     ("refcount_bits=<num>", "a power of two from 1 to 64 (16)"),
     ("compression_type=<zlib|zstd>", "how compressed clusters are compressed (zlib)"),
     ("lazy_refcounts=<on|off>", "write refcounts late (off)"),
+    ("preallocation=<off|metadata|falloc|full>", "take the space of tables, or of everything, at once (off)"),
 ];
 const QED_OPTIONS: &[(&str, &str)] = &[
     ("size=<size>", "size of the disk"),
@@ -269,9 +270,17 @@ fn plan(format: FormatKind, size: u64, backing: Option<BackingRef>, options: &mu
                 Some("zstd") => Compression::Zstd,
                 Some(other) => bail!("option compression_type: '{other}' is not possible; zlib and zstd are"),
             };
-            if options.take("preallocation").is_some_and(|how| how != "off") {
-                bail!("option preallocation: not supported for qcow2; leave it out");
-            }
+            let preallocation = match options.take("preallocation").as_deref() {
+                None | Some("off") => infill_qcow2::Preallocation::Off,
+                Some("metadata") => infill_qcow2::Preallocation::Metadata,
+                Some("falloc") => infill_qcow2::Preallocation::Falloc,
+                Some("full") => infill_qcow2::Preallocation::Full,
+                Some(other) => {
+                    bail!(
+                        "option preallocation: '{other}' is not possible; off, metadata, falloc and full are"
+                    )
+                }
+            };
             let defaults = infill_qcow2::CreateOptions::default();
             let cluster_bytes = options.take_size("cluster_size")?.unwrap_or(defaults.cluster_bytes);
             let can_have_subclusters = version >= 3 && cluster_bytes >= EXTENDED_L2_CLUSTER_BYTES_MIN;
@@ -284,6 +293,7 @@ fn plan(format: FormatKind, size: u64, backing: Option<BackingRef>, options: &mu
                 refcount_bits: options.take_number("refcount_bits")?.unwrap_or(defaults.refcount_bits),
                 extended_l2: options.take_flag("extended_l2")?.unwrap_or(can_have_subclusters),
                 lazy_refcounts: options.take_flag("lazy_refcounts")?.unwrap_or(defaults.lazy_refcounts),
+                preallocation,
             })
         }
         FormatKind::Qed => {

@@ -175,7 +175,7 @@ impl Control {
     }
 
     /// The format of the first layer from `name` down that is no filter. What has none is read as `raw`.
-    fn format_of(&self, name: &str) -> Option<String> {
+    pub(super) fn format_of(&self, name: &str) -> Option<String> {
         let layers = self.blockdevs().chain_with_filters(name);
         let facts = layers.iter().filter_map(|layer| self.blockdevs().facts(layer).ok());
         let driver = facts.filter(|facts| !facts.is_filter()).map(|facts| facts.driver).next()?;

@@ -5,12 +5,14 @@
 use std::sync::Arc;
 
 use infill_job::copy::backup::{self, BackupBitmap, BackupOptions, BackupSync, BitmapMode, Prepared};
-use infill_job::{Job, JobOptions, JobType};
+use infill_job::{Job, JobType};
 use infill_node::{Bitmap, Held, NodeHandle};
 use infill_qmp::QmpError;
 use infill_qmp::backup::{self as words, BitmapSyncMode, BlockdevBackup};
 
 use super::control::{Control, refused};
+use super::copy::job_options;
+use super::drive::Target;
 use super::jobs::{Claims, job_refused, on_error, yield_once};
 use crate::blockdev::{Access, hold};
 
@@ -19,6 +21,8 @@ pub(super) struct Checked {
     options: BlockdevBackup,
     source: NodeHandle,
     bitmap: Option<Arc<Bitmap>>,
+    /// The node of a target that goes with the job.
+    owned: Option<Target>,
 }
 
 impl Checked {
@@ -31,7 +35,16 @@ impl Checked {
 impl Control {
     /// `blockdev-backup`. Answered once the job runs.
     pub(super) async fn blockdev_backup(&self, options: BlockdevBackup) -> Result<(), QmpError> {
-        let checked = self.check_backup(options)?;
+        self.start_one_backup(options, None).await
+    }
+
+    /// Starts a backup, with whose end `owned` goes.
+    pub(super) async fn start_one_backup(
+        &self,
+        options: BlockdevBackup,
+        owned: Option<Target>,
+    ) -> Result<(), QmpError> {
+        let checked = Checked { owned, ..self.check_backup(options)? };
         let device = checked.options.device.clone();
         let held = hold(&device, &checked.source).await.map_err(|error| refused(&error))?;
         let prepared = self.prepare_backup(checked, &held)?;
@@ -66,8 +79,8 @@ impl Control {
             let why = format!("Compression is not supported for this drive {}", options.target);
             return Err(QmpError::generic(why));
         }
-        if self.jobs().get(&options.job_id).is_ok() {
-            return Err(QmpError::generic(format!("Job ID '{}' already in use", options.job_id)));
+        if self.jobs().get(&options.job.job_id).is_ok() {
+            return Err(QmpError::generic(format!("Job ID '{}' already in use", options.job.job_id)));
         }
         // A disk may have several backups at once.
         let is_backup = |user: &String| {
@@ -78,13 +91,13 @@ impl Control {
             return Err(self.busy(&options.device));
         }
         self.not_busy(&options.target)?;
-        Ok(Checked { options, source, bitmap })
+        Ok(Checked { options, source, bitmap, owned: None })
     }
 
     /// Takes hold of the disk as it is now.
     pub(super) fn prepare_backup(&self, checked: Checked, held: &Held) -> Result<Prepared, QmpError> {
-        let Checked { options, source, bitmap } = checked;
-        let mut claims = Claims::new(self.blockdevs(), &options.job_id);
+        let Checked { options, source, bitmap, owned } = checked;
+        let mut claims = Claims::new(self.blockdevs(), &options.job.job_id);
         claims.take(&options.device, Access::Reader)?;
         let target = claims.take(&options.target, Access::Writer)?;
         let bitmap = match (bitmap, options.bitmap_mode) {
@@ -103,12 +116,7 @@ impl Control {
             }
             _ => None,
         };
-        let job = JobOptions {
-            auto_finalize: options.auto_finalize,
-            auto_dismiss: options.auto_dismiss,
-            speed: options.speed,
-            ..JobOptions::new(options.job_id)
-        };
+        let job = job_options(options.job);
         let backup = BackupOptions {
             sync: match options.sync {
                 words::BackupSync::Top => BackupSync::Top,
@@ -119,7 +127,7 @@ impl Control {
             bitmap,
             on_source_error: on_error(options.on_source_error),
             on_target_error: on_error(options.on_target_error),
-            keep: Some(Box::new(claims)),
+            keep: Some(Box::new((claims, owned))),
             ..BackupOptions::new(source, target)
         };
         backup::prepare(self.jobs(), job, backup, held).map_err(job_refused)

@@ -26,6 +26,8 @@ pub enum Chardev {
 pub struct Chardevs {
     devices: BTreeMap<String, Option<Chardev>>,
     monitors: Vec<Chardev>,
+    /// What they are called, and where they are.
+    places: Vec<(String, String)>,
 }
 
 impl Chardevs {
@@ -36,7 +38,9 @@ impl Chardevs {
             let why = format!("attempt to add duplicate property '{id}' to object (type 'container')");
             return Err(QmpError::generic(why));
         }
+        let place = device.to_string();
         let chardev = device.open().await?;
+        self.places.push((id.clone(), place));
         self.devices.insert(id, Some(chardev));
         Ok(())
     }
@@ -60,6 +64,12 @@ impl Chardevs {
         };
         self.monitors.push(device);
         Ok(())
+    }
+
+    /// Names of the devices that monitors are on, and where those are.
+    pub fn places(&self) -> Vec<(String, String)> {
+        let has_monitor = |(id, _): &&(String, String)| matches!(self.devices.get(id), Some(None));
+        self.places.iter().filter(has_monitor).cloned().collect()
     }
 
     /// The devices that monitors are on. The others are closed.
@@ -92,6 +102,18 @@ enum Place {
     Address(Address),
     /// Passed by whoever started the daemon.
     Passed(i32),
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Device::Socket { place, server, .. } = self else { return f.write_str("stdio") };
+        match place {
+            Place::Address(Address::Unix(path)) => write!(f, "unix:{}", path.display())?,
+            Place::Address(Address::Tcp { host, port }) => write!(f, "tcp:{host}:{port}")?,
+            Place::Passed(number) => write!(f, "fd:{number}")?,
+        }
+        f.write_str(if *server { ",server=on" } else { "" })
+    }
 }
 
 /// Options of sockets that QEMU knows and that would change what is sent.

@@ -34,6 +34,8 @@ pub struct Control {
     pub(super) reactors: Vec<Reactor>,
     monitors: Monitors,
     pub(super) thresholds: Thresholds,
+    /// Character devices that monitors are on, and where those are.
+    pub(super) chardevs: RefCell<Vec<(String, String)>>,
     /// What is kept for the next daemon, where that was asked for.
     pub(super) state: Option<State>,
     /// Events that were not sent yet, in order: what they tell is kept first.
@@ -75,6 +77,7 @@ impl Control {
             reactors,
             monitors: Monitors::default(),
             thresholds: Thresholds::default(),
+            chardevs: RefCell::default(),
             state,
             events: RefCell::default(),
             event_came: Signal::new(),
@@ -244,6 +247,8 @@ impl Control {
             Command::Transaction(transaction) => self.transaction(transaction).await?,
             Command::Bitmap(command) => return self.bitmap_command(command).await,
             Command::Alter(alter) => self.alter(alter).await?,
+            Command::Shape(shape) => self.shape(shape).await?,
+            Command::Inspect(inspect) => return self.inspect(inspect),
             Command::QueryBlockExports => return Ok(self.query_block_exports()),
             Command::QueryJobs => return Ok(self.query_jobs()),
             Command::QueryBlockJobs => return Ok(self.query_block_jobs()),
@@ -289,13 +294,18 @@ impl Control {
             return Err(QmpError::generic("'node-name' must be specified for the root node"));
         }
         let added = self.blockdevs.add(options).await.map(drop).map_err(|error| refused(&error));
-        if self.metered.get() {
-            self.meter_nodes();
-        }
+        self.meter_new_nodes();
         for (node, watch) in self.blockdevs.take_source_watches() {
             rt::spawn(self.clone().tell_source(node, watch));
         }
         added
+    }
+
+    /// Nodes that were opened count for metrics, where that is asked for.
+    pub(super) fn meter_new_nodes(&self) {
+        if self.metered.get() {
+            self.meter_nodes();
+        }
     }
 
     /// Tells when the server of an NBD node is lost and when it is back, until the node is closed.

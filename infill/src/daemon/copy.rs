@@ -11,11 +11,12 @@ use infill_qmp::copy::{BlockCommit, BlockdevMirror, JobMembers, Layer, SyncMode}
 use infill_qmp::{ErrorClass, QmpError, copy};
 
 use super::control::{Control, refused};
+use super::drive::Target;
 use super::jobs::{Claims, job_refused, on_error, yield_once};
 use crate::blockdev::{Access, Blockdevs};
 use crate::one_line;
 
-fn job_options(job: JobMembers) -> JobOptions {
+pub(super) fn job_options(job: JobMembers) -> JobOptions {
     JobOptions {
         auto_finalize: job.auto_finalize,
         auto_dismiss: job.auto_dismiss,
@@ -30,11 +31,19 @@ fn as_io(error: &anyhow::Error) -> IoError {
 }
 
 /// While a commit writes to it: nobody who lies on the base relies on it, for what is written there is what they show.
-struct SharedBase {
+pub(super) struct SharedBase {
     blockdevs: Blockdevs,
     overlay: String,
     base: String,
     stays: bool,
+}
+
+impl SharedBase {
+    pub(super) fn new(blockdevs: &Blockdevs, overlay: &str, base: &str) -> SharedBase {
+        blockdevs.share_base(overlay, base, true);
+        let (blockdevs, overlay, base) = (blockdevs.clone(), overlay.to_owned(), base.to_owned());
+        SharedBase { blockdevs, overlay, base, stays: false }
+    }
 }
 
 impl Drop for SharedBase {
@@ -48,6 +57,15 @@ impl Drop for SharedBase {
 impl Control {
     /// `blockdev-mirror`. Answered once the job runs.
     pub(super) async fn blockdev_mirror(self: &Rc<Self>, options: BlockdevMirror) -> Result<(), QmpError> {
+        self.start_mirror(options, None).await
+    }
+
+    /// Starts a mirror, with whose end `owned` goes unless it has taken the disk's place.
+    pub(super) async fn start_mirror(
+        self: &Rc<Self>,
+        options: BlockdevMirror,
+        mut owned: Option<Target>,
+    ) -> Result<(), QmpError> {
         let BlockdevMirror { device, target, .. } = &options;
         for name in [device, target] {
             if self.blockdevs().get(name).is_err() {
@@ -68,11 +86,7 @@ impl Control {
             Some(name) if self.blockdevs().get(name).is_err() => {
                 return Err(QmpError::generic(format!("Failed to find node with node-name='{name}'")));
             }
-            Some(name) if name != device => {
-                return Err(QmpError::generic(format!(
-                    "'replaces' can only name the device itself ('{device}') so far, not '{name}'"
-                )));
-            }
+            Some(name) if name != device => return Err(self.cannot_replace(device, name)),
             _ => {}
         }
         self.not_busy(device)?;
@@ -88,13 +102,21 @@ impl Control {
                 copy::CopyMode::Background => CopyMode::Background,
                 copy::CopyMode::WriteBlocking => CopyMode::WriteBlocking,
             },
+            unmap: options.unmap,
             on_source_error: on_error(options.on_source_error),
             on_target_error: on_error(options.on_target_error),
             on_exchange: Some(Box::new(move |_| {
                 Box::pin(async move {
                     // Given back when the job is over, however it ends.
                     let _claims = claims;
-                    control.exchange(&id, &from, &to).await
+                    if let Some(owned) = &mut owned {
+                        owned.keep(&control);
+                    }
+                    let exchanged = control.exchange(&id, &from, &to).await;
+                    if let (Err(_), Some(owned)) = (&exchanged, &mut owned) {
+                        owned.keep_no_more(&control);
+                    }
+                    exchanged
                 })
             })),
             ..MirrorOptions::new(source, copy)
@@ -102,6 +124,30 @@ impl Control {
         mirror::start(self.jobs(), job_options(options.job), mirror).map_err(job_refused)?;
         yield_once().await;
         Ok(())
+    }
+
+    /// Why the target of a mirror of `device` cannot take the place of `name`.
+    fn cannot_replace(&self, device: &str, name: &str) -> QmpError {
+        if let Some(above) = self.overlay_on(name) {
+            return QmpError::generic(format!(
+                "Node '{name}' is busy: node is used as backing hd of '{above}'"
+            ));
+        }
+        let layers = self.blockdevs().chain_with_filters(device);
+        let is_filter = |layer: &&String| self.blockdevs().facts(layer).is_ok_and(|facts| facts.is_filter());
+        let filters = layers.iter().take_while(is_filter).count();
+        QmpError::generic(
+            match layers.get(1..=filters).is_some_and(|shown| shown.iter().any(|layer| layer == name)) {
+                // It shows the same; but a filter holds the node that it lies on fast.
+                true => format!(
+                    "'{name}' lies under a filter, which keeps it: mirror '{device}' without 'replaces'"
+                ),
+                false => format!(
+                    "Cannot replace '{name}' by a node mirrored from '{device}', because it cannot be guaranteed that doing so \
+                 would not lead to an abrupt change of visible data"
+                ),
+            },
+        )
     }
 
     /// `block-commit`. Answered once the job runs.
@@ -112,7 +158,7 @@ impl Control {
             return Err(QmpError::new(ErrorClass::DeviceNotFound, why));
         }
         let chain = self.blockdevs().chain(device);
-        if self.lies_under_another(device) {
+        if self.overlay_on(device).is_some() {
             return Err(QmpError::generic("Need a root block node"));
         }
         let top = match &options.top {
@@ -168,14 +214,6 @@ impl Control {
         self.settle().await.map_err(|error| IoError::new(ErrorKind::Io, error.desc))
     }
 
-    /// Whether a node is backing of another one.
-    fn lies_under_another(&self, name: &str) -> bool {
-        let nodes = self.blockdevs().graph().list();
-        nodes.iter().any(|(other, _)| {
-            self.blockdevs().facts(other).is_ok_and(|facts| facts.backing.as_deref() == Some(name))
-        })
-    }
-
     fn layer(
         &self,
         chain: &[String],
@@ -193,11 +231,9 @@ impl Control {
                     .ok_or_else(|| QmpError::generic(format!("'{name}' is not in this backing file chain")))
             }
             Layer::File(name) => {
-                let is_named = |layer: &String| {
-                    let node = self.blockdevs().get(layer).ok();
-                    node.is_some_and(|node| node.info().filename == *name)
-                };
-                chain.iter().position(is_named).ok_or_else(|| QmpError::generic(unknown(name)))
+                let top = self.blockdevs().get(&chain[0]).is_ok_and(|node| node.info().filename == *name);
+                let found = if top { Some(0) } else { self.backing_of_file(chain, name) };
+                found.ok_or_else(|| QmpError::generic(unknown(name)))
             }
         }
     }
@@ -240,13 +276,7 @@ impl Control {
         for layer in &chain[top + 1..base] {
             claims.take(layer, Access::Reader)?;
         }
-        let shared = SharedBase {
-            blockdevs: blockdevs.clone(),
-            overlay: above.clone(),
-            base: base_name.clone(),
-            stays: false,
-        };
-        blockdevs.share_base(&above, &base_name, true);
+        let shared = SharedBase::new(blockdevs, &above, &base_name);
         let base_node = claims.take(&base_name, Access::Writer)?;
         let info = base_node.info();
         let is_format = matches!(info.driver, "raw" | "qcow2" | "qed");

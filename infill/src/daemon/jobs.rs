@@ -12,6 +12,7 @@ use infill_qmp::{ErrorClass, QmpError};
 use serde_json::{Map, Value, json};
 
 use super::control::{Control, refused};
+use super::copy::SharedBase;
 use crate::blockdev::{Access, Blockdevs};
 
 /// A job's refusal as a command's.
@@ -198,6 +199,12 @@ impl Control {
         if options.backing_file.is_some() && kept.is_none() {
             return Err(QmpError::generic("backing file specified, but streaming the entire chain"));
         }
+        // What lies over it may be read meanwhile, for what is written below shows there already.
+        let shared = self.overlay_on(device).map(|above| SharedBase::new(self.blockdevs(), &above, device));
+        if shared.is_some() {
+            // A layer that only a header named was opened for reading.
+            self.blockdevs().make_writable(device).await.map_err(|error| refused(&error))?;
+        }
         let mut claims = Claims::new(self.blockdevs(), &options.job_id);
         let top = claims.take(device, Access::Writer)?;
         for layer in filled.iter().skip(1) {
@@ -219,13 +226,29 @@ impl Control {
             backing_file: options.backing_file,
             backing_mask_protocol: options.backing_mask_protocol,
             on_error: on_error(options.on_error),
-            on_swap: Some(Box::new(move |_| follow_swap(control, claims))),
+            on_swap: Some(Box::new(move |_| {
+                Box::pin(async move {
+                    let _shared = shared;
+                    follow_swap(control, claims).await;
+                })
+            })),
             ..StreamOptions::new(top)
         };
         stream::start(self.jobs(), job, stream).map_err(job_refused)?;
         // Its task has its first turn before the answer, as QEMU's has: it is told as running.
         yield_once().await;
         Ok(())
+    }
+
+    /// Which layer below the top of a chain has that file name, of its own or in the header above it.
+    pub(super) fn backing_of_file(&self, chain: &[String], name: &str) -> Option<usize> {
+        let named = |pair: &[String]| {
+            let above = self.blockdevs().get(&pair[0]).ok();
+            let header = above.and_then(|above| above.info().backing).map(|backing| backing.filename);
+            let own = self.blockdevs().get(&pair[1]).ok().map(|below| below.info().filename);
+            header.as_deref() == Some(name) || own.as_deref() == Some(name)
+        };
+        chain.windows(2).position(named).map(|at| at + 1)
     }
 
     /// Which layer of the chain stays as backing.
@@ -251,15 +274,9 @@ impl Control {
                 Ok((at + 1 < chain.len()).then_some(at + 1))
             }
             StreamEnd::BaseFile(name) => {
-                let named = |pair: &[String]| {
-                    let above = self.blockdevs().get(&pair[0]).ok();
-                    let header = above.and_then(|above| above.info().backing).map(|backing| backing.filename);
-                    let own = self.blockdevs().get(&pair[1]).ok().map(|below| below.info().filename);
-                    header.as_ref() == Some(name) || own.as_ref() == Some(name)
-                };
-                let at = chain.windows(2).position(named);
+                let at = self.backing_of_file(chain, name);
                 let why = || QmpError::generic(format!("Can't find '{name}' in the backing chain"));
-                at.map(|at| Some(at + 1)).ok_or_else(why)
+                at.map(Some).ok_or_else(why)
             }
         }
     }

@@ -27,18 +27,24 @@ mod chardev;
 mod cmdline;
 mod control;
 mod copy;
+mod create;
 mod detach;
+mod drive;
 mod exports;
+mod inspect;
 mod jobs;
 mod load;
 mod metrics;
 mod monitor;
 mod nodes;
 mod objects;
+mod overlay;
 mod pidfile;
 mod qemu_nbd;
+mod reopen;
 mod sandbox;
 mod sha256;
+mod shape;
 mod state;
 mod threshold;
 mod transaction;
@@ -231,6 +237,7 @@ async fn option(
 fn serve(control: &Rc<Control>, chardevs: Chardevs) {
     control.open_for_clients();
     rt::spawn(control.clone().tell_events());
+    *control.chardevs.borrow_mut() = chardevs.places();
     for monitor in chardevs.into_monitors() {
         rt::spawn(monitor::serve(control.clone(), monitor));
     }

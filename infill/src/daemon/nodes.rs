@@ -4,7 +4,7 @@ use infill_qmp::QmpError;
 use serde_json::{Map, Value, json};
 
 use super::control::{Control, refused};
-use crate::blockdev::image_info;
+use crate::blockdev::{NodeFacts, image_info};
 
 impl Control {
     /// `blockdev-del`.
@@ -18,11 +18,9 @@ impl Control {
         if facts.implicit {
             return Err(QmpError::generic(format!("Node {name} is not owned by the monitor")));
         }
-        for (overlay, _) in self.blockdevs().graph().list() {
-            if self.blockdevs().facts(&overlay).is_ok_and(|facts| facts.backing.as_deref() == Some(name)) {
-                let why = format!("Node '{name}' is busy: node is used as backing hd of '{overlay}'");
-                return Err(QmpError::generic(why));
-            }
+        if let Some(overlay) = self.overlay_on(name) {
+            let why = format!("Node '{name}' is busy: node is used as backing hd of '{overlay}'");
+            return Err(QmpError::generic(why));
         }
         if is_used("node '") {
             return Err(QmpError::generic(format!("Block device {name} is in use")));
@@ -33,6 +31,13 @@ impl Control {
         self.blockdevs().del(name).await.map_err(|error| refused(&error))?;
         self.thresholds.clear(name);
         Ok(())
+    }
+
+    /// A node that lies on `name`.
+    pub(super) fn overlay_on(&self, name: &str) -> Option<String> {
+        let nodes = self.blockdevs().graph().list().into_iter().map(|(overlay, _)| overlay);
+        let lies_on = |facts: NodeFacts| facts.backing.as_deref() == Some(name);
+        nodes.into_iter().find(|overlay| self.blockdevs().facts(overlay).is_ok_and(lies_on))
     }
 
     /// The refusal of a node that a job works on.

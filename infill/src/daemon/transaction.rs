@@ -1,7 +1,7 @@
 //! `transaction`: several actions of one moment, all or nothing.
 //!
 //! # Order
-//! 1. Whatever can be refused without holding anybody is refused.
+//! 1. Whatever can be refused without holding anybody is refused. Overlays are made and opened.
 //! 2. Changes of all nodes that are named are held, an overlay before what lies below it.
 //! 3. Actions are prepared in their order. Where one fails, those before it are taken back in reverse, and nothing has
 //!    changed: nobody could write meanwhile.
@@ -14,6 +14,7 @@ use infill_job::{Group, Job};
 use infill_node::{BitmapUse, Held};
 use infill_qmp::transaction::{Transaction, TransactionAction};
 use infill_qmp::{BitmapCommand, QmpError};
+use infill_storage::RangeGuard;
 
 use super::backup::Checked;
 use super::bitmaps::Undo;
@@ -43,12 +44,45 @@ struct Done {
     backups: Vec<Prepared>,
 }
 
+/// The nodes that actions name.
+fn named(actions: &[TransactionAction]) -> Vec<String> {
+    let named = actions.iter().flat_map(|action| match action {
+        TransactionAction::Abort => Vec::new(),
+        TransactionAction::Bitmap(command) => vec![command.node()],
+        TransactionAction::Backup(backup) => vec![backup.device.as_str()],
+        TransactionAction::Snapshot { node, overlay } => vec![node.as_str(), overlay.as_str()],
+        TransactionAction::SnapshotSync(sync) => sync.node_name.iter().map(String::as_str).collect(),
+    });
+    named.map(ToOwned::to_owned).collect()
+}
+
 impl Control {
     /// `transaction`.
     pub(super) async fn transaction(&self, transaction: Transaction) -> Result<(), QmpError> {
         let Transaction { actions, grouped } = transaction;
-        let _graph = self.blockdevs().change_graph().await;
-        let names = self.nodes_to_hold(&actions);
+        let graph = self.blockdevs().change_graph().await;
+        let mut overlays = Vec::new();
+        let outcome = self.carry_out_together(&graph, actions, grouped, &mut overlays).await;
+        if outcome.is_err() {
+            for overlay in overlays.iter().rev() {
+                self.drop_overlay(&graph, overlay).await;
+            }
+        }
+        drop(graph);
+        outcome?;
+        yield_once().await;
+        Ok(())
+    }
+
+    /// Carries all out, or none. Nodes that were made for it are in `overlays`.
+    async fn carry_out_together(
+        &self,
+        graph: &RangeGuard,
+        actions: Vec<TransactionAction>,
+        grouped: bool,
+        overlays: &mut Vec<String>,
+    ) -> Result<(), QmpError> {
+        let mut names = named(&actions);
         let mut ready = Vec::new();
         for action in actions {
             ready.push(match action {
@@ -56,8 +90,15 @@ impl Control {
                 TransactionAction::Bitmap(command) => Action::Bitmap(command),
                 TransactionAction::Backup(backup) => Action::Backup(Box::new(self.check_backup(*backup)?)),
                 TransactionAction::Snapshot { node, overlay } => Action::Snapshot { node, overlay },
+                TransactionAction::SnapshotSync(sync) => {
+                    let (node, overlay) = self.make_overlay(graph, &sync).await?;
+                    overlays.push(overlay.clone());
+                    Action::Snapshot { node, overlay }
+                }
             });
         }
+        names.extend(overlays.iter().cloned());
+        let names = self.nodes_to_hold(names);
         let mut held = BTreeMap::new();
         for name in names {
             let node = self.blockdevs().get(&name).map_err(|error| refused(&error))?;
@@ -76,20 +117,11 @@ impl Control {
             }
         }
         drop(held);
-        self.start_all(done.backups, grouped)?;
-        yield_once().await;
-        Ok(())
+        self.start_all(done.backups, grouped)
     }
 
-    /// The nodes that are named and exist, overlays before what lies below them.
-    fn nodes_to_hold(&self, actions: &[TransactionAction]) -> Vec<String> {
-        let named = actions.iter().flat_map(|action| match action {
-            TransactionAction::Abort => Vec::new(),
-            TransactionAction::Bitmap(command) => vec![command.node()],
-            TransactionAction::Backup(backup) => vec![backup.device.as_str()],
-            TransactionAction::Snapshot { node, overlay } => vec![node.as_str(), overlay.as_str()],
-        });
-        let mut names: Vec<String> = named.map(ToOwned::to_owned).collect();
+    /// Those of the nodes `names` that exist, overlays before what lies below them.
+    fn nodes_to_hold(&self, mut names: Vec<String>) -> Vec<String> {
         names.retain(|name| self.blockdevs().get(name).is_ok());
         names.sort();
         names.dedup();
@@ -117,6 +149,10 @@ impl Control {
             }
             Action::Snapshot { node, overlay } => {
                 self.not_busy(&node)?;
+                if let Some(above) = self.overlay_on(&node) {
+                    let why = format!("Node '{node}' is busy: node is used as backing hd of '{above}'");
+                    return Err(QmpError::generic(why));
+                }
                 let (Some(below), Some(_)) = (held.get(&node), held.get(&overlay)) else {
                     let name = if held.contains_key(&node) { overlay } else { node };
                     let why = format!("Cannot find device='{name}' nor node-name='{name}'");

@@ -158,7 +158,7 @@ fn what_the_schema_says_is_what_the_readers_take_member_by_member() {
 }
 
 /// Members that are taken whatever they are.
-const ANYTHING: [&str; 2] = ["overlap-check", "x-perf"];
+const ANYTHING: [&str; 3] = ["overlap-check", "x-perf", "value"];
 
 /// Adds an unknown member to every object, and gives every member another type: all is refused, by name.
 fn spoilt(name: &str, arguments: &Value) -> usize {
@@ -172,8 +172,10 @@ fn spoilt(name: &str, arguments: &Value) -> usize {
             let mut spoilt = arguments.clone();
             spoilt.pointer_mut(&pointer).unwrap()[key] = value;
             let told = refusal(name, &spoilt).unwrap_or_default();
-            // The protocol's words for a number of 64 bits are others.
-            let is = told.starts_with(why) || told == format!("Parameter '{path}{key}' expects uint64");
+            // The protocol's words for a number of 64 bits are others, and for what is a name or an object.
+            let is = told.starts_with(why)
+                || told == format!("Parameter '{path}{key}' expects uint64")
+                || told.starts_with(&format!("Invalid parameter type for '{key}', expected: BlockdevRef"));
             assert!(is, "{name}: {spoilt}: {told:?} is not {why:?}");
             tried += 1;
         };

@@ -182,6 +182,40 @@ impl Control {
         self.note_no_exchange(None, name, overlay).await;
     }
 
+    /// The node `name` has been made by another command than `blockdev-add`, which would be given `description` to make it.
+    pub(in crate::daemon) fn keep_node(&self, name: &str, description: Map<String, Value>) {
+        let Some(state) = &self.state else { return };
+        let key = Key::new(Kind::Node, name);
+        let command = "blockdev-add".into();
+        state.keep(Record { command, given: description, strings: false, now: None, job: None, key });
+    }
+
+    /// A node that was kept by [`Control::keep_node`] is gone.
+    pub(in crate::daemon) fn forget_node(&self, name: &str) {
+        if let Some(state) = &self.state {
+            state.forget(&Key::new(Kind::Node, name));
+        }
+    }
+
+    /// The limits of the group `id` are these from now on.
+    pub(in crate::daemon) fn note_limits(&self, id: &str, limits: Value) {
+        if let Some(state) = &self.state {
+            state.describe_limits(id, limits);
+        }
+    }
+
+    /// Whether a node comes back with the description of another one, in which it stands.
+    pub(in crate::daemon) fn is_described_in_another(&self, name: &str) -> bool {
+        self.state.as_ref().is_some_and(|state| state.find(&Key::new(Kind::Node, name)).is_none())
+    }
+
+    /// The node `name` is as `given` describes it from now on.
+    pub(in crate::daemon) fn note_reopened(&self, name: &str, given: Map<String, Value>) {
+        if let Some(state) = &self.state {
+            state.describe_anew(name, given);
+        }
+    }
+
     /// After a job has changed what lies below `overlay`.
     pub(in crate::daemon) fn note_backing(&self, overlay: &str) {
         if let (Some(state), Ok(facts)) = (&self.state, self.blockdevs().facts(overlay)) {

@@ -230,6 +230,36 @@ impl State {
         self.dirty.borrow_mut().insert(at);
     }
 
+    /// The node `name`, which was added by name, is as `given` describes it. Children that it names and that its old
+    /// description made stay described there.
+    fn describe_anew(&self, name: &str, given: Map<String, Value>) {
+        let Some(at) = self.find(&Key::new(Kind::Node, name)) else { return };
+        if let Some(entry) = self.entries.borrow_mut().get_mut(&at) {
+            let old = entry.record.now.as_ref().unwrap_or(&entry.record.given);
+            let mut now = merge_children(given, old);
+            if entry.record.strings {
+                now.values_mut().for_each(as_strings);
+            }
+            entry.record.now = Some(now);
+        }
+        self.dirty.borrow_mut().insert(at);
+    }
+
+    /// The group `id` has these limits, all of them.
+    fn describe_limits(&self, id: &str, mut limits: Value) {
+        let Some(at) = self.find(&Key::new(Kind::Object, id)) else { return };
+        if let Some(entry) = self.entries.borrow_mut().get_mut(&at) {
+            if entry.record.strings {
+                as_strings(&mut limits);
+            }
+            let mut now = entry.record.given.clone();
+            now.retain(|key, _| !key.starts_with("x-"));
+            now.insert("limits".into(), limits);
+            entry.record.now = Some(now);
+        }
+        self.dirty.borrow_mut().insert(at);
+    }
+
     /// The node `new` takes the place of `old` for all who use it by name or have it described in place: what is kept of them
     /// names `new`. What the job `id` was for has happened (`done`), or has not.
     fn exchange(&self, id: Option<&str>, old: &str, new: &str, done: bool) {
@@ -272,6 +302,32 @@ impl State {
         };
         let entries: Vec<Value> = self.entries.borrow().values().map(told).collect();
         json!({ "directory": self.dir, "entries": entries })
+    }
+}
+
+/// A description whose children are those that `old` describes, where it only names them.
+fn merge_children(mut given: Map<String, Value>, old: &Map<String, Value>) -> Map<String, Value> {
+    for key in ["file", "backing"] {
+        if let (Some(name @ Value::String(_)), Some(Value::Object(described))) =
+            (given.get(key), old.get(key))
+            && described.get("node-name") == Some(name)
+        {
+            given.insert(key.to_owned(), Value::Object(described.clone()));
+        }
+    }
+    given
+}
+
+/// Writes scalars as dotted keys do.
+fn as_strings(value: &mut Value) {
+    match value {
+        Value::Object(members) => members.values_mut().for_each(as_strings),
+        Value::Array(items) => items.iter_mut().for_each(as_strings),
+        Value::Bool(on) => *value = Value::String(if *on { "on" } else { "off" }.to_owned()),
+        Value::Number(number) => *value = Value::String(number.to_string()),
+        // No node at all.
+        Value::Null => *value = Value::String(String::new()),
+        Value::String(_) => {}
     }
 }
 
@@ -362,6 +418,22 @@ mod tests {
             assert_eq!(Value::Object(user.clone()), used_by(used_by(json!("new"))));
             assert!(!exchange_children(&mut user, "old", "new"));
         }
+    }
+
+    #[test]
+    fn a_new_description_keeps_the_children_that_the_old_one_has_made() {
+        let object = |value: Value| match value {
+            Value::Object(object) => object,
+            _ => panic!(),
+        };
+        let file = json!({"driver": "file", "node-name": "f", "filename": "x"});
+        let old = object(json!({"driver": "qcow2", "node-name": "q", "file": file, "backing": "b"}));
+        let given =
+            json!({"driver": "qcow2", "node-name": "q", "file": "f", "backing": null, "read-only": true});
+        let mut now = merge_children(object(given), &old);
+        assert_eq!((&now["file"], &now["backing"], &now["read-only"]), (&file, &Value::Null, &json!(true)));
+        now.values_mut().for_each(as_strings);
+        assert_eq!((&now["backing"], &now["read-only"]), (&json!(""), &json!("on")));
     }
 
     #[test]

@@ -1,0 +1,185 @@
+//! `drive-mirror` and `drive-backup`: a copy into a file that is made, or taken, on the way.
+//!
+//! The file's node goes with the job, unless it has taken the disk's place: then it stays, as one that was added by name.
+//! Neither comes back with the daemon's state while it runs: what was copied is a file that its manager names again.
+
+use std::rc::Rc;
+
+use infill_io::{FileOptions, FileStorage, Share};
+use infill_qmp::backup::BackupSync;
+use infill_qmp::copy::SyncMode;
+use infill_qmp::drive::{DriveBackup, DriveMirror, NewTarget};
+use infill_qmp::shape::NewImageMode;
+use infill_qmp::{BlockdevOptions, Members, QmpError};
+use infill_storage::{StorageHandle, rt};
+use serde_json::{Map, Value};
+
+use super::control::{Control, refused};
+use super::create::make_file;
+use super::overlay::{could_not_open, description, empty_image, path_of};
+use crate::blockdev::{Blockdevs, FormatKind, NodeFacts, probe_storage};
+
+/// A node that goes when this does, unless it is to stay.
+pub(super) struct Target {
+    blockdevs: Blockdevs,
+    name: String,
+    /// What `blockdev-add` would be given for it.
+    description: Map<String, Value>,
+    stays: bool,
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if self.stays {
+            return;
+        }
+        let (blockdevs, name) = (self.blockdevs.clone(), self.name.clone());
+        rt::spawn(async move {
+            if let Err(error) = blockdevs.del(&name).await
+                && blockdevs.get(&name).is_ok()
+            {
+                tracing::warn!("after a copy into '{name}': {error:#}");
+            }
+        });
+    }
+}
+
+impl Target {
+    /// It is about to take the place of another node: a daemon that comes after this one makes it too.
+    pub(super) fn keep(&mut self, control: &Control) {
+        self.stays = true;
+        control.keep_node(&self.name, self.description.clone());
+    }
+
+    /// That did not happen.
+    pub(super) fn keep_no_more(&mut self, control: &Control) {
+        self.stays = false;
+        control.forget_node(&self.name);
+    }
+}
+
+/// The format of a file that is there, where nobody says it: never `raw` by guess.
+async fn format_of_file(path: &str) -> Result<FormatKind, QmpError> {
+    let options = FileOptions { share: Share::Unguarded, ..FileOptions::read_only() };
+    let opened = FileStorage::open(path, options).map_err(|error| could_not_open(path, &error.into()))?;
+    let found = probe_storage(&StorageHandle::new(opened)).await.map_err(|error| refused(&error))?;
+    found.ok_or_else(|| {
+        QmpError::generic(format!(
+            "the format of '{path}' is not given, and raw is not guessed: give 'format'"
+        ))
+    })
+}
+
+impl Control {
+    fn source_facts(&self, device: &str) -> Result<NodeFacts, QmpError> {
+        let missing =
+            |_| QmpError::generic(format!("Cannot find device='{device}' nor node-name='{device}'"));
+        let facts = self.blockdevs().facts(device).map_err(missing)?;
+        self.not_busy(device)?;
+        Ok(facts)
+    }
+
+    /// Makes (or takes) the file of a copy of `device` and opens it, on the node `over` if `opened_on_it`, which the header of
+    /// a new image names.
+    async fn make_target(
+        &self,
+        device: &str,
+        target: &NewTarget,
+        over: Option<&str>,
+        opened_on_it: bool,
+    ) -> Result<Target, QmpError> {
+        let facts = self.source_facts(device)?;
+        let file = path_of(&target.file)?;
+        let format = match (&target.format, target.mode) {
+            (Some(name), _) => match name.as_str() {
+                "raw" => FormatKind::Raw,
+                "qcow2" => FormatKind::Qcow2,
+                "qed" => FormatKind::Qed,
+                name if infill_qmp::is_driver(name) => {
+                    return Err(QmpError::generic(format!(
+                        "file format '{name}' is not supported for a copy: use raw, qcow2 or qed"
+                    )));
+                }
+                name => return Err(QmpError::generic(format!("Unknown file format '{name}'"))),
+            },
+            (None, NewImageMode::Existing) => format_of_file(&file.0).await?,
+            (None, NewImageMode::AbsolutePaths) => match self.format_of(device).as_deref() {
+                Some("qcow2") => FormatKind::Qcow2,
+                Some("qed") => FormatKind::Qed,
+                _ => FormatKind::Raw,
+            },
+        };
+        if over.is_some() && format == FormatKind::Raw {
+            return Err(QmpError::generic("Backing file not supported for file format 'raw'"));
+        }
+        if target.mode == NewImageMode::AbsolutePaths {
+            let size = self.blockdevs().get(device).map_err(|error| refused(&error))?.len();
+            let backing = over.map(|over| self.backing_for(over)).transpose()?;
+            match format {
+                FormatKind::Raw => drop(make_file(&file.0, size)?),
+                format => {
+                    let image = empty_image(format, size, backing);
+                    image.try_out().await.map_err(|error| QmpError::generic(error.message()))?;
+                    let storage = StorageHandle::new(make_file(&file.0, 0)?);
+                    image.write(&storage).await.map_err(|error| QmpError::generic(error.message()))?;
+                }
+            }
+        }
+        let like = NodeFacts { read_only: false, ..facts };
+        let mut description = description(&file, format.as_str(), target.node_name.as_deref(), &like);
+        if format != FormatKind::Raw {
+            let below =
+                over.filter(|_| opened_on_it).map_or(Value::Null, |over| Value::String(over.to_owned()));
+            description.insert("backing".into(), below);
+        }
+        let options = BlockdevOptions::read(Members::of_json(description.clone()))?;
+        let added = self.blockdevs().add(options).await;
+        let name = added.map_err(|error| could_not_open(&target.file, &error))?;
+        self.meter_new_nodes();
+        Ok(Target { blockdevs: self.blockdevs().clone(), name, description, stays: false })
+    }
+
+    /// `drive-mirror`. Answered once the job runs.
+    pub(super) async fn drive_mirror(self: &Rc<Self>, drive: DriveMirror) -> Result<(), QmpError> {
+        let DriveMirror { mut mirror, target } = drive;
+        let facts = self.source_facts(&mirror.device)?;
+        let over = match mirror.sync {
+            SyncMode::Full => None,
+            SyncMode::Top => facts.backing.as_deref(),
+            SyncMode::None => {
+                return Err(QmpError::generic(
+                    "sync 'none' of drive-mirror is not supported: add the target and use blockdev-mirror",
+                ));
+            }
+            SyncMode::Incremental => return Err(QmpError::generic("Sync mode 'incremental' not supported")),
+            SyncMode::Bitmap => return Err(QmpError::generic("Sync mode 'bitmap' not supported")),
+        };
+        if self.keeps_state() && target.node_name.is_none() {
+            return Err(QmpError::generic(
+                "with --state, the target of a mirror needs a name for what is kept: give node-name",
+            ));
+        }
+        let target = self.make_target(&mirror.device, &target, over, true).await?;
+        mirror.target.clone_from(&target.name);
+        self.start_mirror(mirror, Some(target)).await
+    }
+
+    /// `drive-backup`. Answered once the job runs.
+    pub(super) async fn drive_backup(self: &Rc<Self>, drive: DriveBackup) -> Result<(), QmpError> {
+        let DriveBackup { mut backup, target } = drive;
+        let facts = self.source_facts(&backup.device)?;
+        let over = match backup.sync {
+            BackupSync::Top => facts.backing.as_deref(),
+            BackupSync::None => {
+                return Err(QmpError::generic(
+                    "sync 'none' of drive-backup is not supported: add the target and use blockdev-backup, or \
+                     copy-before-write",
+                ));
+            }
+            BackupSync::Full | BackupSync::Bitmap => None,
+        };
+        let target = self.make_target(&backup.device, &target, over, false).await?;
+        backup.target.clone_from(&target.name);
+        self.start_one_backup(backup, Some(target)).await
+    }
+}

@@ -1,0 +1,275 @@
+//! Copies into files that are made on the way, and streams in the middle of a chain.
+
+mod common;
+#[path = "common/qmp.rs"]
+mod qmp;
+#[path = "common/same.rs"]
+mod same;
+
+use std::path::Path;
+
+use common::{run, text};
+use qmp::{Daemon, Program, Qmp};
+use same::Step::{self, Ask, AwaitStatus, Run};
+use same::{same, same_answers};
+use serde_json::{Value, json};
+
+/// base.raw under mid.qcow2 under top.qcow2, each with something of its own, and a target.
+fn images(dir: &Path) {
+    let path = |name: &str| text(&dir.join(name)).to_owned();
+    std::fs::write(path("base"), vec![1; 1 << 20]).unwrap();
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &path("base"), "-F", "raw", &path("mid")]);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &path("mid"), "-F", "qcow2", &path("top")]);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", &path("target"), "1M"]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 2 128k 128k", &path("mid")]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 3 192k 128k", &path("top")]);
+}
+
+/// What the top shows.
+const SHOWN: [&str; 8] = [
+    "-c",
+    "read -P 1 0 128k",
+    "-c",
+    "read -P 2 128k 64k",
+    "-c",
+    "read -P 3 192k 128k",
+    "-c",
+    "read -P 1 320k 704k",
+];
+
+fn add(name: &str, driver: &str, backing: Option<&str>, dir: &str) -> Value {
+    let file =
+        json!({"driver": "file", "node-name": format!("{name}f"), "filename": format!("{dir}/{name}")});
+    let mut node = json!({"driver": driver, "node-name": name, "file": file});
+    if driver != "raw" {
+        node["backing"] = json!(backing);
+    }
+    node
+}
+
+fn chain() -> Vec<Step> {
+    vec![
+        Ask("blockdev-add", add("base", "raw", None, "DIR")),
+        Ask("blockdev-add", add("mid", "qcow2", Some("base"), "DIR")),
+        Ask("blockdev-add", add("top", "qcow2", Some("mid"), "DIR")),
+        Ask("blockdev-add", add("target", "qcow2", None, "DIR")),
+    ]
+}
+
+fn with(base: Value, extra: &Value) -> Value {
+    let mut base = base;
+    base.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+    base
+}
+
+#[test]
+fn copies_into_files_are_refused_the_same() {
+    let mut script = chain();
+    for command in ["drive-mirror", "drive-backup"] {
+        let copy = |more: Value| {
+            let copy = json!({"job-id": "j", "device": "top", "target": "DIR/new", "sync": "full"});
+            Ask(command, with(copy, &more))
+        };
+        script.extend([
+            Ask(command, json!({})),
+            Ask(command, json!({"job-id": "j", "device": "top", "sync": "full"})),
+            copy(json!({"device": "nobody"})),
+            copy(json!({"target": "DIR/missing/new"})),
+            copy(json!({"format": "zz"})),
+            copy(json!({"mode": "zz"})),
+            copy(json!({"sync": "zz"})),
+            copy(json!({"mode": "existing", "format": "qcow2"})),
+            copy(json!({"zz": 1})),
+        ]);
+    }
+    let mirror = |more: Value| {
+        let copy = json!({"job-id": "j", "device": "top", "target": "target", "sync": "full"});
+        Ask("blockdev-mirror", with(copy, &more))
+    };
+    script.extend([
+        Ask(
+            "drive-mirror",
+            json!({"job-id": "j", "device": "top", "target": "DIR/new", "sync": "incremental"}),
+        ),
+        Ask(
+            "drive-mirror",
+            json!({"job-id": "j", "device": "top", "target": "DIR/new", "sync": "full", "node-name": "mid"}),
+        ),
+        mirror(json!({"replaces": "target"})),
+        mirror(json!({"replaces": "mid"})),
+        mirror(json!({"replaces": "midf"})),
+        mirror(json!({"replaces": "nobody"})),
+        mirror(json!({"filter-node-name": "1"})),
+        Ask("query-jobs", json!({})),
+    ]);
+    same(&[], &script, images);
+}
+
+#[test]
+fn copies_into_files_are_made_the_same() {
+    let mut script = chain();
+    for (file, more) in [
+        ("full", json!({})),
+        ("raw", json!({"format": "raw"})),
+        ("qed", json!({"format": "qed"})),
+        ("there", json!({"mode": "existing", "format": "qcow2"})),
+    ] {
+        let target = json!({"target": format!("DIR/{file}"), "job-id": "b", "device": "top", "sync": "full"});
+        script.extend([Ask("drive-backup", with(target, &more)), AwaitStatus("null")]);
+    }
+    script.extend([
+        Run(&["qemu-img", "compare", "-U", "-f", "qcow2", "-F", "qcow2", "DIR/full", "DIR/top"]),
+        Run(&["qemu-img", "compare", "-U", "-f", "raw", "-F", "qcow2", "DIR/raw", "DIR/top"]),
+        Run(&["qemu-img", "compare", "-U", "-f", "qed", "-F", "qcow2", "DIR/qed", "DIR/top"]),
+        Run(&["qemu-img", "compare", "-U", "-f", "qcow2", "-F", "qcow2", "DIR/there", "DIR/top"]),
+        Ask("drive-mirror", json!({"job-id": "m", "device": "top", "target": "DIR/copy", "sync": "full"})),
+        AwaitStatus("ready"),
+        Ask("block-job-cancel", json!({"device": "m"})),
+        AwaitStatus("null"),
+        Run(&["qemu-img", "compare", "-U", "-f", "qcow2", "-F", "qcow2", "DIR/copy", "DIR/top"]),
+        Run(&["qemu-img", "check", "-q", "-U", "DIR/copy"]),
+    ]);
+    same_answers(&script, |dir| {
+        images(dir);
+        run("qemu-img", &["create", "-q", "-f", "qcow2", text(&dir.join("there")), "1M"]);
+    });
+}
+
+struct Scene {
+    dir: tempfile::TempDir,
+    daemon: Daemon,
+    qmp: Qmp,
+}
+
+impl Scene {
+    /// The chain by name, its top exported.
+    fn new(options: &[&str]) -> Scene {
+        let dir = tempfile::tempdir().unwrap();
+        images(dir.path());
+        let daemon = Daemon::start(Program::Infill, dir.path(), options);
+        let mut qmp = daemon.connect();
+        let place = text(dir.path()).to_owned();
+        qmp.run("blockdev-add", add("base", "raw", None, &place));
+        qmp.run("blockdev-add", add("mid", "qcow2", Some("base"), &place));
+        qmp.run("blockdev-add", add("top", "qcow2", Some("mid"), &place));
+        let address = json!({"type": "unix", "data": {"path": dir.path().join("nbd.sock")}});
+        qmp.run("nbd-server-start", json!({"addr": address}));
+        qmp.run(
+            "block-export-add",
+            json!({"type": "nbd", "id": "e0", "node-name": "top", "name": "disk", "writable": true}),
+        );
+        Scene { dir, daemon, qmp }
+    }
+
+    fn path(&self, name: &str) -> String {
+        text(&self.dir.path().join(name)).to_owned()
+    }
+
+    fn io(&self, commands: &[&str]) {
+        let uri = format!("nbd+unix:///disk?socket={}", self.path("nbd.sock"));
+        let out = run("qemu-io", &[&["-f", "raw"], commands, &[&uri]].concat());
+        assert!(!out.contains("failed"), "{out}");
+    }
+
+    fn has_node(&mut self, name: &str) -> bool {
+        let nodes = self.qmp.run("query-named-block-nodes", json!({"flat": true}));
+        nodes.as_array().unwrap().iter().any(|node| node["node-name"] == name)
+    }
+}
+
+#[test]
+fn guests_go_on_in_the_file_of_a_mirror_and_come_back_to_it_after_a_kill() {
+    for (sync, writing) in [("full", "background"), ("top", "write-blocking")] {
+        let state = tempfile::tempdir().unwrap();
+        let options = ["--state", text(state.path())];
+        let mut scene = Scene::new(&options);
+        let target = scene.path("copy");
+        let mirror = json!({"job-id": "m", "device": "top", "target": target, "sync": sync, "node-name": "copy",
+                            "copy-mode": writing});
+        scene.qmp.run("drive-mirror", mirror);
+        scene.qmp.wait_for_status("ready");
+        scene.io(&["-c", "write -P 5 512k 64k"]);
+        scene.qmp.run("block-job-complete", json!({"device": "m"}));
+        scene.qmp.wait_for_status("null");
+        scene.io(&["-c", "write -P 6 576k 64k", "-c", "flush"]);
+        let Scene { dir, daemon, .. } = scene;
+        daemon.process.kill();
+        let daemon = Daemon::start(Program::Infill, dir.path(), &options);
+        let mut qmp = daemon.connect();
+        assert_eq!(qmp.run("query-block-exports", json!({}))[0]["node-name"], "copy", "{sync}");
+        let mut scene = Scene { dir, daemon, qmp };
+        let shown = ["-c", "read -P 3 192k 128k", "-c", "read -P 5 512k 64k", "-c", "read -P 6 576k 64k"];
+        scene.io(&shown);
+        scene.daemon.quit(&mut scene.qmp);
+        let copy = text(&scene.dir.path().join("copy")).to_owned();
+        run("qemu-img", &["check", "-q", &copy]);
+        let out = run("qemu-io", &[&["-f", "qcow2"], &shown[..], &[&copy]].concat());
+        assert!(!out.contains("failed"), "{sync}: {out}");
+    }
+}
+
+#[test]
+fn the_node_of_a_copys_file_goes_with_the_job() {
+    let mut scene = Scene::new(&[]);
+    let target = scene.path("copy");
+    scene.qmp.run(
+        "drive-mirror",
+        json!({"job-id": "m", "device": "top", "target": target, "sync": "full", "node-name": "copy"}),
+    );
+    scene.qmp.wait_for_status("ready");
+    assert!(scene.has_node("copy"));
+    scene.qmp.run("block-job-cancel", json!({"device": "m", "force": true}));
+    scene.qmp.wait_for_status("null");
+    common::wait_until("the node is gone", || !scene.has_node("copy"));
+    // Nobody has its file open.
+    run("qemu-io", &["-f", "qcow2", "-c", "write 0 4k", &target]);
+}
+
+#[test]
+fn a_stream_in_the_middle_of_a_chain_leaves_what_guests_see_as_it_is() {
+    for end in [json!({}), json!({"base-node": "base"}), json!({"bottom": "mid"})] {
+        let mut scene = Scene::new(&[]);
+        let everything = end == json!({});
+        scene.qmp.run("block-stream", with(json!({"job-id": "s", "device": "mid"}), &end));
+        scene.qmp.wait_for_status("null");
+        scene.io(&SHOWN);
+        scene.io(&["-c", "write -P 9 0 64k", "-c", "flush"]);
+        let base_is_free = scene.qmp.ask("blockdev-del", json!({"node-name": "base"}))["error"].is_null();
+        assert_eq!(base_is_free, everything, "{end}");
+        let mid = scene.path("mid");
+        let info: Value =
+            serde_json::from_str(&run("qemu-img", &["info", "-U", "--output=json", &mid])).unwrap();
+        assert_eq!(info["backing-filename"].is_null(), everything, "{info}");
+        scene.daemon.quit(&mut scene.qmp);
+        let out =
+            run("qemu-io", &["-f", "qcow2", "-c", "read -P 2 128k 128k", "-c", "read -P 1 0 128k", &mid]);
+        assert!(!out.contains("failed"), "{out}");
+    }
+}
+
+#[test]
+fn a_commit_finds_its_layers_by_the_names_in_headers() {
+    let dir = tempfile::tempdir().unwrap();
+    images(dir.path());
+    let path = |name: &str| text(&dir.path().join(name)).to_owned();
+    for (image, below, format) in [("mid", "base", "raw"), ("top", "mid", "qcow2")] {
+        run("qemu-img", &["rebase", "-u", "-f", "qcow2", "-b", below, "-F", format, &path(image)]);
+    }
+    let daemon = Daemon::start(Program::Infill, dir.path(), &[]);
+    let mut qmp = daemon.connect();
+    let top =
+        json!({"driver": "qcow2", "node-name": "top", "file": {"driver": "file", "filename": path("top")}});
+    qmp.run("blockdev-add", top);
+    // As the headers call them, relative to their directory.
+    qmp.run(
+        "block-commit",
+        json!({"job-id": "c", "device": "top", "top": "mid", "base": "base", "backing-file": "base"}),
+    );
+    qmp.wait_for_status("null");
+    daemon.quit(&mut qmp);
+    let out = run("qemu-io", &[&["-f", "qcow2"], &SHOWN[..], &[&path("top")]].concat());
+    assert!(!out.contains("failed"), "{out}");
+    let info: Value =
+        serde_json::from_str(&run("qemu-img", &["info", "--output=json", &path("top")])).unwrap();
+    assert_eq!(info["backing-filename"], "base");
+}
