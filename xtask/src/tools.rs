@@ -39,6 +39,9 @@ const TOOLS: &[(&str, &str)] = &[
 /// Every test compares with this QEMU or a newer one; Debian 12's own is older (its backports have it).
 const QEMU_MAJOR_MIN: u32 = 10;
 
+/// Older ones of libvirt do not have a disk wait for its server.
+const LIBVIRT_MAJOR_MIN: u32 = 10;
+
 const SOURCES: &str = "/etc/apt/sources.list.d";
 
 /// Whether a program is on the path.
@@ -78,18 +81,22 @@ pub fn require(install: bool) -> Result<()> {
 fn missing() -> Vec<&'static str> {
     let mut packages: Vec<_> =
         TOOLS.iter().filter(|(tool, _)| !is_there(tool)).map(|(_, package)| *package).collect();
-    if qemu_major().is_none_or(|major| major < QEMU_MAJOR_MIN) {
+    if major("qemu-img").is_none_or(|major| major < QEMU_MAJOR_MIN) {
         packages.extend(["qemu-utils", "qemu-system-x86", "qemu-block-extra"]);
+    }
+    if major("virsh").is_none_or(|major| major < LIBVIRT_MAJOR_MIN) {
+        packages.extend(["libvirt-clients", "libvirt-daemon-driver-qemu"]);
     }
     packages.sort_unstable();
     packages.dedup();
     packages
 }
 
-fn qemu_major() -> Option<u32> {
-    let output = Command::new("qemu-img").arg("--version").output().ok()?;
+/// The first number that a program says of its version.
+fn major(program: &str) -> Option<u32> {
+    let output = Command::new(program).arg("--version").output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    text.split_whitespace().nth(2)?.split('.').next()?.parse().ok()
+    text.split_whitespace().find_map(|word| word.split('.').next()?.parse().ok())
 }
 
 fn codename() -> String {
