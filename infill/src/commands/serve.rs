@@ -101,17 +101,17 @@ async fn serve_node(
         None => None,
     };
     let uri_tls = tls.is_some().then(UriTls::default);
-    let server = Server::over(exports.clone(), ServerLimits::default(), tls);
+    let mut limits = ServerLimits::default();
+    if args.shared > 0 {
+        limits.connections_max = args.shared as usize;
+    }
+    let server = Server::over(exports.clone(), limits, tls);
     let address = match &args.socket {
         Some(path) => Address::Unix(path.clone()),
         None => Address::Tcp { host: args.bind.clone(), port: args.port },
     };
     let listener = Listener::bind(&address).with_context(|| format!("listening at {address}"))?;
-    let most = match args.shared {
-        0 => ServerLimits::default().connections_max,
-        shared => shared as usize,
-    };
-    let listening = Listening::start(listener, server.clone(), reactors, most);
+    let listening = Listening::start(listener, server.clone(), reactors, limits.connections_max);
     let jobs = Jobs::new();
     let streaming = if args.stream { Some(start_stream(args, &jobs, blockdevs, top, &node)?) } else { None };
     if let Some(path) = &args.pid_file {

@@ -78,10 +78,10 @@ impl Control {
             // The limit of the server itself stays the upper bound.
             limits.handshake_time = limits.handshake_time.min(Duration::from_secs(seconds.into()));
         }
-        let most = match options.max_connections {
-            Some(most) => limits.connections_max.min(most as usize),
-            None => limits.connections_max,
-        };
+        if let Some(most) = options.max_connections {
+            limits.connections_max = limits.connections_max.min(most as usize);
+        }
+        let most = limits.connections_max;
         let credentials = options.tls_creds.as_ref().map(|id| self.blockdevs().objects().tls(id)).transpose();
         let credentials = credentials.map_err(|error| refused(&error))?;
         let tls = credentials.as_ref().map(|credentials| credentials.server_tls()).transpose();

@@ -12,7 +12,7 @@ use infill_node::{Bitmap, Edge, Through};
 use infill_storage::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use infill_storage::sync::{Arc, Mutex, lock};
 
-use super::limits::{EXPORT_BITMAPS_MAX, EXPORTS_MAX};
+use super::limits::{EXPORT_BITMAPS_MAX, EXPORTS_MAX, ServerLimits};
 use crate::proto::{
     CONTEXT_BITMAP_PREFIX, ExportInfo, Info, Mode, PAYLOAD_BYTES_MAX, STRING_BYTES_MAX, TransmissionFlags,
 };
@@ -306,8 +306,9 @@ fn check(export: &Export) -> Result<(), ExportError> {
 }
 
 impl Export {
-    /// Size and flags as a client of `mode` is told.
-    pub(super) fn info(&self, mode: Mode) -> ExportInfo {
+    /// Size and flags as a client of `mode` is told. Where the server takes one connection only, nobody is to open more and
+    /// wait for them.
+    pub(super) fn info(&self, mode: Mode, server: &ServerLimits) -> ExportInfo {
         let limits = self.node.node_limits();
         let mut flags = TransmissionFlags::HAS_FLAGS
             | TransmissionFlags::SEND_FLUSH
@@ -321,7 +322,7 @@ impl Export {
             self.writable,
         );
         flags.set(TransmissionFlags::SEND_DF, mode >= Mode::Structured);
-        flags.set(TransmissionFlags::CAN_MULTI_CONN, limits.multi_conn);
+        flags.set(TransmissionFlags::CAN_MULTI_CONN, limits.multi_conn && server.connections_max > 1);
         ExportInfo { size: align_down(self.node.len(), limits.request_align.max(1).into()), flags }
     }
 

@@ -96,9 +96,9 @@ struct Haggle<'a> {
     mode: Mode,
     /// The last SET_META_CONTEXT: for which export, and what.
     chosen: Option<(String, Contexts)>,
-    /// Options that were taken, and how many may be.
+    /// Options that were taken.
     options: u32,
-    options_max: u32,
+    limits: &'a ServerLimits,
     /// Further ones, for the longest list that was answered.
     options_for_list: u32,
 }
@@ -129,7 +129,7 @@ pub(super) async fn handshake(
         mode: Mode::Simple,
         chosen: None,
         options: 0,
-        options_max: limits.options_max,
+        limits,
         options_for_list: 0,
     };
     haggle.greet().await?;
@@ -225,7 +225,7 @@ impl<'a> Haggle<'a> {
             self.receive().await?;
         };
         self.options += 1;
-        if self.options > self.options_max + self.options_for_list {
+        if self.options > self.limits.options_max + self.options_for_list {
             return Err(IoError::new(ErrorKind::TooLarge, "the client sent too many options"));
         }
         let option = header.option;
@@ -314,7 +314,7 @@ impl<'a> Haggle<'a> {
         if export.export().node.node_limits().request_align > BLOCK_BYTES_ASSUMED {
             return Err(refused("needs a client that asks for block sizes"));
         }
-        let info = export.export().info(self.mode);
+        let info = export.export().info(self.mode, self.limits);
         info.encode_bare(self.no_zeroes, &mut self.out);
         Ok(Next::Transmission(export, info))
     }
@@ -341,7 +341,7 @@ impl<'a> Haggle<'a> {
             self.refuse(option, OptionError::Unknown, &why);
             return Next::Option;
         };
-        let info = export.export().info(self.mode);
+        let info = export.export().info(self.mode, self.limits);
         self.reply(option, &OptionReply::Info(Info::Export(info)));
         if wanted.contains(&INFO_NAME) {
             self.reply(option, &OptionReply::Info(Info::Name(name.to_owned())));
