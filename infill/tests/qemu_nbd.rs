@@ -52,8 +52,16 @@ impl Place {
 fn told(uri: &str) -> Value {
     let info: Value = serde_json::from_str(&run("nbdinfo", &["--json", uri])).unwrap();
     let export = &info["exports"][0];
-    let keys =
-        ["export-name", "description", "export-size", "is_read_only", "can_flush", "can_trim", "contexts"];
+    let keys = [
+        "export-name",
+        "description",
+        "export-size",
+        "is_read_only",
+        "can_flush",
+        "can_trim",
+        "can_multi_conn",
+        "contexts",
+    ];
     keys.iter().map(|key| ((*key).to_owned(), export[*key].clone())).collect::<serde_json::Map<_, _>>().into()
 }
 
@@ -63,7 +71,8 @@ fn the_same_options_lead_to_the_same_disk() {
     let (top, base) = (place.path("top"), place.path("base"));
     let (top, base) = (text(&top), text(&base));
     let node = format!("driver=raw,offset=1M,size=64k,file.driver=file,file.filename={base}");
-    let node_json = format!(r#"{{"driver": "qcow2", "file": {{"driver": "file", "filename": "{top}"}}}}"#);
+    let node_json =
+        format!(r#"json:{{"driver": "qcow2", "file": {{"driver": "file", "filename": "{top}"}}}}"#);
     let bytes = |uri: &str| {
         let copy = place.path("copy");
         run("nbdcopy", &[uri, text(&copy)]);
@@ -77,7 +86,7 @@ fn the_same_options_lead_to_the_same_disk() {
         (&["-rf", "qcow2", "-A", "--discard=unmap", "--cache=none", top], ""),
         (&["-f", "qcow2", "--cache", "unsafe", "--aio", "threads", "--discard", "on", top], ""),
         (&["--image-opts", &node], ""),
-        (&["--image-opts", "-r", &node_json], ""),
+        (&["-r", &node_json], ""),
     ] {
         let ask = |uri: &str| (told(uri), bytes(uri));
         let ours = place.served(text(&place.ours), args, export, ask);

@@ -185,8 +185,11 @@ impl Options {
         let name = self.filename.clone().ok_or_else(|| anyhow!("which image is to be served? Name one"))?;
         let settings = self.settings()?;
         if self.image_opts {
-            let given = Members::of_argument(&name, Some("file"))?;
-            return Ok(Disk::Node { given, settings });
+            let (mut object, strings) = Members::of_argument(&name, Some("file"))?.into_parts();
+            if strings {
+                plain_sizes(&mut object);
+            }
+            return Ok(Disk::Node { given: Members::of_parts(object, strings), settings });
         }
         let path = match locate(&name)? {
             Located::Protocol(BlockdevOptions {
@@ -217,6 +220,25 @@ impl Options {
         let image =
             Image { format: self.format, read_only: self.read_only, discard, ..Image::read_only(&name) };
         Ok(Disk::Image(image))
+    }
+}
+
+/// Options of nodes that are sizes. Here they may have units, which the daemon's own options have not.
+const SIZES: [&str; 5] = ["offset", "size", "cache-size", "l2-cache-size", "refcount-cache-size"];
+
+/// Writes sizes with units as numbers.
+fn plain_sizes(object: &mut Map<String, Value>) {
+    for (key, value) in object {
+        match value {
+            Value::Object(inner) => plain_sizes(inner),
+            Value::String(text) if SIZES.contains(&key.as_str()) => {
+                // What is no size is refused by whoever reads it.
+                if let Ok(size) = parse_size(text) {
+                    *text = size.to_string();
+                }
+            }
+            _ => {}
+        }
     }
 }
 

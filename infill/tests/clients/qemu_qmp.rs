@@ -37,8 +37,10 @@ fn qemus_client_library_drives_a_stream_from_the_greeting_to_its_end() {
         format!("SOCKET={}", text(&daemon.socket)),
         format!("DIR={}", text(dir.path())),
     ];
+    let script = dir.path().join("session.py");
+    std::fs::write(&script, SESSION).unwrap();
     let environment: Vec<&str> = environment.iter().map(String::as_str).collect();
-    let told = run("env", &[&environment[..], &["timeout", "60", "python3", "-c", SESSION]].concat());
+    let told = run("env", &[&environment[..], &["timeout", "60", "python3", text(&script)]].concat());
     daemon.process.wait_for_success();
     let told: Value = serde_json::from_str(&told).unwrap();
     assert!(told["greeting"].as_str().unwrap().starts_with("infill "), "{told}");

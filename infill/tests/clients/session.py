@@ -66,7 +66,11 @@ async def main():
                 if status == "null":
                     break
     await manager.run("quit", {})
-    await manager.qmp.disconnect()
+    try:
+        await manager.qmp.disconnect()
+    except EOFError:
+        # The daemon was the first to hang up.
+        pass
     print(json.dumps(told))
 
 
