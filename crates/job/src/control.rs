@@ -30,11 +30,11 @@ pub(crate) const WINDOW_BYTES_MAX: u64 = 64 << 20;
 pub(crate) const TICK: Duration = Duration::from_millis(100);
 /// How long a guest miss counts as *now*.
 const MISS_RECENT: Duration = Duration::from_millis(50);
-/// Bytes in local writes at a time: no more than a guest's FLUSH may find dirty.
-const LINK_BYTES_MAX: u64 = 4 << 20;
-/// The same while guests write or flush, and the largest request then.
-const LINK_BYTES_BUSY: u64 = 128 << 10;
-const REQUEST_BYTES_BUSY: u64 = 128 << 10;
+/// Bytes in local writes, above which nothing more is asked for: no more than a guest's FLUSH may find dirty.
+pub(crate) const LINK_BYTES_MAX: u64 = 4 << 20;
+/// Bytes that are written at a time while guests write or flush, and the largest request then: a FLUSH finds no more
+/// than that in the disk's queue.
+const BUSY_BYTES: u64 = 64 << 10;
 /// How long a disk without misses counts as in use.
 const MISS_LATELY: Duration = Duration::from_secs(2);
 /// How long a floor and a round trip hold.
@@ -51,6 +51,12 @@ const CALM_PART: f64 = 1.0 / 8.0;
 const SLOWER: f64 = 0.7;
 const FASTER: f64 = 1.25;
 const FASTER_NEAR: f64 = 1.04;
+/// What a tick's best rate is worth a tick later.
+const RATE_KEPT: f64 = 0.9;
+/// How much longer than at best a guest may wait, in parts of that and at least: for the link, and for the local disk,
+/// where a fill that is held back loses less.
+const MISS_SLACK: (f64, Duration) = (1.0, Duration::from_millis(1));
+const LOCAL_SLACK: (f64, Duration) = (0.75, Duration::from_micros(500));
 /// How far control may take the window down, as a part of what the link gives.
 const SCALE_MIN: f64 = 1.0 / 256.0;
 
@@ -116,14 +122,20 @@ enum Meets {
 
 impl Watch {
     /// Takes the samples of one tick, in which the fill was held far back (`calm`) or not; `None` if there are none.
-    fn look(&mut self, now: Duration, samples: &mut [Duration], calm: bool) -> Option<Meets> {
+    fn look(
+        &mut self,
+        now: Duration,
+        samples: &mut [Duration],
+        calm: bool,
+        slack: (f64, Duration),
+    ) -> Option<Meets> {
         samples.sort_unstable();
         self.floor.note(now, *samples.first()?);
         let p90 = samples[(samples.len() - 1) * 9 / 10];
         let side = if calm { &mut self.calm } else { &mut self.loud };
         side.note(now, p90);
         let floor = self.floor.get()?;
-        if p90 <= (2 * floor).max(floor + Duration::from_millis(1)) {
+        if p90 <= floor + floor.mul_f64(slack.0).max(slack.1) {
             return Some(Meets::Usual);
         }
         let anyway = match (self.calm.get(now), self.loud.get(now)) {
@@ -166,13 +178,15 @@ pub(crate) struct Control {
     window_scale: f64,
     /// Bytes per second that control leaves to the fill; `None` is no limit.
     pace: Option<f64>,
+    /// The most that was linked in a tick, as bytes per second, of late.
+    best_rate: f64,
     /// The pace at which guests suffered last: near it, the pace grows slowly.
     too_fast: f64,
     misses: Watch,
     reads: Watch,
     writes: Watch,
     syncs: Watch,
-    /// When guests were looked at last, and what came since: a shorter span may have been an unlucky one.
+    /// When guests were looked at last, and what was linked since: a shorter span may have been an unlucky one.
     ticked_at: Duration,
     tick_bytes: u64,
 }
@@ -193,6 +207,7 @@ impl Control {
             last_write: None,
             window_scale: 1.0,
             pace: None,
+            best_rate: 0.0,
             too_fast: f64::MAX,
             misses: Watch::default(),
             reads: Watch::default(),
@@ -217,9 +232,9 @@ impl Control {
         self.last_write.is_some_and(|at| at + MISS_RECENT >= now)
     }
 
-    /// How many bytes may be in local writes at a time. One block may always be.
+    /// How many bytes may be in local writes at a time; the rest of what has come waits. One block may always be.
     pub(crate) fn link_bytes_max(&self, now: Duration) -> u64 {
-        if self.writes_now(now) { LINK_BYTES_BUSY } else { LINK_BYTES_MAX }
+        if self.writes_now(now) { BUSY_BYTES } else { u64::MAX }
     }
 
     fn missed_within(&self, now: Duration, span: Duration) -> bool {
@@ -247,7 +262,7 @@ impl Control {
         } else {
             self.window(now) as f64 / 8.0
         };
-        let max = if self.writes_now(now) { REQUEST_BYTES_BUSY } else { REQUEST_BYTES_MAX };
+        let max = if self.writes_now(now) { BUSY_BYTES } else { REQUEST_BYTES_MAX };
         let bytes = (bytes as u64).clamp(REQUEST_BYTES_MIN, max);
         1 << bytes.ilog2()
     }
@@ -278,12 +293,16 @@ impl Control {
         }
         self.grow_at_start(now, bytes, took);
         self.span_bytes += bytes;
-        self.tick_bytes += bytes;
         self.span_limited |= limited || self.missed_within(now, MISS_RECENT);
         let span = now.saturating_sub(self.span_start);
         if span >= RATE_SPAN_MIN.max(self.round_trip.get().unwrap_or_default()) {
             self.end_span(now, span);
         }
+    }
+
+    /// `bytes` are in the overlay.
+    pub(crate) fn linked(&mut self, bytes: u64) {
+        self.tick_bytes += bytes;
     }
 
     /// Doubles the window each round trip, until answers take longer: then a queue has begun to build.
@@ -327,7 +346,7 @@ impl Control {
         let rate = std::mem::take(&mut self.tick_bytes) as f64 / took.as_secs_f64();
         self.ticked_at = now;
         let polite = rate > self.min_rate as f64;
-        match self.misses.look(now, &mut seen.misses, self.window_scale <= CALM_PART) {
+        match self.misses.look(now, &mut seen.misses, self.window_scale <= CALM_PART, MISS_SLACK) {
             Some(Meets::Suffers) if polite => {
                 self.start_window = None;
                 self.window_scale = (self.window_scale / 2.0).max(SCALE_MIN);
@@ -338,12 +357,13 @@ impl Control {
             }
             None => {}
         }
-        let calm = self.pace.is_some_and(|pace| pace <= self.rate() * CALM_PART);
+        self.best_rate = rate.max(self.best_rate * RATE_KEPT);
+        let calm = rate <= self.best_rate * CALM_PART;
         let local = [
-            self.syncs.look(now, &mut seen.syncs, calm),
-            self.writes.look(now, &mut seen.writes, calm),
+            self.syncs.look(now, &mut seen.syncs, calm, LOCAL_SLACK),
+            self.writes.look(now, &mut seen.writes, calm, LOCAL_SLACK),
             // A read that missed has been looked at above.
-            if had_misses { None } else { self.reads.look(now, &mut seen.reads, calm) },
+            if had_misses { None } else { self.reads.look(now, &mut seen.reads, calm, LOCAL_SLACK) },
         ];
         if local.contains(&Some(Meets::SlowAnyway)) {
             // It was not the fill that made them slow.
@@ -384,6 +404,17 @@ mod tests {
         (control, now)
     }
 
+    /// A tick in which the fill did what 25 MB/s allow.
+    fn tick(control: &mut Control, now: Duration, seen: Seen) {
+        control.linked(25_000_000 / 100);
+        control.tick(now, seen);
+    }
+
+    /// Bytes per second that a fill on a link of 25 MB/s does under its pace.
+    fn allowed(control: &Control) -> u64 {
+        if control.pace() == 0 { 25_000_000 } else { control.pace().min(25_000_000) }
+    }
+
     fn misses(took: Duration) -> Seen {
         Seen { misses: vec![took; 10], ..Seen::default() }
     }
@@ -405,20 +436,20 @@ mod tests {
         let (mut control, mut now) = settled();
         control.set_last(Some(now), None);
         let full = control.window(now);
-        control.tick(now, misses(MS));
+        tick(&mut control, now, misses(MS));
         assert_eq!(control.window(now), full);
-        control.tick(now, misses(3 * MS));
+        tick(&mut control, now, misses(3 * MS));
         assert!(control.window(now) <= full / 2 + 1);
         // The less the fill does, the better: down to one request.
         for _ in 0..20 {
             let part = control.window_scale;
-            control.tick(now, misses(2 * MS + MS / 2 + (100 * MS).mul_f64(part)));
+            tick(&mut control, now, misses(2 * MS + MS / 2 + (100 * MS).mul_f64(part)));
         }
         assert_eq!(control.window(now), REQUEST_BYTES_MIN);
         for _ in 0..40 {
             now += TICK;
             control.set_last(Some(now), None);
-            control.tick(now, misses(MS));
+            tick(&mut control, now, misses(MS));
         }
         assert_eq!(control.window(now), full);
     }
@@ -433,8 +464,10 @@ mod tests {
             // A floor of 1 ms, and a tenth of the requests far above it.
             let samples = || (0..10).map(|nth| if nth == 9 { MS } else { 20 * MS }).collect::<Vec<_>>();
             control.tick(now, Seen { misses: samples(), syncs: samples(), ..Seen::default() });
+            let may = allowed(&control);
             for _ in 0..100 {
-                control.answered(now, 25_000 / 100, MS, false, true);
+                control.answered(now, may / 1000, MS, false, true);
+                control.linked(may / 1000);
             }
             if tick >= 100 {
                 link += u64::from(control.window_scale > CALM_PART);
@@ -450,32 +483,35 @@ mod tests {
         control.set_min_rate(30_000_000);
         control.set_last(Some(now), None);
         let full = control.window(now);
-        control.tick(now, misses(MS));
-        control.tick(now, misses(50 * MS));
+        tick(&mut control, now, misses(MS));
+        tick(&mut control, now, misses(50 * MS));
         assert_eq!(control.window(now), full, "the fill is below its floor already");
         control.set_min_rate(1_000_000);
-        let mut now = now;
+        let (mut now, mut lowest) = (now, u64::MAX);
         for _ in 0..50 {
-            let slow = 3 * MS + (MS * 4).mul_f64(control.pace.map_or(25.0, |pace| pace / 1e6));
-            control.tick(now, Seen { syncs: vec![MS, slow, slow], ..Seen::default() });
             // The fill does what it may.
+            let may = allowed(&control);
             for _ in 0..20 {
                 now += MS;
-                control.answered(now, control.pace() / 1000, MS, false, true);
+                control.answered(now, may / 1000, MS, false, true);
+                control.linked(may / 1000);
             }
+            let slow = 3 * MS + (MS * 4).mul_f64(control.pace.map_or(25.0, |pace| pace / 1e6));
+            control.tick(now, Seen { syncs: vec![MS, slow, slow], ..Seen::default() });
+            lowest = lowest.min(allowed(&control));
         }
-        assert_eq!(control.pace(), 1_000_000);
+        assert_eq!(lowest, 1_000_000);
     }
 
     #[test]
     fn a_slow_flush_lowers_the_pace_and_a_quiet_disk_lifts_it() {
         let (mut control, now) = settled();
         assert_eq!(control.pace(), 0);
-        control.tick(now, Seen { syncs: vec![MS / 10], ..Seen::default() });
+        tick(&mut control, now, Seen { syncs: vec![MS / 10], ..Seen::default() });
         assert_eq!(control.pace(), 0);
-        control.tick(now, Seen { syncs: vec![20 * MS], ..Seen::default() });
-        assert!((12_000_000..13_000_000).contains(&control.pace()), "{}", control.pace());
-        control.tick(now, Seen::default());
+        tick(&mut control, now, Seen { syncs: vec![20 * MS], ..Seen::default() });
+        assert!((17_000_000..18_000_000).contains(&control.pace()), "{}", control.pace());
+        tick(&mut control, now, Seen::default());
         assert_eq!(control.pace(), 0);
     }
 

@@ -18,7 +18,7 @@ use infill_node::generic::{FillPiece, StreamCursor};
 use infill_node::{Fetched, LatencyKind, NodeHandle, Populated};
 use infill_storage::rt;
 
-use crate::control::{Control, REQUEST_BYTES_MAX, REQUEST_BYTES_MIN, Seen, TICK};
+use crate::control::{Control, LINK_BYTES_MAX, REQUEST_BYTES_MAX, REQUEST_BYTES_MIN, Seen, TICK};
 use crate::job::Job;
 use crate::rate::Pace;
 use crate::state::{ErrorAction, OnError, Operation};
@@ -332,7 +332,8 @@ impl<'a> Pass<'a> {
             }
             // A block that was begun is always finished, or its memory would never come back.
             let fresh = self.again.is_empty() && self.rest.is_none();
-            if (fresh && self.held_bytes >= HELD_BYTES_MAX) || self.to_link_bytes >= window {
+            let behind = self.link_bytes >= LINK_BYTES_MAX || self.to_link_bytes >= window;
+            if behind || (fresh && self.held_bytes >= HELD_BYTES_MAX) {
                 break;
             }
             let ready = self.speed.ready_at().max(self.pace.ready_at());
@@ -557,6 +558,7 @@ impl<'a> Pass<'a> {
         match done {
             Local::Linked { at, len, zero, result } => {
                 self.link_bytes -= len;
+                self.control.linked(if zero { 0 } else { len });
                 match result {
                     // Whoever changed what lies below raised the generation: fetch under the new one.
                     Ok(populated) if populated.stale > 0 => self.fetch_again(at, len),
