@@ -11,7 +11,7 @@ use std::path::Path;
 use common::{run, text};
 use qmp::{Daemon, Program, Qmp};
 use same::Step::{self, Ask, AskClass, AwaitStatus, Run};
-use same::same;
+use same::{same, same_answers};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -558,4 +558,38 @@ fn the_types_of_objects_are_a_part_of_theirs() {
     let (ours, theirs) = (types(Program::Infill), types(Program::Qemu));
     assert!(!ours.is_empty());
     assert!(ours.iter().all(|kind| theirs.contains(kind)), "{ours:?}");
+}
+
+#[test]
+fn a_mirror_is_changed_the_same() {
+    let change = |rest: Value| Ask("block-job-change", with(json!({"id": "m"}), &rest));
+    let mut script = vec![change(json!({"type": "mirror", "copy-mode": "write-blocking"}))];
+    for (name, image) in [("q", "q.img"), ("t", "t.img")] {
+        script.push(add(json!({"driver": "qcow2", "node-name": name, "file": file(image)})));
+    }
+    script.extend([
+        Ask(
+            "blockdev-mirror",
+            json!({"job-id": "m", "device": "q", "target": "t", "sync": "full", "auto-dismiss": false}),
+        ),
+        AwaitStatus("ready"),
+        change(json!({})),
+        change(json!({"type": "mirror"})),
+        change(json!({"type": "zz"})),
+        change(json!({"type": "mirror", "copy-mode": "zz"})),
+        change(json!({"type": "mirror", "copy-mode": "background"})),
+        change(json!({"type": "mirror", "copy-mode": "write-blocking"})),
+        change(json!({"type": "mirror", "copy-mode": "write-blocking"})),
+        change(json!({"type": "mirror", "copy-mode": "background"})),
+        Ask("block-job-cancel", json!({"device": "m"})),
+        AwaitStatus("concluded"),
+        change(json!({"type": "mirror", "copy-mode": "write-blocking"})),
+        Ask("job-dismiss", json!({"id": "m"})),
+    ]);
+    same_answers(&script, |dir| {
+        files(dir);
+        run("qemu-img", &["create", "-q", "-f", "qcow2", text(&dir.join("t.img")), "1M"]);
+        // What one holds to be zero the other copies.
+        run("qemu-io", &["-f", "qcow2", "-c", "write -P 5 0 1M", text(&dir.join("q.img"))]);
+    });
 }

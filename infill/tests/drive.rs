@@ -1,4 +1,4 @@
-//! Copies into files that are made on the way, and streams in the middle of a chain.
+//! Copies into files that are made on the way, streams in the middle of a chain, and the copy mode of a mirror that runs.
 
 mod common;
 #[path = "common/qmp.rs"]
@@ -272,4 +272,33 @@ fn a_commit_finds_its_layers_by_the_names_in_headers() {
     let info: Value =
         serde_json::from_str(&run("qemu-img", &["info", "--output=json", &path("top")])).unwrap();
     assert_eq!(info["backing-filename"], "base");
+}
+
+#[test]
+fn a_mirror_that_is_changed_to_write_blocking_loses_no_write() {
+    let mut scene = Scene::new(&[]);
+    let target = scene.path("copy");
+    let mirror =
+        json!({"job-id": "m", "device": "top", "target": target, "sync": "full", "node-name": "copy"});
+    scene.qmp.run("drive-mirror", mirror);
+    scene.io(&["-c", "write -P 5 0 64k", "-c", "write -P 6 320k 64k"]);
+    let change = json!({"id": "m", "type": "mirror", "copy-mode": "write-blocking"});
+    scene.qmp.run("block-job-change", change);
+    for at in 0..16 {
+        scene.io(&["-c", &format!("write -P {} {}k 64k", 10 + at, at * 64)]);
+    }
+    scene.qmp.wait_for_status("ready");
+    let jobs = scene.qmp.run("query-block-jobs", json!({}));
+    assert_eq!(jobs[0]["actively-synced"], json!(true), "{jobs}");
+    scene.io(&["-c", "write -P 77 960k 64k"]);
+    scene.qmp.run("block-job-cancel", json!({"device": "m"}));
+    scene.qmp.wait_for_status("null");
+    scene.daemon.quit(&mut scene.qmp);
+    let copy = text(&scene.dir.path().join("copy")).to_owned();
+    let mut checks: Vec<String> = (0..15).map(|at| format!("read -P {} {}k 64k", 10 + at, at * 64)).collect();
+    checks.push("read -P 77 960k 64k".into());
+    for check in checks {
+        let out = run("qemu-io", &["-f", "qcow2", "-c", &check, &copy]);
+        assert!(!out.contains("failed"), "{check}: {out}");
+    }
 }

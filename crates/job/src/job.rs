@@ -4,9 +4,11 @@ use std::future::Future;
 
 use event_listener::{Event, EventListener};
 use infill_base::{ErrorKind, IoError, IoResult};
+use infill_storage::sync::atomic::{AtomicBool, Ordering};
 use infill_storage::sync::{Arc, Mutex, MutexGuard, Weak, lock};
 use serde::{Deserialize, Serialize};
 
+use crate::copy::mirror::CopyMode;
 use crate::error::JobError;
 use crate::event::{BlockJobProgress, JobEvent};
 use crate::group::Group;
@@ -76,6 +78,8 @@ pub struct BlockJobInfo {
     pub error: Option<String>,
     /// Bytes of the progress that are known to be on stable storage (ours: `__infill_durable`).
     pub durable: u64,
+    /// Of a mirror: whether everything that guests were answered is on the target.
+    pub actively_synced: Option<bool>,
     /// Why it does not get on now, where that is known (ours: `__infill_waiting_for`): the error that stopped it, a lost
     /// source.
     pub waiting_for: Option<String>,
@@ -104,6 +108,8 @@ struct State {
     waiting_for: Option<String>,
     /// Those that it completes together with.
     group: Option<Group>,
+    /// Whether its copy mode can be changed.
+    has_copy_mode: bool,
 }
 
 #[derive(Debug)]
@@ -113,6 +119,8 @@ pub(crate) struct Inner {
     jobs: Weak<Shared>,
     state: Mutex<State>,
     changed: Event,
+    /// Guests' writes are on the target before they are answered. A flag of its own: every write looks at it.
+    write_blocking: AtomicBool,
 }
 
 /// A job. Cloning shares it.
@@ -151,9 +159,18 @@ impl Job {
             error: kept.error,
             waiting_for: kept.waiting_for,
             group: None,
+            has_copy_mode: false,
         };
+        let write_blocking = AtomicBool::new(kept.write_blocking);
         let jobs = Arc::downgrade(jobs);
-        Job(Arc::new(Inner { options, kind, jobs, state: Mutex::new(state), changed: Event::new() }))
+        Job(Arc::new(Inner {
+            options,
+            kind,
+            jobs,
+            state: Mutex::new(state),
+            changed: Event::new(),
+            write_blocking,
+        }))
     }
 
     /// Its id.
@@ -312,6 +329,37 @@ impl Job {
         Ok(())
     }
 
+    /// `block-job-change`: the copy mode of a mirror is to be another one; `None` changes nothing.
+    pub fn change_copy_mode(&self, mode: Option<CopyMode>) -> Result<(), JobError> {
+        let state = self.state();
+        self.take_verb(&state, JobVerb::Change)?;
+        if !state.has_copy_mode {
+            return Err(JobError::generic("Job type does not support change"));
+        }
+        match (mode, self.is_write_blocking()) {
+            (Some(CopyMode::Background), true) => {
+                Err(JobError::generic("Change to copy mode 'background' is not implemented"))
+            }
+            (Some(CopyMode::WriteBlocking), false) => {
+                self.0.write_blocking.store(true, Ordering::Release);
+                self.0.changed.notify(usize::MAX);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// It is a mirror that begins with that copy mode, unless it goes on with the other one.
+    pub(crate) fn set_copy_mode(&self, mode: CopyMode) {
+        self.state().has_copy_mode = true;
+        self.0.write_blocking.fetch_or(mode == CopyMode::WriteBlocking, Ordering::AcqRel);
+    }
+
+    /// Whether guests' writes are on its target before they are answered.
+    pub fn is_write_blocking(&self) -> bool {
+        self.0.write_blocking.load(Ordering::Acquire)
+    }
+
     fn forget(&self) {
         if let Some(jobs) = self.0.jobs.upgrade() {
             jobs.remove(self);
@@ -349,6 +397,9 @@ impl Job {
             auto_dismiss: self.0.options.auto_dismiss,
             error: state.error.clone(),
             durable: state.durable,
+            actively_synced: state.has_copy_mode.then(|| {
+                self.is_write_blocking() && matches!(state.status, JobStatus::Ready | JobStatus::Standby)
+            }),
             waiting_for: state.waiting_for.clone(),
         })
     }
@@ -370,6 +421,7 @@ impl Job {
             io_status: state.io_status,
             error: state.error.clone(),
             waiting_for: state.waiting_for.clone(),
+            write_blocking: self.is_write_blocking(),
         }
     }
 

@@ -36,6 +36,9 @@ pub struct KeptJob {
     pub io_status: IoStatus,
     /// Why it failed, if it did.
     pub error: Option<String>,
+    /// Whether it was changed to have guests' writes on its target before they are answered.
+    #[serde(default)]
+    pub write_blocking: bool,
     /// Why it did not get on.
     pub waiting_for: Option<String>,
 }

@@ -179,9 +179,9 @@ impl Jobs {
         impl Work for Once {
             async fn run(&mut self, job: &Job) -> IoResult<()> {
                 job.set_progress(0, 1);
-                (&mut self.0).await?;
+                let outcome = (&mut self.0).await;
                 job.set_progress(1, 1);
-                Ok(())
+                outcome
             }
         }
         self.start(kind, options, Once(Box::pin(future)))

@@ -243,6 +243,7 @@ pub const NAMES: &[&str] = &[
     "query-block-jobs",
     "object-add",
     "object-del",
+    "block-job-change",
     "blockdev-create",
     "blockdev-reopen",
     "blockdev-set-active",
@@ -264,7 +265,6 @@ pub const NAMES: &[&str] = &[
 
 /// Commands of qemu-storage-daemon 10 that are not built.
 pub const UNBUILT: &[&str] = &[
-    "block-job-change",
     "blockdev-snapshot-delete-internal-sync",
     "blockdev-snapshot-internal-sync",
     "chardev-add",

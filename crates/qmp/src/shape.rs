@@ -1,9 +1,10 @@
 //! Commands that make nodes and change how they lie: `blockdev-create`, `blockdev-snapshot-sync`, `blockdev-reopen`,
-//! `blockdev-set-active`; `drive-mirror` and `drive-backup` make what they copy to.
+//! `blockdev-set-active`, `block-job-change`; `drive-mirror` and `drive-backup` make what they copy to.
 
 use serde_json::{Map, Value};
 
 use crate::blockdev::BlockdevOptions;
+use crate::copy::CopyMode;
 use crate::create::BlockdevCreate;
 use crate::drive::{DriveBackup, DriveMirror};
 use crate::error::QmpError;
@@ -63,6 +64,37 @@ pub struct Reopened {
     pub given: Map<String, Value>,
 }
 
+/// What is to become of a job that runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobChange {
+    /// The copy mode of a mirror.
+    Mirror(CopyMode),
+    /// A type of job of which nothing can be changed.
+    Nothing(&'static str),
+}
+
+/// Types of jobs, as the protocol names them.
+#[derive(Clone, Copy, Debug)]
+struct JobWord(&'static str);
+
+macro_rules! job_words {
+    ($($name:literal),* $(,)?) => { &[$(($name, JobWord($name))),*] };
+}
+
+impl Words for JobWord {
+    const WORDS: &'static [(&'static str, JobWord)] = job_words![
+        "commit",
+        "stream",
+        "mirror",
+        "backup",
+        "create",
+        "amend",
+        "snapshot-load",
+        "snapshot-save",
+        "snapshot-delete",
+    ];
+}
+
 /// One of these commands.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Shape {
@@ -82,6 +114,13 @@ pub enum Shape {
         node_name: Option<String>,
         /// Whether it may be used.
         active: bool,
+    },
+    /// `block-job-change`.
+    JobChange {
+        /// The job.
+        id: String,
+        /// What becomes of it.
+        change: JobChange,
     },
 }
 
@@ -104,6 +143,14 @@ impl Shape {
                 node_name: arguments.opt_str("node-name")?,
                 active: arguments.bool("active")?,
             },
+            "block-job-change" => {
+                let id = arguments.str("id")?;
+                let change = match arguments.word::<JobWord>("type")?.0 {
+                    "mirror" => JobChange::Mirror(arguments.word("copy-mode")?),
+                    other => JobChange::Nothing(other),
+                };
+                Shape::JobChange { id, change }
+            }
             _ => return Ok(None),
         }))
     }

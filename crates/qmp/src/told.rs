@@ -145,6 +145,7 @@ pub(crate) const ANSWERS: &[(&str, Form)] = &[
             ("io-status", Word(&["ok", "failed", "nospace"])),
             ("status", JOB_STATUS),
             ("__infill_durable", Int),
+            ("*actively-synced", Bool),
             ("*error", Str),
             ("*__infill_waiting_for", Str),
         ])),

@@ -225,12 +225,7 @@ impl Control {
         let options = JobOptions { auto_dismiss: false, ..JobOptions::new(create.job_id.clone()) };
         let control = self.clone();
         let work = async move {
-            let id = create.job_id.clone();
-            let made = control.clone().create(create).await;
-            if let (Err(_), Ok(job)) = (&made, control.jobs().get(&id)) {
-                // It has gone as far as it goes.
-                job.set_progress(1, 1);
-            }
+            let made = control.create(create).await;
             made.map_err(|error| IoError::new(ErrorKind::Io, error.desc))
         };
         self.jobs().start_future(JobType::Create, options, work).map_err(job_refused)?;

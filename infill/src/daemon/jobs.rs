@@ -103,6 +103,9 @@ fn block_job_info(info: BlockJobInfo) -> Value {
     out.insert("io-status".into(), json!(info.io_status.as_str()));
     out.insert("status".into(), json!(info.status.as_str()));
     out.insert("__infill_durable".into(), json!(info.durable));
+    if let Some(synced) = info.actively_synced {
+        out.insert("actively-synced".into(), json!(synced));
+    }
     for (key, value) in [("error", info.error), ("__infill_waiting_for", info.waiting_for)] {
         if let Some(value) = value {
             out.insert(key.into(), json!(value));

@@ -2,11 +2,13 @@
 
 use std::rc::Rc;
 
-use infill_qmp::QmpError;
-use infill_qmp::shape::Shape;
+use infill_job::copy::mirror::CopyMode;
+use infill_qmp::shape::{JobChange, Shape};
 use infill_qmp::transaction::{Transaction, TransactionAction};
+use infill_qmp::{QmpError, copy};
 
 use super::control::{Control, refused};
+use super::jobs::job_refused;
 
 impl Control {
     /// The commands of [`Shape`].
@@ -21,6 +23,7 @@ impl Control {
             Shape::DriveBackup(drive) => self.drive_backup(*drive).await,
             Shape::Reopen(options) => self.blockdev_reopen(options).await,
             Shape::SetActive { node_name, active } => self.set_active(node_name.as_deref(), active),
+            Shape::JobChange { id, change } => self.change_job(&id, change),
         }
     }
 
@@ -42,5 +45,16 @@ impl Control {
             _ => "'active': false is not supported yet: delete the node, whose image is then free for others"
                 .into(),
         }))
+    }
+
+    /// `block-job-change`.
+    fn change_job(&self, id: &str, change: JobChange) -> Result<(), QmpError> {
+        let job = self.jobs().get_block(id).map_err(job_refused)?;
+        let mode = match change {
+            JobChange::Mirror(copy::CopyMode::Background) => Some(CopyMode::Background),
+            JobChange::Mirror(copy::CopyMode::WriteBlocking) => Some(CopyMode::WriteBlocking),
+            JobChange::Nothing(_) => None,
+        };
+        job.change_copy_mode(mode).map_err(job_refused)
     }
 }

@@ -5,8 +5,8 @@ use std::collections::{BTreeSet, HashMap};
 use crate::qmp::{Daemon, Program};
 use serde_json::{Value, json};
 
-/// What they tell and we do not yet.
-const UNTOLD: [&str; 1] = ["query-block-jobs ret-type[]<mirror>: no actively-synced"];
+/// What both tell of mirrors alone: they as a variant's member, we as one that may be absent.
+const OF_MIRRORS: &str = ".actively-synced: ";
 
 /// A schema by the names in it.
 struct Schema(HashMap<String, Value>);
@@ -160,6 +160,6 @@ fn what_we_take_and_tell_is_what_qemu_storage_daemon_takes_and_tells() {
         }
     }
     assert!(compared > 40, "only {compared} names are in both");
-    comparison.wrong.retain(|wrong| !UNTOLD.contains(&wrong.as_str()));
+    comparison.wrong.retain(|wrong| !wrong.contains(OF_MIRRORS));
     assert!(comparison.wrong.is_empty(), "{:#?}", comparison.wrong);
 }

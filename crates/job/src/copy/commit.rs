@@ -141,7 +141,7 @@ impl Work for Commit {
         if !self.is_active {
             return self.copier.run(job, Goal::Empty).await;
         }
-        let watcher = Arc::new(Follow { transfer: self.transfer.clone(), blocking: false });
+        let watcher = Arc::new(Follow { transfer: self.transfer.clone(), marks: true, job: None });
         self.watching = Some(hold(&self.options.top).await?.watch(watcher));
         self.copier.run(job, Goal::Converged).await?;
         job.become_ready();

@@ -7,7 +7,7 @@
 //! 4. Changes go on, on the target; then the event.
 //!
 //! In *background* mode a guest's write is marked and copied later; in *write-blocking* mode the guest is answered when
-//! the target has it too. A target that fails then marks the blocks, and the job's policy decides: the guest's write has
+//! the target has it too. The first can be changed into the second while the job runs. A target that fails then marks the blocks, and the job's policy decides: the guest's write has
 //! succeeded.
 
 use std::time::Duration;
@@ -126,14 +126,15 @@ pub fn start(jobs: &Jobs, job: JobOptions, options: MirrorOptions) -> Result<Job
         min_rate: options.min_rate,
     };
     let copier = Copier::new(transfer.clone(), policy);
-    let work = Mirror { transfer, copier, copy_mode, watching: None, on_exchange, _claim: claim };
-    jobs.start(JobType::Mirror, job, work)
+    let work = Mirror { transfer, copier, watching: None, on_exchange, _claim: claim };
+    let job = jobs.start(JobType::Mirror, job, work)?;
+    job.set_copy_mode(copy_mode);
+    Ok(job)
 }
 
 struct Mirror {
     transfer: Arc<Transfer>,
     copier: Copier,
-    copy_mode: CopyMode,
     watching: Option<Watching>,
     on_exchange: Option<OnExchange>,
     _claim: Claim,
@@ -141,8 +142,8 @@ struct Mirror {
 
 impl Work for Mirror {
     async fn run(&mut self, job: &Job) -> IoResult<()> {
-        let blocking = self.copy_mode == CopyMode::WriteBlocking;
-        let watcher = Arc::new(Follow { transfer: self.transfer.clone(), blocking });
+        let (transfer, marks) = (self.transfer.clone(), !job.is_write_blocking());
+        let watcher = Arc::new(Follow { transfer, marks, job: Some(job.clone()) });
         self.watching = Some(hold(&self.transfer.source).await?.watch(watcher));
         self.copier.run(job, Goal::Converged).await?;
         job.become_ready();
@@ -199,7 +200,11 @@ pub(super) async fn settle(copier: &mut Copier, transfer: &Transfer, job: &Job) 
 /// Sees what guests write to the source.
 pub(super) struct Follow {
     pub(super) transfer: Arc<Transfer>,
-    pub(super) blocking: bool,
+    /// Whether every change is marked. One that began before the copy mode was changed is copied later, so a job whose mode
+    /// can change marks all.
+    pub(super) marks: bool,
+    /// The job, whose copy mode counts; `None` never has guests wait.
+    pub(super) job: Option<Job>,
 }
 
 /// From before a guest's write until the target has it too.
@@ -221,7 +226,8 @@ impl Drop for Open {
 
 impl Watcher for Follow {
     fn before<'a>(&'a self, _: &'a Ctx, change: &'a Change) -> Option<LocalBoxFuture<'a, IoResult<Kept>>> {
-        self.blocking.then(|| -> LocalBoxFuture<'a, IoResult<Kept>> {
+        let blocking = self.job.as_ref().is_some_and(Job::is_write_blocking);
+        blocking.then(|| -> LocalBoxFuture<'a, IoResult<Kept>> {
             Box::pin(async move {
                 let transfer = self.transfer.clone();
                 let at = align_down(change.at, BLOCK_BYTES);
@@ -236,7 +242,7 @@ impl Watcher for Follow {
     }
 
     fn landed(&self, at: u64, len: u64) {
-        if !self.blocking {
+        if self.marks {
             self.transfer.mark(at, len);
         }
     }
@@ -249,12 +255,11 @@ impl Watcher for Follow {
     ) -> Option<LocalBoxFuture<'a, IoResult<()>>> {
         let open = kept.as_mut()?.downcast_mut::<Open>()?;
         Some(Box::pin(async move {
+            // Before it is read: a change that does not wait for this one marks what it has written meanwhile.
+            open.transfer.cold.clear(open.at, open.len);
+            open.transfer.hot.clear(open.at, open.len);
             let copied: Result<(), Failed> = open.transfer.copy_held(cx, open.at, open.len).await;
-            if copied.is_ok() {
-                open.transfer.cold.clear(open.at, open.len);
-                open.transfer.hot.clear(open.at, open.len);
-                open.done = true;
-            }
+            open.done = copied.is_ok();
             // The guest's own write has succeeded. What the target lacks is marked, and the loop meets the error.
             Ok(())
         }))
