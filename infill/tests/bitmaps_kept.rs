@@ -342,3 +342,54 @@ fn a_chain_of_incremental_backups_goes_on_over_a_restart() {
     }
     scene.quit();
 }
+
+#[test]
+fn a_mirror_that_starts_from_a_bitmap_copies_what_it_marks_and_ends_with_it_clean() {
+    let dir = tempfile::tempdir().unwrap();
+    disk(dir.path(), "cluster_size=65536");
+    let mut scene = Scene::start(Program::Infill, dir.path(), &[]);
+    scene.guest(&["write -P 1 0 4M"]);
+    let copy = dir.path().join("copy");
+    let target =
+        json!({"driver": "raw", "node-name": "t", "file": {"driver": "file", "filename": text(&copy)}});
+    // What was copied before: all of the disk, and a mark of the test's own.
+    let mut before = vec![1; 4 << 20];
+    before[3 << 20..(3 << 20) + 4096].fill(0xee);
+    std::fs::write(&copy, &before).unwrap();
+    scene.qmp.run("blockdev-add", target);
+    for (sync, mode, left) in
+        [("bitmap", Some("never"), 5 * 65536), ("incremental", None, 0), ("bitmap", Some("on-success"), 0)]
+    {
+        scene.add("b", json!({}));
+        scene.guest(&["write -P 2 64k 64k", "write -P 3 2097000 70000"]);
+        let mut mirror = json!({"job-id": "m", "device": "d", "target": "t", "sync": sync, "bitmap": "b"});
+        if let Some(mode) = mode {
+            mirror["bitmap-mode"] = json!(mode);
+        }
+        scene.qmp.run("blockdev-mirror", mirror);
+        let ready = scene.qmp.wait_for("BLOCK_JOB_READY");
+        assert!(ready["data"]["len"].as_u64().unwrap() <= 512 << 10, "{ready}");
+        let busy = scene.qmp.refused("block-dirty-bitmap-remove", json!({"node": "d", "name": "b"}));
+        assert!(busy["desc"].as_str().unwrap().contains("in use"), "{busy}");
+        scene.guest(&["write -P 4 3584k 4k"]);
+        // Without taking the disk's place.
+        scene.qmp.run("block-job-cancel", json!({"device": "m"}));
+        scene.qmp.wait_for("BLOCK_JOB_COMPLETED");
+        scene.qmp.wait_for_status("null");
+        let found = std::fs::read(&copy).unwrap();
+        let mut expected = before.clone();
+        expected[64 << 10..128 << 10].fill(2);
+        expected[2097000..2097000 + 70000].fill(3);
+        expected[3584 << 10..3588 << 10].fill(4);
+        assert!(found == expected, "{sync}: what is not marked was copied, or what is marked was not");
+        let after = scene.bitmaps()[0]["count"].as_u64().unwrap();
+        assert_eq!(after, left, "{sync}");
+        scene.bitmap("remove", "b");
+    }
+    let refused = scene.qmp.refused(
+        "blockdev-mirror",
+        json!({"job-id": "m", "device": "d", "target": "t", "sync": "incremental", "bitmap": "nope"}),
+    );
+    assert_eq!(refused["desc"], "Bitmap 'nope' could not be found");
+    scene.quit();
+}

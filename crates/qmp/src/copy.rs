@@ -1,5 +1,6 @@
 //! `blockdev-mirror` and `block-commit`.
 
+use crate::backup::BitmapSyncMode;
 use crate::command::OnError;
 use crate::error::QmpError;
 use crate::members::{Members, Words};
@@ -101,6 +102,10 @@ pub struct BlockdevMirror {
     pub replaces: Option<String>,
     /// What is copied at first.
     pub sync: SyncMode,
+    /// The bitmap, an extension to the protocol: QEMU's mirror does not start from one.
+    pub bitmap: Option<String>,
+    /// What becomes of it, where that was given.
+    pub bitmap_mode: Option<BitmapSyncMode>,
     /// What is done about errors of the disk.
     pub on_source_error: OnError,
     /// What is done about errors of the target.
@@ -130,6 +135,8 @@ impl BlockdevMirror {
             target: arguments.str("target")?,
             replaces: arguments.opt_str("replaces")?,
             sync: arguments.word("sync")?,
+            bitmap: arguments.opt_str("bitmap")?,
+            bitmap_mode: arguments.opt_word("bitmap-mode")?,
             on_source_error: arguments.opt_word("on-source-error")?.unwrap_or_default(),
             on_target_error: arguments.opt_word("on-target-error")?.unwrap_or_default(),
             copy_mode: arguments.opt_word("copy-mode")?.unwrap_or_default(),
@@ -152,6 +159,33 @@ impl BlockdevMirror {
         arguments.finish()?;
         mirror.job.check()?;
         Ok(mirror)
+    }
+
+    /// How it uses its bitmap, if it does; refused where bitmap, mode and `sync` do not go together.
+    pub fn bitmap_use(&self) -> Result<Option<(&str, BitmapSyncMode)>, QmpError> {
+        let refused = |why: &str| Err(QmpError::generic(why));
+        let Some(bitmap) = &self.bitmap else {
+            return match (self.bitmap_mode, self.sync) {
+                (Some(_), _) => refused("Cannot specify bitmap sync mode without a bitmap"),
+                (None, SyncMode::Incremental) => refused("Sync mode 'incremental' not supported"),
+                (None, SyncMode::Bitmap) => refused("Sync mode 'bitmap' not supported"),
+                _ => Ok(None),
+            };
+        };
+        match (self.sync, self.bitmap_mode) {
+            (SyncMode::Incremental, None | Some(BitmapSyncMode::OnSuccess)) => {
+                Ok(Some((bitmap, BitmapSyncMode::OnSuccess)))
+            }
+            (SyncMode::Incremental, Some(_)) => {
+                refused("Bitmap sync mode must be 'on-success' when using sync mode 'incremental'")
+            }
+            (SyncMode::Bitmap, None) => refused("Bitmap sync mode must be given when providing a bitmap"),
+            (SyncMode::Bitmap, Some(BitmapSyncMode::Always)) => {
+                refused("a mirror has no bitmap sync mode 'always': use 'on-success' or 'never'")
+            }
+            (SyncMode::Bitmap, Some(mode)) => Ok(Some((bitmap, mode))),
+            _ => refused("a mirror takes a bitmap with sync mode 'incremental' or 'bitmap' alone"),
+        }
     }
 }
 
@@ -214,6 +248,33 @@ impl BlockCommit {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mirror_takes_a_bitmap_as_a_backup_does() {
+        let read = |rest: &str| {
+            let text = format!(r#"{{"device": "d", "target": "t", {rest}}}"#);
+            let mirror = BlockdevMirror::read(Members::of_argument(&text, None).unwrap()).unwrap();
+            let used = mirror.bitmap_use().map(|used| used.map(|(name, mode)| (name.to_owned(), mode)));
+            used.map_err(|error| error.desc)
+        };
+        let is = |mode| Ok(Some(("b".to_owned(), mode)));
+        assert_eq!(read(r#""sync": "full""#), Ok(None));
+        assert_eq!(read(r#""sync": "incremental", "bitmap": "b""#), is(BitmapSyncMode::OnSuccess));
+        assert_eq!(
+            read(r#""sync": "bitmap", "bitmap": "b", "bitmap-mode": "never""#),
+            is(BitmapSyncMode::Never)
+        );
+        for refused in [
+            r#""sync": "incremental""#,
+            r#""sync": "bitmap", "bitmap": "b""#,
+            r#""sync": "bitmap", "bitmap": "b", "bitmap-mode": "always""#,
+            r#""sync": "incremental", "bitmap": "b", "bitmap-mode": "never""#,
+            r#""sync": "full", "bitmap": "b", "bitmap-mode": "on-success""#,
+            r#""sync": "full", "bitmap-mode": "on-success""#,
+        ] {
+            assert!(read(refused).is_err(), "{refused}");
+        }
+    }
 
     #[test]
     fn a_layer_is_named_once() {

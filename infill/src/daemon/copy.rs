@@ -4,9 +4,11 @@ use std::rc::Rc;
 
 use infill_base::{ErrorKind, IoError, IoResult};
 use infill_job::JobOptions;
+use infill_job::copy::backup::{BackupBitmap, BitmapMode};
 use infill_job::copy::commit::{self, CommitOptions};
 use infill_job::copy::mirror::{self, CopyMode, MirrorOptions, MirrorSync};
 use infill_node::BackingRef;
+use infill_qmp::backup::BitmapSyncMode;
 use infill_qmp::copy::{BlockCommit, BlockdevMirror, JobMembers, Layer, SyncMode};
 use infill_qmp::{ErrorClass, QmpError, copy};
 
@@ -76,9 +78,9 @@ impl Control {
             SyncMode::Full => MirrorSync::Full,
             SyncMode::Top => MirrorSync::Top,
             SyncMode::None => MirrorSync::Nothing,
-            SyncMode::Incremental => return Err(QmpError::generic("Sync mode 'incremental' not supported")),
-            SyncMode::Bitmap => return Err(QmpError::generic("Sync mode 'bitmap' not supported")),
+            SyncMode::Incremental | SyncMode::Bitmap => MirrorSync::Bitmap,
         };
+        let bitmap = options.bitmap_use()?;
         if device == target {
             return Err(QmpError::generic("Can't mirror node into itself"));
         }
@@ -91,6 +93,7 @@ impl Control {
         }
         self.not_busy(device)?;
         self.not_busy(target)?;
+        let bitmap = bitmap.map(|(name, mode)| self.bitmap_of_mirror(device, name, mode)).transpose()?;
         let mut claims = Claims::new(self.blockdevs(), &options.job.job_id);
         let source = claims.take(device, Access::Reader)?;
         let copy = claims.take(target, Access::Writer)?;
@@ -98,6 +101,7 @@ impl Control {
         let id = options.job.job_id.clone();
         let mirror = MirrorOptions {
             sync,
+            bitmap,
             copy_mode: match options.copy_mode {
                 copy::CopyMode::Background => CopyMode::Background,
                 copy::CopyMode::WriteBlocking => CopyMode::WriteBlocking,
@@ -148,6 +152,25 @@ impl Control {
                 ),
             },
         )
+    }
+
+    /// The bitmap that a mirror of `device` starts from, which nobody else may change meanwhile.
+    fn bitmap_of_mirror(
+        &self,
+        device: &str,
+        name: &str,
+        mode: BitmapSyncMode,
+    ) -> Result<BackupBitmap, QmpError> {
+        let missing = |_| QmpError::generic(format!("Bitmap '{name}' could not be found"));
+        let source = self.blockdevs().get(device).map_err(|error| refused(&error))?;
+        let bitmap = source.bitmap(name).map_err(missing)?;
+        let (bitmap, mode) = match mode {
+            BitmapSyncMode::Never => (bitmap.use_readable(), BitmapMode::Never),
+            BitmapSyncMode::OnSuccess => (bitmap.use_changeable(), BitmapMode::OnSuccess),
+            BitmapSyncMode::Always => (bitmap.use_changeable(), BitmapMode::Always),
+        };
+        let bitmap = bitmap.map_err(|error| QmpError::generic(error.to_string()))?;
+        Ok(BackupBitmap { bitmap, mode })
     }
 
     /// `block-commit`. Answered once the job runs.

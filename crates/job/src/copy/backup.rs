@@ -48,7 +48,7 @@ pub enum BitmapMode {
     Always,
 }
 
-/// The bitmap of a backup.
+/// The bitmap of a backup, or of a mirror.
 #[derive(Debug)]
 pub struct BackupBitmap {
     /// It, which nobody else may change meanwhile.

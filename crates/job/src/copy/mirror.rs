@@ -18,6 +18,7 @@ use infill_node::{Change, Held, Kept, NodeHandle, Watcher, Watching};
 use infill_storage::sync::Arc;
 use infill_storage::{RangeGuard, rt};
 
+use super::backup::{BackupBitmap, BitmapMode};
 use super::{BLOCK_BYTES, Copier, CopyPolicy, Failed, Goal, Scope, Transfer};
 use crate::error::JobError;
 use crate::job::{Ending, Job, Work};
@@ -43,6 +44,8 @@ pub enum MirrorSync {
     Top,
     /// Only what is written from now on.
     Nothing,
+    /// What the bitmap marks.
+    Bitmap,
 }
 
 /// When a guest's write is on the target.
@@ -66,6 +69,9 @@ pub struct MirrorOptions {
     pub target: NodeHandle,
     /// What is copied first.
     pub sync: MirrorSync,
+    /// The bitmap, where it is one that says what is copied. After success, and unless it is to be left alone, it says what was
+    /// written since source and target were the same.
+    pub bitmap: Option<BackupBitmap>,
     /// When guests' writes are on the target.
     pub copy_mode: CopyMode,
     /// Whether zeroes may become holes there.
@@ -87,6 +93,7 @@ impl MirrorOptions {
             source,
             target,
             sync: MirrorSync::Full,
+            bitmap: None,
             copy_mode: CopyMode::Background,
             unmap: true,
             on_source_error: OnError::default(),
@@ -99,7 +106,7 @@ impl MirrorOptions {
 
 /// Starts a mirror on this thread's reactor (`blockdev-mirror`).
 pub fn start(jobs: &Jobs, job: JobOptions, options: MirrorOptions) -> Result<Job, JobError> {
-    let MirrorOptions { source, target, sync, copy_mode, unmap, on_exchange, .. } = options;
+    let MirrorOptions { source, target, sync, bitmap, copy_mode, unmap, on_exchange, .. } = options;
     if source.is_same(&target) {
         return Err(JobError::generic("Can't mirror node into itself"));
     }
@@ -112,10 +119,17 @@ pub fn start(jobs: &Jobs, job: JobOptions, options: MirrorOptions) -> Result<Job
     if target.len() != source.len() {
         return Err(JobError::generic("Source and target image have different sizes"));
     }
+    match (sync, &bitmap) {
+        (MirrorSync::Bitmap, None) => return Err(JobError::generic("a bitmap is needed")),
+        (_, Some(BackupBitmap { mode: BitmapMode::Always, .. })) => {
+            return Err(JobError::generic("a mirror that fails does not say what it has copied"));
+        }
+        _ => {}
+    }
     let claim = jobs.claim(&job.id, &target, Vec::new())?;
     let below = source.layer_below();
     let scope = match (sync, below) {
-        (MirrorSync::Nothing, _) => Scope::Nothing,
+        (MirrorSync::Nothing | MirrorSync::Bitmap, _) => Scope::Nothing,
         (MirrorSync::Top, Some(below)) => Scope::Above(below),
         (MirrorSync::Top, None) | (MirrorSync::Full, _) => Scope::Full,
     };
@@ -126,7 +140,7 @@ pub fn start(jobs: &Jobs, job: JobOptions, options: MirrorOptions) -> Result<Job
         min_rate: options.min_rate,
     };
     let copier = Copier::new(transfer.clone(), policy);
-    let work = Mirror { transfer, copier, watching: None, on_exchange, _claim: claim };
+    let work = Mirror { transfer, copier, bitmap, watching: None, on_exchange, _claim: claim };
     let job = jobs.start(JobType::Mirror, job, work)?;
     job.set_copy_mode(copy_mode);
     Ok(job)
@@ -135,6 +149,7 @@ pub fn start(jobs: &Jobs, job: JobOptions, options: MirrorOptions) -> Result<Job
 struct Mirror {
     transfer: Arc<Transfer>,
     copier: Copier,
+    bitmap: Option<BackupBitmap>,
     watching: Option<Watching>,
     on_exchange: Option<OnExchange>,
     _claim: Claim,
@@ -144,7 +159,13 @@ impl Work for Mirror {
     async fn run(&mut self, job: &Job) -> IoResult<()> {
         let (transfer, marks) = (self.transfer.clone(), !job.is_write_blocking());
         let watcher = Arc::new(Follow { transfer, marks, job: Some(job.clone()) });
-        self.watching = Some(hold(&self.transfer.source).await?.watch(watcher));
+        let held = hold(&self.transfer.source).await?;
+        self.watching = Some(held.watch(watcher));
+        // No write that the bitmap had not seen and the watcher does not see.
+        if let Some(used) = &self.bitmap {
+            self.transfer.cold.merge(used.bitmap.bitmap().map());
+        }
+        drop(held);
         self.copier.run(job, Goal::Converged).await?;
         job.become_ready();
         self.copier.run(job, Goal::Asked).await
@@ -159,8 +180,15 @@ impl Work for Mirror {
             on_exchange(&held).await?;
         }
         self.watching = None;
+        let complete = self.copier.take_ignored();
+        if let Some(BackupBitmap { bitmap, mode: BitmapMode::OnSuccess }) = &self.bitmap
+            && complete.is_ok()
+        {
+            bitmap.bitmap().map().clear(0, u64::MAX);
+        }
+        self.bitmap = None;
         drop(held);
-        self.copier.take_ignored()
+        complete
     }
 }
 
