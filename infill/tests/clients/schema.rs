@@ -9,9 +9,11 @@ use serde_json::{Value, json};
 const OF_MIRRORS: &str = ".actively-synced: ";
 
 /// What we take beside: a mirror may start from a bitmap.
-const MORE: [&str; 2] = [
+const MORE: [&str; 4] = [
     "blockdev-mirror arg-type.bitmap: they have no such member",
     "blockdev-mirror arg-type.bitmap-mode: they have no such member",
+    "drive-mirror arg-type.bitmap: they have no such member",
+    "drive-mirror arg-type.bitmap-mode: they have no such member",
 ];
 
 /// A schema by the names in it.
