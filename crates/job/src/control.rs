@@ -11,8 +11,9 @@
 //!
 //! Every 100 ms the p90 of guest misses is compared with the floor, the smallest sample of the last 10 s; where it is
 //! over max(2 × floor, floor + 1 ms), the window halves (down to one request), else it grows. The guest's FLUSH, read
-//! and write latencies, which also bound what is in local writes at a time, do the same to the *pace* (bytes per second),
-//! since they share the local disk, not the link. A guest that is as slow under a fill that is held far back does not
+//! and write latencies, held to max(1.75 × floor, floor + 0.5 ms), do the same to the *pace* (bytes per second),
+//! since they share the local disk, not the link; while a guest writes or flushes, local writes go one piece at a
+//! time. A guest that is as slow under a fill that is held far back does not
 //! suffer from it: then window and pace grow all the same, and it is tried again after 10 s.
 //! Neither takes the fill below `min_rate`. The round trip is measured anew every 10 s with nothing else in flight: a
 //! minimum that was taken behind the fill's own queue would drift up without end.
