@@ -113,6 +113,8 @@ fn logs_are_json_where_that_is_asked_for() {
     std::fs::write(&gone, [0; 512]).unwrap();
     let node = format!("raw,node-name=n,file.driver=file,file.filename={}", text(&gone));
     let daemon = Daemon::start(Program::Infill, dir.path(), &["--state", text(&state), "--blockdev", &node]);
+    // The monitor listens before the options are carried out, and greets after.
+    drop(daemon.connect());
     daemon.process.kill();
     std::fs::remove_file(&gone).unwrap();
     // It warns of the node that it cannot make again; its standard output is where it would say that it is ready.
