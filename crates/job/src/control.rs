@@ -11,7 +11,7 @@
 //!
 //! Every 100 ms the p90 of guest misses is compared with the floor, the smallest sample of the last 10 s; where it is
 //! over max(2 × floor, floor + 1 ms), the window halves (down to one request), else it grows. The guest's FLUSH, read
-//! and write latencies, held to max(1.75 × floor, floor + 0.5 ms), do the same to the *pace* (bytes per second),
+//! and write latencies do the same to the *pace* (bytes per second),
 //! since they share the local disk, not the link; while a guest writes or flushes, local writes go one piece at a
 //! time. A guest that is as slow under a fill that is held far back does not
 //! suffer from it: then window and pace grow all the same, and it is tried again after 10 s.
@@ -35,7 +35,7 @@ const MISS_RECENT: Duration = Duration::from_millis(50);
 pub(crate) const LINK_BYTES_MAX: u64 = 4 << 20;
 /// Bytes that are written at a time while guests write or flush, and the largest request then: a FLUSH finds no more
 /// than that in the disk's queue.
-const BUSY_BYTES: u64 = 64 << 10;
+const BUSY_BYTES: u64 = 128 << 10;
 /// How long a disk without misses counts as in use.
 const MISS_LATELY: Duration = Duration::from_secs(2);
 /// How long a floor and a round trip hold.
@@ -54,10 +54,6 @@ const FASTER: f64 = 1.25;
 const FASTER_NEAR: f64 = 1.04;
 /// What a tick's best rate is worth a tick later.
 const RATE_KEPT: f64 = 0.9;
-/// How much longer than at best a guest may wait, in parts of that and at least: for the link, and for the local disk,
-/// where a fill that is held back loses less.
-const MISS_SLACK: (f64, Duration) = (1.0, Duration::from_millis(1));
-const LOCAL_SLACK: (f64, Duration) = (0.75, Duration::from_micros(500));
 /// How far control may take the window down, as a part of what the link gives.
 const SCALE_MIN: f64 = 1.0 / 256.0;
 
@@ -136,7 +132,7 @@ impl Watch {
         let side = if calm { &mut self.calm } else { &mut self.loud };
         side.note(now, p90);
         let floor = self.floor.get()?;
-        if p90 <= floor + floor.mul_f64(slack.0).max(slack.1) {
+        if p90 <= (2 * floor).max(floor + Duration::from_millis(1)) {
             return Some(Meets::Usual);
         }
         let anyway = match (self.calm.get(now), self.loud.get(now)) {
@@ -347,7 +343,7 @@ impl Control {
         let rate = std::mem::take(&mut self.tick_bytes) as f64 / took.as_secs_f64();
         self.ticked_at = now;
         let polite = rate > self.min_rate as f64;
-        match self.misses.look(now, &mut seen.misses, self.window_scale <= CALM_PART, MISS_SLACK) {
+        match self.misses.look(now, &mut seen.misses, self.window_scale <= CALM_PART) {
             Some(Meets::Suffers) if polite => {
                 self.start_window = None;
                 self.window_scale = (self.window_scale / 2.0).max(SCALE_MIN);
@@ -361,10 +357,10 @@ impl Control {
         self.best_rate = rate.max(self.best_rate * RATE_KEPT);
         let calm = rate <= self.best_rate * CALM_PART;
         let local = [
-            self.syncs.look(now, &mut seen.syncs, calm, LOCAL_SLACK),
-            self.writes.look(now, &mut seen.writes, calm, LOCAL_SLACK),
+            self.syncs.look(now, &mut seen.syncs, calm),
+            self.writes.look(now, &mut seen.writes, calm),
             // A read that missed has been looked at above.
-            if had_misses { None } else { self.reads.look(now, &mut seen.reads, calm, LOCAL_SLACK) },
+            if had_misses { None } else { self.reads.look(now, &mut seen.reads, calm) },
         ];
         if local.contains(&Some(Meets::SlowAnyway)) {
             // It was not the fill that made them slow.
