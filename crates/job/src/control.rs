@@ -119,13 +119,7 @@ enum Meets {
 
 impl Watch {
     /// Takes the samples of one tick, in which the fill was held far back (`calm`) or not; `None` if there are none.
-    fn look(
-        &mut self,
-        now: Duration,
-        samples: &mut [Duration],
-        calm: bool,
-        slack: (f64, Duration),
-    ) -> Option<Meets> {
+    fn look(&mut self, now: Duration, samples: &mut [Duration], calm: bool) -> Option<Meets> {
         samples.sort_unstable();
         self.floor.note(now, *samples.first()?);
         let p90 = samples[(samples.len() - 1) * 9 / 10];
