@@ -23,7 +23,7 @@ use infill_storage::sync::{Arc, Mutex, lock};
 use crate::{NodeHandle, WeakNode};
 
 /// Counters of one gate; threads beyond that share.
-const SHARDS: usize = 8;
+pub(crate) const SHARDS: usize = 8;
 
 /// What is about to be done to a node, or was done.
 #[derive(Clone, Debug)]
@@ -252,7 +252,7 @@ pub(crate) fn watch_new(node: &NodeHandle, watcher: Arc<dyn Watcher>) -> u64 {
 }
 
 /// The counter of this thread.
-fn shard() -> usize {
+pub(crate) fn shard() -> usize {
     static NEXT: PlainCounter = PlainCounter::new(0);
     thread_local! {
         static MINE: Cell<usize> = const { Cell::new(usize::MAX) };

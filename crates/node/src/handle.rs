@@ -15,6 +15,7 @@ use crate::fetch::FetchTable;
 use crate::gate::NodeGate;
 use crate::latency::{LatencyBoard, LatencyKind};
 use crate::meter::Meter;
+use crate::stats::{RequestKind, Stats};
 use crate::{BackingRef, BackingSlot, Node, NodeInfo, Populated};
 
 type Answer<'a, T> = LocalBoxFuture<'a, IoResult<T>>;
@@ -121,6 +122,7 @@ struct Cell<D: ?Sized> {
     /// One single-flight table for everybody who has this node as backing (I4).
     fetches: FetchTable,
     latency: LatencyBoard,
+    stats: Stats,
     changes: Changes,
     bitmaps: Bitmaps,
     detect_zeroes: AtomicU8,
@@ -156,6 +158,7 @@ impl NodeHandle {
         let handle = NodeHandle(Arc::new(Cell {
             fetches: FetchTable::default(),
             latency: LatencyBoard::default(),
+            stats: Stats::default(),
             changes: Changes::default(),
             bitmaps: Bitmaps::default(),
             detect_zeroes: AtomicU8::new(0),
@@ -182,6 +185,11 @@ impl NodeHandle {
     /// Where latencies of this node's guest requests are noted while a job listens.
     pub fn latency(&self) -> &LatencyBoard {
         &self.0.latency
+    }
+
+    /// What is counted of its requests.
+    pub fn stats(&self) -> &Stats {
+        &self.0.stats
     }
 
     fn meter(&self) -> &Meter {
@@ -270,8 +278,10 @@ impl NodeHandle {
 
     /// See [`Node::read`].
     pub async fn read(&self, cx: &Ctx, at: u64, buf: BytesMut) -> IoResult<BytesMut> {
-        let buf = self.timed(cx, LatencyKind::Read, self.0.driver.read(cx, at, buf)).await?;
-        self.meter().has_read(cx.class, buf.len() as u64);
+        let len = buf.len() as u64;
+        let request = Request { kind: RequestKind::Read, latency: Some(LatencyKind::Read), at, len };
+        let buf = self.timed(cx, request, self.0.driver.read(cx, at, buf)).await?;
+        self.meter().has_read(cx.class, len);
         Ok(buf)
     }
 
@@ -324,7 +334,8 @@ impl NodeHandle {
 
     /// See [`Node::sync`].
     pub async fn sync(&self, cx: &Ctx) -> IoResult<()> {
-        self.timed(cx, LatencyKind::Sync, self.0.driver.sync(cx)).await
+        let request = Request { kind: RequestKind::Flush, latency: Some(LatencyKind::Sync), at: 0, len: 0 };
+        self.timed(cx, request, self.0.driver.sync(cx)).await
     }
 
     /// See [`Node::extents`].
@@ -395,16 +406,51 @@ impl NodeHandle {
         stored.and(closed)
     }
 
-    /// Waits for `answer`, and notes how long a guest's request took if somebody wants to know.
-    async fn timed<T>(&self, cx: &Ctx, kind: LatencyKind, answer: Answer<'_, T>) -> IoResult<T> {
-        if cx.class != infill_base::Class::Guest || !self.0.latency.is_listening() {
-            return answer.await;
-        }
-        let start = rt::now();
+    /// Waits for `answer`, counts the request, and notes how long a guest's took if somebody wants to know.
+    async fn timed<T>(
+        &self,
+        cx: &Ctx,
+        request: Request,
+        answer: impl Future<Output = IoResult<T>>,
+    ) -> IoResult<T> {
+        let begin = rt::clock();
         let result = answer.await;
-        let end = rt::now();
-        self.0.latency.record(kind, end, end.saturating_sub(start));
+        let end = rt::clock();
+        let took = end.saturating_sub(begin);
+        self.0.stats.count(request.kind, request.at, request.len, took, result.as_ref().err());
+        if let Some(kind) = request.latency
+            && cx.class == infill_base::Class::Guest
+            && self.0.latency.is_listening()
+        {
+            self.0.latency.record(kind, end, took);
+        }
         result
+    }
+}
+
+/// A request as it is counted.
+#[derive(Clone, Copy)]
+pub(crate) struct Request {
+    kind: RequestKind,
+    /// What its latency is noted as.
+    latency: Option<LatencyKind>,
+    at: u64,
+    len: u64,
+}
+
+impl Request {
+    fn write(at: u64, len: u64) -> Request {
+        Request { kind: RequestKind::Write, latency: Some(LatencyKind::Write), at, len }
+    }
+
+    fn of(change: &Change) -> Request {
+        let (at, len) = (change.at, change.len);
+        match change.what {
+            ChangeKind::Write(_) | ChangeKind::Zero { .. } => {
+                Request { kind: RequestKind::Write, latency: None, at, len }
+            }
+            ChangeKind::Discard => Request { kind: RequestKind::Discard, latency: None, at, len },
+        }
     }
 }
 
@@ -421,11 +467,13 @@ impl Entered<'_> {
         }
         let (cell, len) = (&*self.node.0, data.len() as u64);
         let done = match cell.changes.watchers() {
-            None => self.node.timed(cx, LatencyKind::Write, cell.driver.write(cx, at, data, flags)).await,
+            None => {
+                self.node.timed(cx, Request::write(at, len), cell.driver.write(cx, at, data, flags)).await
+            }
             Some(watchers) => {
                 let change = Change { at, len, what: ChangeKind::Write(data.clone()) };
                 let perform = changes::watched(watchers, cx, change, cell.driver.write(cx, at, data, flags));
-                self.node.timed(cx, LatencyKind::Write, Box::pin(perform)).await
+                self.node.timed(cx, Request::write(at, len), perform).await
             }
         };
         self.written(done, len)
@@ -435,11 +483,11 @@ impl Entered<'_> {
         let cell = &*self.node.0;
         let perform = cell.driver.write_zeroes(cx, at, len, flags);
         let done = match cell.changes.watchers() {
-            None => self.node.timed(cx, LatencyKind::Write, perform).await,
+            None => self.node.timed(cx, Request::write(at, len), perform).await,
             Some(watchers) => {
                 let what = ChangeKind::Zero { may_unmap: flags.contains(ZeroFlags::MAY_UNMAP) };
                 let perform = changes::watched(watchers, cx, Change { at, len, what }, perform);
-                self.node.timed(cx, LatencyKind::Write, Box::pin(perform)).await
+                self.node.timed(cx, Request::write(at, len), perform).await
             }
         };
         self.written(done, len)
@@ -455,8 +503,12 @@ impl Entered<'_> {
     pub(crate) async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
         let cell = &*self.node.0;
         let perform = cell.driver.discard(cx, at, len);
-        let Some(watchers) = cell.changes.watchers() else { return perform.await };
-        changes::watched(watchers, cx, Change { at, len, what: ChangeKind::Discard }, perform).await
+        let change = Change { at, len, what: ChangeKind::Discard };
+        let request = Request::of(&change);
+        let Some(watchers) = cell.changes.watchers() else {
+            return self.node.timed(cx, request, perform).await;
+        };
+        self.node.timed(cx, request, changes::watched(watchers, cx, change, perform)).await
     }
 
     /// Makes a change that may end behind the node, which has `len` bytes, and makes it longer then.
@@ -467,13 +519,16 @@ impl Entered<'_> {
         change: Change,
         perform: impl Future<Output = IoResult<()>>,
     ) -> IoResult<()> {
-        let Some(watchers) = self.node.0.changes.watchers() else { return perform.await };
+        let request = Request::of(&change);
+        let Some(watchers) = self.node.0.changes.watchers() else {
+            return self.node.timed(cx, request, perform).await;
+        };
         let end = change.at.saturating_add(change.len);
         if end > len {
             // Before, so that there is room for what is noted of the change.
             self.tell_len(end);
         }
-        changes::watched(watchers, cx, change, Box::pin(perform)).await
+        self.node.timed(cx, request, changes::watched(watchers, cx, change, Box::pin(perform))).await
     }
 
     pub(crate) fn tell_len(&self, len: u64) {

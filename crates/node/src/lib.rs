@@ -31,6 +31,7 @@ mod memory;
 mod meter;
 mod preallocate;
 mod raw;
+mod stats;
 mod storage;
 mod throttle;
 
@@ -57,6 +58,7 @@ pub use memory::MemoryOverlay;
 pub use meter::{BUCKET_MICROS, CLASSES, Histogram, Meter};
 pub use preallocate::PreallocateNode;
 pub use raw::RawNode;
+pub use stats::{RequestCounts, RequestKind, Stats};
 pub use storage::NodeStorage;
 pub use throttle::{ThrottleGroup, ThrottleNode};
 

@@ -1,5 +1,6 @@
 //! Commands that only ask ([`Inspect`]): what nodes have done, how they lie, character devices, objects.
 
+use infill_node::{NodeHandle, RequestKind};
 use infill_qmp::inspect::Inspect;
 use infill_qmp::throttle::{limits_value, read_limits};
 use infill_qmp::{ErrorClass, Members, QmpError};
@@ -9,23 +10,30 @@ use super::control::{Control, refused};
 use crate::blockdev::Access;
 use crate::object_types::{TYPES, TypeOfObject};
 
-/// Operations that `query-blockstats` counts of each kind.
-const KINDS: [&str; 5] = ["rd", "wr", "flush", "unmap", "zone_append"];
+/// Operations that `query-blockstats` counts of each kind. There are no zones here.
+const KINDS: [(&str, Option<RequestKind>); 5] = [
+    ("rd", Some(RequestKind::Read)),
+    ("wr", Some(RequestKind::Write)),
+    ("flush", Some(RequestKind::Flush)),
+    ("unmap", Some(RequestKind::Discard)),
+    ("zone_append", None),
+];
 
-/// The counters of a node. Requests are counted at devices, of which there are none here, so all are zero.
-fn stats() -> Value {
+/// The counters of a node, in the protocol's words.
+fn stats(node: &NodeHandle) -> Value {
     let mut stats = Map::new();
-    for kind in KINDS {
-        stats.insert(format!("{kind}_operations"), json!(0));
-        stats.insert(format!("failed_{kind}_operations"), json!(0));
-        stats.insert(format!("invalid_{kind}_operations"), json!(0));
-        stats.insert(format!("{kind}_total_time_ns"), json!(0));
-        if kind != "flush" {
-            stats.insert(format!("{kind}_bytes"), json!(0));
-            stats.insert(format!("{kind}_merged"), json!(0));
+    for (word, kind) in KINDS {
+        let counts = kind.map(|kind| node.stats().of(kind)).unwrap_or_default();
+        stats.insert(format!("{word}_operations"), json!(counts.operations));
+        stats.insert(format!("failed_{word}_operations"), json!(counts.failed));
+        stats.insert(format!("invalid_{word}_operations"), json!(counts.invalid));
+        stats.insert(format!("{word}_total_time_ns"), json!(counts.nanos));
+        if word != "flush" {
+            stats.insert(format!("{word}_bytes"), json!(counts.bytes));
+            stats.insert(format!("{word}_merged"), json!(0));
         }
     }
-    stats.insert("wr_highest_offset".into(), json!(0));
+    stats.insert("wr_highest_offset".into(), json!(node.stats().highest_write()));
     stats.insert("timed_stats".into(), json!([]));
     stats.insert("account_invalid".into(), json!(false));
     stats.insert("account_failed".into(), json!(false));
@@ -105,10 +113,15 @@ impl Control {
         }
         let mut below = None;
         for (name, facts) in names.iter().zip(&layers).rev() {
-            let mut told = json!({ "node-name": name, "stats": stats() });
+            let node = self.blockdevs().get(name)?;
+            let mut told = json!({ "node-name": name, "stats": stats(&node) });
             if matches!(facts.driver, "file" | "host_device") {
+                let discards = node.stats().of(RequestKind::Discard);
                 told["driver-specific"] = json!({
-                    "driver": facts.driver, "discard-nb-ok": 0, "discard-nb-failed": 0, "discard-bytes-ok": 0,
+                    "driver": facts.driver,
+                    "discard-nb-ok": discards.operations,
+                    "discard-nb-failed": discards.failed,
+                    "discard-bytes-ok": discards.bytes,
                 });
             }
             if let Some(below) = below.take() {
