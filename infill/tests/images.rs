@@ -252,3 +252,28 @@ fn a_command_line_that_is_not_understood_is_no_corrupt_image() {
     assert!(run(INFILL, &["check", "--help"]).contains("63"));
     assert!(run(INFILL, &["create", "-f", "qed", "-o", "help"]).contains("table_size"));
 }
+
+#[test]
+fn an_image_that_moved_is_told_of_and_not_started() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("a.qcow2");
+    run(INFILL, &["create", "-f", "qcow2", text(&image), "1M"]);
+    let mut bytes = std::fs::read(&image).unwrap();
+    bytes[72] |= 0x40;
+    std::fs::write(&image, bytes).unwrap();
+    let told = json(INFILL, &["info", "--output=json", text(&image)]);
+    assert_eq!(told["format-specific"]["data"]["moved-to-another-host"], true, "{told}");
+    assert!(run(INFILL, &["info", text(&image)]).contains("moved to another host: true"));
+    let checked = output(INFILL, &["check", text(&image)]);
+    assert!(checked.status.success());
+    assert!(String::from_utf8_lossy(&checked.stderr).contains("moved to another host"));
+    let socket = dir.path().join("s");
+    for args in [
+        vec!["check", "-r", "all", text(&image)],
+        vec!["map", text(&image)],
+        vec!["serve", "--read-only", text(&image), "--socket", text(&socket)],
+    ] {
+        let said = fails(INFILL, &args);
+        assert!(said.contains("moved to another host") && said.contains("`infill reclaim`"), "{said}");
+    }
+}

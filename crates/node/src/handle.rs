@@ -37,6 +37,7 @@ trait DynNode: Send + Sync {
     fn populate<'a>(&'a self, cx: &'a Ctx, at: u64, data: Bytes, generation: u64) -> Answer<'a, Populated>;
     fn populate_zero<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64, generation: u64) -> Answer<'a, Populated>;
     fn set_backing_ref<'a>(&'a self, cx: &'a Ctx, backing: Option<BackingRef>) -> Answer<'a, ()>;
+    fn set_fence<'a>(&'a self, cx: &'a Ctx, fenced: bool) -> Answer<'a, ()>;
     fn make_empty<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
     fn check_persistent(&self, node: &str, name: &str, granularity: u64) -> IoResult<()>;
     fn outdate_bitmaps<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
@@ -94,6 +95,9 @@ impl<N: Node> DynNode for N {
     }
     fn set_backing_ref<'a>(&'a self, cx: &'a Ctx, backing: Option<BackingRef>) -> Answer<'a, ()> {
         Box::pin(Node::set_backing_ref(self, cx, backing))
+    }
+    fn set_fence<'a>(&'a self, cx: &'a Ctx, fenced: bool) -> Answer<'a, ()> {
+        Box::pin(Node::set_fence(self, cx, fenced))
     }
     fn make_empty<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()> {
         Box::pin(Node::make_empty(self, cx))
@@ -358,6 +362,11 @@ impl NodeHandle {
     /// See [`Node::set_backing_ref`].
     pub async fn set_backing_ref(&self, cx: &Ctx, backing: Option<BackingRef>) -> IoResult<()> {
         self.0.driver.set_backing_ref(cx, backing).await
+    }
+
+    /// See [`Node::set_fence`].
+    pub async fn set_fence(&self, cx: &Ctx, fenced: bool) -> IoResult<()> {
+        self.0.driver.set_fence(cx, fenced).await
     }
 
     /// See [`Node::make_empty`].

@@ -263,6 +263,14 @@ pub trait Node: Send + Sync + 'static {
         async { Err(unsupported(self.info().driver, "name a backing file")) }
     }
 
+    /// Marks the image as one that another host owns, so that no program starts the disk from it, or takes the mark away.
+    /// Stable when it returns, and may be repeated. Not a change of the disk: it may be called while changes are held, and
+    /// reads go on. An image that is marked opens read-only only, and only where that is asked for.
+    fn set_fence(&self, cx: &Ctx, fenced: bool) -> impl Future<Output = IoResult<()>> {
+        let _ = (cx, fenced);
+        async { Err(unsupported(self.info().driver, "be marked as moved to another host")) }
+    }
+
     /// Makes everything in this layer absent, so that all shows through, and that stable. For the end of a commit: the caller
     /// has raised the edge's generation, holds all changes, and what lies below reads the same at every moment of it.
     fn make_empty(&self, cx: &Ctx) -> impl Future<Output = IoResult<()>> {

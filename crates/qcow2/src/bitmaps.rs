@@ -376,9 +376,7 @@ impl Image {
         let rewrite = self.header().with_bitmaps(directory)?;
         // From here on the file may name them.
         made.runs.clear();
-        let stored = rewrite.store(&Ctx::GUEST, &self.storage).await;
-        stored.inspect_err(|_| writer.poison())?;
-        self.header_is(&turn, rewrite.header)?;
+        self.rewrite_header(&turn, rewrite).await?;
         let old = {
             let mut list = lock(&self.bitmaps.list);
             list.kept = next;

@@ -29,7 +29,7 @@ use infill_node::{CheckReport, Repair};
 use infill_storage::StorageHandle;
 use rustc_hash::FxHashSet;
 
-use crate::features::{Autoclear, Incompatible};
+use crate::features::{Autoclear, Incompatible, MOVED_NAME, moved};
 use crate::geometry::{Geometry, HostOffset, TABLE_ENTRY_BYTES};
 use crate::header::{Header, HeaderChange, Purpose};
 use crate::metaio;
@@ -50,7 +50,16 @@ const WALKS_MAX: usize = 8;
 pub async fn check(cx: &Ctx, storage: &StorageHandle, repair: Repair) -> Result<CheckReport, OpenError> {
     let mut header = Header::read(cx, storage, Purpose::Check).await?;
     if repair == Repair::Nothing {
-        return Ok(look(cx, storage, &mut header, repair, &FxHashSet::default()).await?.report);
+        let mut report = look(cx, storage, &mut header, repair, &FxHashSet::default()).await?.report;
+        if header.is_fenced() {
+            report.say(format!(
+                "note: this image was {MOVED_NAME}; `infill whois` says who owns the disk, `infill reclaim` takes it back"
+            ));
+        }
+        return Ok(report);
+    }
+    if header.is_fenced() {
+        return Err(moved("it is repaired where it is now, or here after `infill reclaim`"));
     }
     if !storage.limits().writable {
         return Err(OpenError::Refused {

@@ -6,7 +6,7 @@
 
 use bitflags::bitflags;
 use infill_base::OpenError;
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::FromBytes;
 
 use crate::format::RawFeatureName;
 use crate::header::{Extension, FORMAT, malformed};
@@ -23,6 +23,10 @@ bitflags! {
         const COMPRESSION = 1 << 3;
         /// L2 entries have subclusters.
         const EXTENDED_L2 = 1 << 4;
+        /// Another host owns the disk now, this copy of it is not to be started. Far from the bits that the format hands
+        /// out in ascending order, and named in the feature table of every image that we create, so that other programs
+        /// refuse with that name.
+        const MOVED = 1 << MOVED;
     }
 }
 
@@ -52,21 +56,19 @@ bitflags! {
 
 /// Incompatible bit: clusters lie in another file.
 const EXTERNAL_DATA_FILE: u32 = 2;
-/// Incompatible bit: another host owns the disk now, this copy of it is not to be started. Far from the bits that the
-/// format hands out in ascending order, and named in the feature table of every image that we create, so that other
-/// programs refuse with that name.
+/// The bit of [`Incompatible::MOVED`].
 pub(crate) const MOVED: u32 = 62;
-
 /// What the incompatible bit [`MOVED`] is called.
-const MOVED_NAME: &str = "moved to another host";
+pub(crate) const MOVED_NAME: &str = "moved to another host";
 
-/// The kinds of the feature name table, with the bits that every image of ours names.
+/// The kinds of the feature name table, with the bits that every image of ours names. Where there is little room, the last
+/// give way first.
 const NAMES: [(u8, u32, &str); 7] = [
+    (0, MOVED, MOVED_NAME),
     (0, 0, "dirty bit"),
     (0, 1, "corrupt bit"),
     (0, 3, "compression type"),
     (0, 4, "extended L2 entries"),
-    (0, MOVED, MOVED_NAME),
     (1, 0, "lazy refcounts"),
     (2, 62, "infill volatile journal"),
 ];
@@ -76,11 +78,38 @@ const NAMES: [(u8, u32, &str); 7] = [
 pub(crate) fn name_table() -> Vec<u8> {
     let mut table = Vec::with_capacity(NAMES.len() * size_of::<RawFeatureName>());
     for (kind, bit, text) in NAMES {
-        let mut entry = RawFeatureName { kind, bit: bit as u8, name: [0; 46] };
-        entry.name[..text.len()].copy_from_slice(text.as_bytes());
-        table.extend_from_slice(entry.as_bytes());
+        table.extend_from_slice(&name_entry(kind, bit, text));
     }
     table
+}
+
+fn name_entry(kind: u8, bit: u32, text: &str) -> [u8; size_of::<RawFeatureName>()] {
+    let mut entry = RawFeatureName { kind, bit: bit as u8, name: [0; 46] };
+    entry.name[..text.len()].copy_from_slice(text.as_bytes());
+    zerocopy::transmute!(entry)
+}
+
+/// The feature name table of an image, with the name of [`MOVED`] in it, first of all: it is the last to give way where
+/// there is little room.
+pub(crate) fn table_with_moved(names: &[u8]) -> Vec<u8> {
+    let mut table = name_entry(0, MOVED, MOVED_NAME).to_vec();
+    table.extend_from_slice(names);
+    table
+}
+
+/// Whether the image's own table names an incompatible bit.
+pub(crate) fn is_named(names: Option<&Extension>, bit: u32) -> bool {
+    name_in_image(names, bit).is_some()
+}
+
+/// Why an image that another host owns now is not opened.
+pub(crate) fn moved(advice: &str) -> OpenError {
+    OpenError::Refused {
+        why: format!(
+            "this qcow2 image was {MOVED_NAME} (incompatible feature {MOVED}): starting it here would make two owners of \
+             one disk; {advice}"
+        ),
+    }
 }
 
 /// The name that the image's own table gives an incompatible bit, fit to be printed.
@@ -101,14 +130,6 @@ pub(crate) fn accept_incompatible(bits: u64, names: Option<&Extension>) -> Resul
     let unknown = bits & !Incompatible::all().bits();
     if unknown == 0 {
         return Ok(Incompatible::from_bits_retain(bits));
-    }
-    if unknown & 1 << MOVED != 0 {
-        return Err(OpenError::Refused {
-            why: format!(
-                "this qcow2 image was {MOVED_NAME} (incompatible feature {MOVED}): starting it here would make two \
-                 owners of one disk; use it where it is now, or reclaim it with `infill reclaim`"
-            ),
-        });
     }
     let bit = unknown.trailing_zeros();
     if bit == EXTERNAL_DATA_FILE {

@@ -15,7 +15,7 @@ use infill_node::BackingRef;
 use infill_storage::StorageHandle;
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::features::{Autoclear, Compatible, Compression, Incompatible, accept_incompatible};
+use crate::features::{Autoclear, Compatible, Compression, Incompatible, accept_incompatible, moved};
 use crate::format::limits::{
     BACKING_NAME_BYTES_MAX, HEADER_BYTES_MAX, HOST_OFFSET_END, L1_BYTES_MAX, REFCOUNT_TABLE_BYTES_MAX,
     SNAPSHOTS_MAX,
@@ -86,7 +86,9 @@ pub struct BitmapDirectory {
 pub enum Purpose {
     /// The image is to be used: every table must lie where it can be read.
     Use,
-    /// The image is to be checked: refcounts need not be there, for they are rebuilt.
+    /// The same, whatever host owns the disk: an image that moved away may be looked at.
+    UseMoved,
+    /// The image is to be checked, whatever host owns the disk: refcounts need not be there, for they are rebuilt.
     Check,
 }
 
@@ -155,6 +157,11 @@ impl Header {
         let find = |kind| extensions.iter().find(|extension| extension.kind == kind);
 
         let incompatible = accept_incompatible(incompatible_bits, find(extension::FEATURE_NAMES))?;
+        if purpose == Purpose::Use && incompatible.contains(Incompatible::MOVED) {
+            return Err(moved(
+                "`infill whois` says who owns it: use it there, or take it back with `infill reclaim`",
+            ));
+        }
         gate_encryption(raw.crypt_method.get(), find(extension::ENCRYPTION).is_some())?;
         if find(extension::DATA_FILE).is_some() {
             return Err(malformed("it names an external data file, but the feature bit for one is clear"));
@@ -220,7 +227,7 @@ impl Header {
             geometry,
             file_len,
         );
-        if purpose == Purpose::Use {
+        if purpose != Purpose::Check {
             refcounts?;
             if clusters == 0 {
                 return Err(malformed("it has no refcount table; `check` with repair makes a new one"));
@@ -246,6 +253,11 @@ impl Header {
 
     /// The gate for writing.
     pub fn writable(&self) -> Result<WriteGate, OpenError> {
+        if self.is_fenced() {
+            return Err(moved(
+                "it can be read; to be written, it has to be taken back with `infill reclaim`",
+            ));
+        }
         if self.incompatible.contains(Incompatible::CORRUPT) {
             return Err(OpenError::Refused {
                 why: "this qcow2 image is marked corrupt: it can be opened read-only, or repaired with `infill check \
@@ -292,6 +304,11 @@ impl Header {
     /// The table of internal snapshots.
     pub fn snapshots(&self) -> TableRef {
         self.snapshots
+    }
+
+    /// Whether the mark of a disk that moved away is set ([`Incompatible::MOVED`]).
+    pub fn is_fenced(&self) -> bool {
+        self.incompatible.contains(Incompatible::MOVED)
     }
 
     /// Incompatible features.
@@ -447,7 +464,7 @@ impl Header {
 /// One change of the header that its first sector holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeaderChange {
-    /// Incompatible features: the dirty and the corrupt bit.
+    /// Incompatible features: the dirty and the corrupt bit, and the mark of a disk that moved away.
     Incompatible(Incompatible),
     /// Autoclear features.
     Autoclear(Autoclear),

@@ -28,6 +28,8 @@ pub const METADATA_CACHE_BYTES: u64 = 32 << 20;
 pub struct OpenOptions {
     /// Nothing is written, the header's marks included.
     pub read_only: bool,
+    /// An image that moved to another host is opened all the same, if it is opened read-only.
+    pub fenced: bool,
     /// What a guest's discard does.
     pub discard: DiscardMode,
     /// Bytes of L2 slices that are cached.
@@ -43,6 +45,7 @@ impl Default for OpenOptions {
     fn default() -> Self {
         OpenOptions {
             read_only: false,
+            fenced: false,
             discard: DiscardMode::default(),
             metadata_cache_bytes: METADATA_CACHE_BYTES,
             journal: Journaling::Off,
@@ -83,7 +86,9 @@ impl Image {
         storage: StorageHandle,
         mut options: OpenOptions,
     ) -> Result<Arc<Image>, OpenError> {
-        let mut header = Header::read(cx, &storage, Purpose::Use).await?;
+        let read_only = options.read_only || !storage.limits().writable;
+        let purpose = if options.fenced && read_only { Purpose::UseMoved } else { Purpose::Use };
+        let mut header = Header::read(cx, &storage, purpose).await?;
         let geometry = header.geometry();
         let align = storage.limits().request_align;
         if u64::from(align) > geometry.subcluster_bytes() {
@@ -96,7 +101,6 @@ impl Image {
                 ),
             });
         }
-        let read_only = options.read_only || !storage.limits().writable;
         let journal = std::mem::take(&mut options.journal);
         let bit = header.autoclear().contains(Autoclear::VOLATILE_JOURNAL);
         #[cfg(feature = "planted-faults")]

@@ -27,6 +27,7 @@ mod entry;
 #[cfg(feature = "planted-faults")]
 mod faults;
 mod features;
+mod fence;
 mod format;
 mod geometry;
 mod header;
@@ -57,6 +58,7 @@ pub use entry::{
 #[cfg(feature = "planted-faults")]
 pub use faults::Fault;
 pub use features::{Autoclear, Compatible, Compression, Incompatible};
+pub use fence::set_fence;
 pub use format::limits;
 pub use geometry::{
     Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset, L1Index, L2Index, SUBCLUSTERS,
@@ -65,4 +67,4 @@ pub use header::{
     BitmapDirectory, Extension, Header, HeaderChange, HeaderRewrite, Purpose, TableRef, WriteGate, probe,
 };
 pub use image::{METADATA_CACHE_BYTES, OpenOptions};
-pub use node::Qcow2;
+pub use node::{MOVED_FACT, Qcow2};

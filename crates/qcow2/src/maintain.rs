@@ -7,7 +7,7 @@ use infill_storage::sync::Arc;
 use infill_storage::sync::atomic::Ordering;
 
 use crate::geometry::TABLE_ENTRY_BYTES;
-use crate::header::{HeaderChange, TableRef};
+use crate::header::{HeaderChange, HeaderRewrite, TableRef};
 use crate::image::Image;
 use crate::metaio;
 use crate::refcount::HostRun;
@@ -27,13 +27,28 @@ impl Image {
             return self.change_header(&turn, &[HeaderChange::DropBacking]).await;
         };
         let rewrite = self.header().with_backing(&backing)?;
-        let stored = rewrite.store(&Ctx::GUEST, &self.storage).await;
-        if stored.is_err() {
-            // The file names the old one or the new one.
-            self.writer()?.poison();
+        self.rewrite_header(&turn, rewrite).await
+    }
+
+    /// Marks the image as one that another host owns, or takes the mark away: stable when it returns, once more where it
+    /// was so before. No change of the disk, so no mark of another kind (journal, bitmaps) is touched.
+    pub(crate) async fn set_fence(self: &Arc<Image>, fenced: bool) -> IoResult<()> {
+        let turn = self.writer()?.rounds.turn().await;
+        let header = self.header();
+        if header.is_fenced() == fenced {
+            return self.sync_storage().await;
         }
-        stored?;
-        self.header_is(&turn, rewrite.header)
+        let rewrite = header.with_fence(fenced)?;
+        self.rewrite_header(&turn, rewrite).await
+    }
+
+    /// Stores a header that needs more than one sector, between two rounds.
+    pub(crate) async fn rewrite_header(&self, turn: &Turn, rewrite: HeaderRewrite) -> IoResult<()> {
+        let writer = self.writer()?;
+        // Where it fails, the file has the old one or the new one.
+        let stored = rewrite.store(&Ctx::GUEST, &self.storage).await;
+        stored.inspect_err(|_| writer.poison())?;
+        self.header_is(turn, rewrite.header)
     }
 
     /// Makes the disk longer; what is new reads as zeroes, whatever lies there below.

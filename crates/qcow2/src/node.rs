@@ -13,6 +13,9 @@ use crate::features::{Compatible, Incompatible};
 use crate::header::FORMAT;
 use crate::image::{Image, OpenOptions};
 
+/// The fact of [`NodeInfo::format_specific`] that says that another host owns the disk; not there where none does.
+pub const MOVED_FACT: &str = "moved-to-another-host";
+
 /// An open qcow2 image.
 pub struct Qcow2(Arc<Image>);
 
@@ -114,6 +117,11 @@ impl Node for Qcow2 {
         rt::detached(async move { image.set_backing_ref(backing).await }).await
     }
 
+    async fn set_fence(&self, _cx: &Ctx, fenced: bool) -> IoResult<()> {
+        let image = self.0.clone();
+        rt::detached(async move { image.set_fence(fenced).await }).await
+    }
+
     async fn make_empty(&self, cx: &Ctx) -> IoResult<()> {
         let (image, cx) = (self.0.clone(), *cx);
         rt::detached(async move { image.make_empty(&cx).await }).await
@@ -174,5 +182,7 @@ fn format_specific(header: &crate::Header, bitmaps: Option<InfoValue>) -> Vec<(&
         ("corrupt", InfoValue::Bool(header.incompatible().contains(Incompatible::CORRUPT))),
         ("extended-l2", InfoValue::Bool(header.geometry().extended_l2())),
     ]);
+    // Ours alone, so it is not told of images that QEMU can tell of.
+    facts.extend(header.is_fenced().then_some((MOVED_FACT, InfoValue::Bool(true))));
     facts
 }

@@ -10,7 +10,7 @@ use infill_node::{NodeHandle, NodeStorage};
 use infill_storage::sync::lock;
 use infill_storage::{RangeGuard, StorageHandle};
 
-use super::format::FormatOptions;
+use super::format::{FormatOptions, is_fenced};
 use super::{Access, Blockdevs, Recipe, hold, unknown};
 
 /// How a format node is opened.
@@ -122,7 +122,11 @@ impl Blockdevs {
         };
         let journal = self.journaling_of(&child, &storage)?;
         let Opened { read_only, discard } = how;
-        format.open(storage, FormatOptions { read_only, discard, metadata_cache_bytes, journal }).await
+        // Whoever had it open may read on after it has moved away.
+        let fenced = is_fenced(&self.0.graph.get(name)?);
+        format
+            .open(storage, FormatOptions { read_only, fenced, discard, metadata_cache_bytes, journal })
+            .await
     }
 
     /// Notes how the node is open now, for those who ask and those who want to use it or its file.

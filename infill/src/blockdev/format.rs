@@ -27,6 +27,8 @@ pub enum FormatKind {
 pub struct FormatOptions {
     /// No writes.
     pub read_only: bool,
+    /// An image that moved to another host is opened all the same, if it is opened read-only.
+    pub fenced: bool,
     /// What a guest's discard does.
     pub discard: DiscardMode,
     /// Bytes of metadata that are kept in memory; `None` is the format's own choice.
@@ -58,12 +60,12 @@ impl FormatKind {
     /// Opens what lies in `storage`, without its backing.
     pub async fn open(self, storage: StorageHandle, options: FormatOptions) -> Result<NodeHandle> {
         let cx = Ctx::GUEST;
-        let FormatOptions { read_only, discard, metadata_cache_bytes, journal } = options;
+        let FormatOptions { read_only, fenced, discard, metadata_cache_bytes, journal } = options;
         Ok(match self {
             FormatKind::Raw => NodeHandle::new(RawNode::new(storage, read_only).discarding(discard)),
             FormatKind::Qcow2 => {
                 let mut options =
-                    infill_qcow2::OpenOptions { read_only, discard, journal, ..Default::default() };
+                    infill_qcow2::OpenOptions { read_only, fenced, discard, journal, ..Default::default() };
                 options.metadata_cache_bytes = metadata_cache_bytes.unwrap_or(options.metadata_cache_bytes);
                 NodeHandle::new(infill_qcow2::Qcow2::open(&cx, storage, options).await?)
             }
@@ -85,6 +87,11 @@ impl FormatKind {
             FormatKind::Qed => Some(infill_qed::check(&cx, storage, repair).await?),
         })
     }
+}
+
+/// Whether the node's image is marked as one that moved to another host.
+pub fn is_fenced(node: &NodeHandle) -> bool {
+    node.info().format_specific.iter().any(|(fact, _)| *fact == infill_qcow2::MOVED_FACT)
 }
 
 /// The format whose magic stands at the beginning of `storage`; `None` where there is none that we know.

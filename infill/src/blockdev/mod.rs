@@ -208,8 +208,19 @@ impl Blockdevs {
     }
 
     /// As [`Blockdevs::add`], for whoever changes the graph already.
-    pub async fn add_in(&self, _turn: &RangeGuard, options: BlockdevOptions) -> Result<String> {
-        let mut opening = open::Opening::new(self);
+    pub async fn add_in(&self, turn: &RangeGuard, options: BlockdevOptions) -> Result<String> {
+        self.add_fenced(turn, options, false).await
+    }
+
+    /// As [`Blockdevs::add_in`]; with `fenced` images that moved to another host are opened too, if the options open them
+    /// read-only.
+    pub async fn add_fenced(
+        &self,
+        _turn: &RangeGuard,
+        options: BlockdevOptions,
+        fenced: bool,
+    ) -> Result<String> {
+        let mut opening = open::Opening::new(self, fenced);
         let result = opening.open(options, false).await;
         self.settle(opening, result).await
     }
@@ -217,7 +228,7 @@ impl Blockdevs {
     /// Opens an image by its name, with its whole chain unless `alone`.
     pub async fn add_image(&self, image: &Image) -> Result<String> {
         let _turn = self.0.turn.exclusive(0, 1).await;
-        let mut opening = open::Opening::new(self);
+        let mut opening = open::Opening::new(self, image.fenced);
         let result = opening.open_image(image).await;
         self.settle(opening, result).await
     }
@@ -230,7 +241,7 @@ impl Blockdevs {
         let _turn = self.0.turn.exclusive(0, 1).await;
         let options =
             BlockdevOptions { read_only: Some(read_only), force_share: Some(force_share), ..options };
-        let mut opening = open::Opening::new(self);
+        let mut opening = open::Opening::new(self, false);
         let result = opening.open(options, false).await;
         self.settle(opening, result.with_context(|| format!("Could not open '{name}'"))).await
     }
@@ -523,6 +534,8 @@ pub struct Image {
     pub alone: bool,
     /// Although others may write to it (only read-only).
     pub force_share: bool,
+    /// Although it moved to another host (only read-only).
+    pub fenced: bool,
     /// What a guest's discard does.
     pub discard: DiscardMode,
 }
@@ -536,6 +549,7 @@ impl Image {
             read_only: true,
             alone: false,
             force_share: false,
+            fenced: false,
             discard: DiscardMode::Ignore,
         }
     }

@@ -79,13 +79,16 @@ pub struct Opening<'a> {
     names: HashSet<String>,
     /// What the chain that is being opened lies on so far.
     chain: Vec<(Identity, String)>,
+    /// Images that moved to another host are opened too, if read-only.
+    fenced: bool,
 }
 
 impl<'a> Opening<'a> {
-    /// Nothing open yet.
-    pub fn new(blockdevs: &'a Blockdevs) -> Opening<'a> {
+    /// Nothing open yet. `fenced`: images that moved to another host may be opened too, read-only.
+    pub fn new(blockdevs: &'a Blockdevs, fenced: bool) -> Opening<'a> {
         Opening {
             blockdevs,
+            fenced,
             pending: Vec::new(),
             taken: Vec::new(),
             names: HashSet::new(),
@@ -388,6 +391,7 @@ impl<'a> Opening<'a> {
         let name = self.reserve_name(options.node_name.as_ref())?;
         let mut open = FormatOptions {
             read_only: options.is_read_only(),
+            fenced: self.fenced,
             discard: options.discard_mode(),
             metadata_cache_bytes: cache_bytes(&options.driver),
             journal: Journaling::Off,

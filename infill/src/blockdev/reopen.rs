@@ -46,7 +46,8 @@ impl Blockdevs {
         let journal = self.journaling_of(child, &storage);
         let opened = match journal {
             Ok(journal) => {
-                let open = FormatOptions { read_only: false, discard, metadata_cache_bytes, journal };
+                let open =
+                    FormatOptions { read_only: false, fenced: false, discard, metadata_cache_bytes, journal };
                 format.open(below.on_storage(storage), open).await
             }
             Err(error) => Err(error),

@@ -270,3 +270,42 @@ fn a_node_that_somebody_uses_is_told_when_everything_is_closed() {
         assert_eq!(blockdevs.graph().list().len(), 1);
     });
 }
+
+#[test]
+fn an_image_that_moved_is_opened_where_that_is_asked_for_and_never_for_writing() {
+    run(|blockdevs, dir| async move {
+        let dir = dir.path();
+        raw(dir, "base", 1);
+        overlay(dir, "top", "base", "raw").await;
+        let text = |read_only: bool| {
+            format!(
+                r#"{{"driver":"qcow2","node-name":"q","read-only":{read_only},
+                    "file":{{"driver":"file","filename":"DIR/top"}}}}"#
+            )
+        };
+        // Marked while it is open, and opened anew, read-only, for those who have it.
+        add(&blockdevs, dir, &text(false)).await.unwrap();
+        blockdevs.get("q").unwrap().set_fence(&Ctx::GUEST, true).await.unwrap();
+        let sealed = Opened { read_only: true, discard: DiscardMode::Ignore };
+        let turn = blockdevs.change_graph().await;
+        blockdevs.open_anew(&turn, "q", sealed).await.unwrap();
+        assert_eq!(byte_of(&blockdevs, "q").await, 1);
+        let error = blockdevs.make_writable_in(&turn, "q").await.unwrap_err();
+        assert!(format!("{error:#}").contains("moved to another host"), "{error:#}");
+        assert_eq!(byte_of(&blockdevs, "q").await, 1);
+        blockdevs.del_in(&turn, "q").await.unwrap();
+        drop(turn);
+
+        for read_only in [false, true] {
+            refused(&blockdevs, dir, &text(read_only), "moved to another host").await;
+        }
+        let options = |read_only| {
+            BlockdevOptions::of_argument(&text(read_only).replace("DIR", dir.to_str().unwrap())).unwrap()
+        };
+        let turn = blockdevs.change_graph().await;
+        let error = blockdevs.add_fenced(&turn, options(false), true).await.unwrap_err();
+        assert!(format!("{error:#}").contains("moved to another host"), "{error:#}");
+        blockdevs.add_fenced(&turn, options(true), true).await.unwrap();
+        assert_eq!(byte_of(&blockdevs, "q").await, 1);
+    });
+}

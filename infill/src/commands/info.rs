@@ -18,6 +18,8 @@ pub fn main(args: InfoArgs) -> Result<ExitCode> {
         let image = Image {
             alone: !args.backing_chain,
             force_share: args.force_share,
+            // It is told of, and says that it moved.
+            fenced: true,
             ..image(&args.filename, &args.image)
         };
         let top = blockdevs.add_image(&image).await?;

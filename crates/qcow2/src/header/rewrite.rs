@@ -9,8 +9,8 @@ use infill_node::BackingRef;
 use infill_storage::StorageHandle;
 use zerocopy::IntoBytes;
 
-use super::{BitmapDirectory, Extension, Header, Purpose, serialize_extensions};
-use crate::features::Autoclear;
+use super::{BitmapDirectory, Extension, Header, HeaderChange, Purpose, serialize_extensions};
+use crate::features::{Autoclear, Incompatible, MOVED, is_named, table_with_moved};
 use crate::format::limits::{BACKING_NAME_BYTES_MAX, HEADER_BYTES_MAX};
 use crate::format::{RawBitmapsExtension, RawExtension, RawFeatureName, SECTOR_BYTES, extension};
 use crate::metaio;
@@ -78,7 +78,7 @@ impl Header {
             let rewritten = self.rewritten(extensions, name.as_deref().map(str::as_bytes), autoclear);
             // Where the extension cannot go, the bit says that it is not to be looked at.
             return rewritten.unwrap_or_else(|| {
-                let header = self.changed(&[super::HeaderChange::Autoclear(autoclear)])?;
+                let header = self.changed(&[HeaderChange::Autoclear(autoclear)])?;
                 Ok(HeaderRewrite { header, tail: Vec::new(), sector: 0 })
             });
         };
@@ -98,6 +98,44 @@ impl Header {
         }
         self.rewritten(extensions, name.as_deref().map(str::as_bytes), self.autoclear | Autoclear::BITMAPS)
             .ok_or_else(|| no_room("store bitmaps"))?
+    }
+
+    /// The header that says, or does not say, that another host owns the disk: one bit. An image that does not name it yet
+    /// gets its name too, where there is room.
+    ///
+    /// Fails with `Unsupported` where the version has no such bits.
+    pub fn with_fence(&self, fenced: bool) -> Result<HeaderRewrite, IoError> {
+        if self.version < 3 {
+            return Err(IoError::new(
+                ErrorKind::Unsupported,
+                "a qcow2 image of version 2 has no feature bits, so nothing can keep other programs from starting it; \
+                 convert it to version 3",
+            ));
+        }
+        let mut bits = self.incompatible;
+        bits.set(Incompatible::MOVED, fenced);
+        let header = self.changed(&[HeaderChange::Incompatible(bits)])?;
+        let named = if fenced { header.naming_fence() } else { None };
+        Ok(named.unwrap_or(HeaderRewrite { header, tail: Vec::new(), sector: 0 }))
+    }
+
+    /// The header with the name of the fence in its table, if it is not there and there is room.
+    fn naming_fence(&self) -> Option<HeaderRewrite> {
+        let mut extensions = self.extensions.clone();
+        let place = extensions.iter().position(|found| found.kind == extension::FEATURE_NAMES);
+        if is_named(place.map(|place| &extensions[place]), MOVED) {
+            return None;
+        }
+        match place {
+            Some(place) => extensions[place].data = table_with_moved(&extensions[place].data),
+            None => {
+                extensions.push(Extension { kind: extension::FEATURE_NAMES, data: table_with_moved(&[]) })
+            }
+        }
+        let name = self.backing.as_ref().map(|backing| backing.name.as_bytes());
+        let rewrite = self.rewritten(extensions, name, self.autoclear)?.ok()?;
+        let names = rewrite.header.extension(extension::FEATURE_NAMES);
+        is_named(names, MOVED).then_some(rewrite)
     }
 
     /// Another list in the extension that is there, where one sector holds all of its data and the bit is set.
@@ -199,7 +237,7 @@ fn extension_bytes(found: &Extension) -> usize {
 }
 
 fn parsed(area: &[u8]) -> Result<Header, IoError> {
-    Header::parse(area, u64::MAX, Purpose::Use)
+    Header::parse(area, u64::MAX, Purpose::UseMoved)
         .map_err(|error| IoError::new(ErrorKind::InvalidInput, error.to_string()))
 }
 

@@ -322,3 +322,23 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_mark_of_a_disk_that_moved_is_set_also_where_its_name_has_no_room() {
+    for (len, named) in [(8, true), (380, false)] {
+        let mut bytes = with_extensions(&[Extension { kind: 7, data: vec![1; len] }]);
+        bytes[20..24].copy_from_slice(&u32b(9));
+        bytes[24..32].copy_from_slice(&u64b(0));
+        let header = parse(&bytes[..512]).unwrap();
+        let rewrite = header.with_fence(true).unwrap();
+        assert!(rewrite.header.is_fenced() && !header.is_fenced());
+        assert_eq!(rewrite.header.extensions()[0], header.extensions()[0]);
+        assert_eq!(rewrite.header.extensions().len() == 2, named, "{len}");
+        assert!(rewrite.tail.is_empty(), "a cluster of one sector has no tail");
+        let back = rewrite.header.with_fence(false).unwrap();
+        assert!(!back.header.is_fenced());
+        if !named {
+            assert_eq!(back.header.sector(), header.sector());
+        }
+    }
+}
