@@ -78,6 +78,7 @@ pub const CASES: &[(&str, Case)] = &[
     ("a discard leaves what its format says", |s, n| Box::pin(discard(s, n))),
     ("a populate never overwrites", |s, n| Box::pin(populate_loses(s, n))),
     ("a populate of an older generation does not link", |s, n| Box::pin(stale(s, n))),
+    ("what is forgotten is absent, and nothing from before links", |s, n| Box::pin(forget(s, n))),
     ("what was read is kept", |s, n| Box::pin(copy_on_read(s, n))),
     ("a stream comes to its end and nothing needs the base", |s, n| Box::pin(stream(s, n))),
     ("a new size shows zeroes where it is new", |s, n| Box::pin(resize(s, n))),
@@ -400,6 +401,89 @@ async fn stale(subject: Subject, seed: u64) -> Result<(), Violation> {
     let shown = ok("a read", node.read_vec(&CX, range.start, unit as usize).await)?;
     if shown[4..] != stack.content[range.start as usize + 4..range.end as usize] {
         return Err(broken("a copy-up lost what lies below"));
+    }
+    Ok(())
+}
+
+async fn forget(subject: Subject, seed: u64) -> Result<(), Violation> {
+    let (stack, guest) = open(subject, seed).await?;
+    let node = guest.node().clone();
+    let unit = node.populate_unit();
+    let Some(slot) = node.backing() else {
+        return match node.forget(&CX, 0, unit).await {
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
+            other => Err(broken(format!("a node that is no overlay forgets: {other:?}"))),
+        };
+    };
+    let size = subject.size;
+    for (at, len) in [(1, unit), (0, unit - 1), (unit, size), (size + unit, unit), (u64::MAX - 511, unit)] {
+        match node.forget(&CX, at, len).await {
+            Err(error) if error.kind() == ErrorKind::InvalidInput => {}
+            other => return Err(broken(format!("forgetting {len} bytes at {at}: {other:?}"))),
+        }
+    }
+    // What the guest wrote stays; what was populated goes, and comes again from below.
+    let populate = |at: u64, count: u64| {
+        let node = node.clone();
+        async move {
+            let Some(slot) = node.backing().filter(|slot| slot.is_some()) else { return Ok(()) };
+            let fetched = ok("a fetch", slot.fetch(&Ctx::FILL, at, count * unit).await)?;
+            let done = node.populate(&Ctx::FILL, at, fetched.data, fetched.generation).await;
+            ok("a populate", done).map(drop)
+        }
+    };
+    populate(0, 8).await?;
+    write(&guest, 8 * unit, 2 * unit).await?;
+    let fetched = ok("a fetch", slot.fetch(&Ctx::FILL, 2 * unit, 3 * unit).await)?;
+    let beside = async {
+        populate(11 * unit, 4).await?;
+        guest.apply(GuestOp::Read { at: 0, len: 16 * unit }).await?;
+        write(&guest, 9 * unit + 3, 7).await
+    };
+    let (forgotten, beside) = futures_util::future::join(node.forget(&CX, 2 * unit, 3 * unit), beside).await;
+    ok("forgetting", forgotten)?;
+    beside?;
+    for nth in [2, 3, 4] {
+        if kind_at(&node, nth * unit).await? != ExtentKind::Absent {
+            return Err(broken(format!("unit {nth} was forgotten and is there")));
+        }
+    }
+    let populated = if slot.is_some() { &[1, 5, 8, 9][..] } else { &[8, 9][..] };
+    for nth in populated {
+        if kind_at(&node, nth * unit).await? == ExtentKind::Absent {
+            return Err(broken(format!("unit {nth} was forgotten beside another")));
+        }
+    }
+    let late = node.populate(&Ctx::FILL, 2 * unit, fetched.data, fetched.generation).await;
+    let late = ok("a late populate", late)?;
+    if late.stale != 3 * unit || kind_at(&node, 2 * unit).await? != ExtentKind::Absent {
+        return Err(broken(format!("what was fetched before is linked: {late:?}")));
+    }
+    extents_agree(&stack, &node).await?;
+    populate(3 * unit, 1).await?;
+    guest.compare_all().await?;
+    ok("a flush", node.sync(&CX).await)?;
+    // What was written, and the end of the disk, which need not be a whole unit.
+    write(&guest, size - 700, 700).await?;
+    let last = (size - 1) / unit * unit;
+    ok("forgetting", node.forget(&CX, 8 * unit, unit).await)?;
+    ok("forgetting", node.forget(&CX, last, size - last).await)?;
+    let mut opened = node.clone();
+    drop(guest);
+    for closed in [false, true] {
+        if closed && stack.is_persistent() {
+            stack.close(opened, false).await?;
+            opened = stack.open().await?;
+        }
+        for (at, end) in [(8 * unit, 9 * unit), (last, size)] {
+            let shown = ok("a read", opened.read_vec(&CX, at, (end - at) as usize).await)?;
+            if shown[..] != stack.content[at as usize..end as usize] {
+                return Err(broken("what was forgotten does not show what lies below"));
+            }
+            if kind_at(&opened, at).await? != ExtentKind::Absent {
+                return Err(broken("what was forgotten is not absent"));
+            }
+        }
     }
     Ok(())
 }

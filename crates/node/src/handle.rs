@@ -6,7 +6,10 @@ use std::sync::{Arc, Weak};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::LocalBoxFuture;
-use infill_base::{Ctx, DetectZeroes, Extents, Gather, IoResult, Limits, WriteFlags, ZeroFlags};
+use infill_base::{
+    Ctx, DetectZeroes, ErrorKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags,
+    range_end,
+};
 use infill_storage::{StorageHandle, rt};
 
 use crate::bitmaps::{Bitmap, Bitmaps};
@@ -39,6 +42,7 @@ trait DynNode: Send + Sync {
     fn set_backing_ref<'a>(&'a self, cx: &'a Ctx, backing: Option<BackingRef>) -> Answer<'a, ()>;
     fn set_fence<'a>(&'a self, cx: &'a Ctx, fenced: bool) -> Answer<'a, ()>;
     fn make_empty<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
+    fn forget<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, ()>;
     fn check_persistent(&self, node: &str, name: &str, granularity: u64) -> IoResult<()>;
     fn outdate_bitmaps<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
     fn store_bitmaps<'a>(&'a self, cx: &'a Ctx, bitmaps: Vec<Arc<Bitmap>>) -> Answer<'a, ()>;
@@ -101,6 +105,9 @@ impl<N: Node> DynNode for N {
     }
     fn make_empty<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()> {
         Box::pin(Node::make_empty(self, cx))
+    }
+    fn forget<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, ()> {
+        Box::pin(Node::forget(self, cx, at, len))
     }
     fn check_persistent(&self, node: &str, name: &str, granularity: u64) -> IoResult<()> {
         Node::check_persistent(self, node, name, granularity)
@@ -372,6 +379,22 @@ impl NodeHandle {
     /// See [`Node::make_empty`].
     pub async fn make_empty(&self, cx: &Ctx) -> IoResult<()> {
         self.0.driver.make_empty(cx).await
+    }
+
+    /// See [`Node::forget`]. Begins a new generation of the edge, and so waits for local links, never for a fetch. A range that
+    /// is not whole units is refused with `InvalidInput`.
+    pub async fn forget(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        let Some(slot) = self.backing() else { return self.0.driver.forget(cx, at, len).await };
+        let (unit, size) = (self.populate_unit(), self.len());
+        let whole = |end: u64| at.is_multiple_of(unit) && (end.is_multiple_of(unit) || end == size);
+        if range_end(at, len, size).is_none_or(|end| !whole(end)) {
+            let why =
+                format!("only whole units of {unit} bytes of the disk ({size} bytes) can be made absent");
+            let error = IoError::new(ErrorKind::InvalidInput, why).at(at, len);
+            return Err(error.in_node(self.info().filename));
+        }
+        slot.raise().await;
+        self.0.driver.forget(cx, at, len).await
     }
 
     /// See [`Node::resize`].

@@ -278,6 +278,16 @@ pub trait Node: Send + Sync + 'static {
         async { Err(unsupported(self.info().driver, "be emptied")) }
     }
 
+    /// Makes a range absent again, so that what lies below shows through: what was copied from a source that has changed since.
+    /// The handle has seen to it that the range is whole [units](Node::populate_unit) (or ends with the disk), and has begun a
+    /// new generation, so that nothing is linked that was fetched before. No change of the disk for those who watch it: what the
+    /// range reads as afterwards is its caller's business, and nothing of it is being written meanwhile. Volatile until a sync:
+    /// after a crash each unit is there or absent.
+    fn forget(&self, cx: &Ctx, at: u64, len: u64) -> impl Future<Output = IoResult<()>> {
+        let _ = (cx, at, len);
+        async { Err(unsupported(self.info().driver, "make a range absent again")) }
+    }
+
     /// The dirty bitmaps that the image keeps, as they were found at open. Asked once, by the handle, which shows them and
     /// has them record.
     fn stored_bitmaps(&self) -> Vec<Bitmap> {

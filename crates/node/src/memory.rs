@@ -221,8 +221,17 @@ impl Node for MemoryOverlay {
         Ok(extents)
     }
 
-    async fn make_empty(&self, _cx: &Ctx) -> IoResult<()> {
-        lock(&self.units).fill(Unit::Absent);
+    async fn make_empty(&self, cx: &Ctx) -> IoResult<()> {
+        Node::forget(self, cx, 0, self.len).await
+    }
+
+    async fn forget(&self, _cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.check(at, len)?;
+        for (index, ..) in self.pieces(at, len) {
+            let start = index * self.unit;
+            let _range = self.ranges.exclusive(start, start + self.unit).await;
+            lock(&self.units)[index as usize] = Unit::Absent;
+        }
         Ok(())
     }
 

@@ -15,7 +15,7 @@
 //! * An entry names a payload that is not stable, or a cluster whose refcount is not: see `write_back.rs` for the order
 //!   of writes, which is that of `docs/media.md`.
 //! * Space is reused while any operation may still touch it: see `in_flight.rs`.
-//! * A range becomes absent over a backing.
+//! * A range becomes absent over a backing, unless that is asked for by this name (`forget`, `make_empty`).
 //! * Anything is written while an image is open read-only, or after one of its syncs has failed.
 #![forbid(unsafe_code)]
 

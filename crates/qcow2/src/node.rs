@@ -127,6 +127,11 @@ impl Node for Qcow2 {
         rt::detached(async move { image.make_empty(&cx).await }).await
     }
 
+    async fn forget(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.0.forget(cx, at, len).await?;
+        self.0.written_through().await
+    }
+
     fn stored_bitmaps(&self) -> Vec<Bitmap> {
         self.0.bitmaps.take_loaded()
     }

@@ -3,6 +3,7 @@
 //! Over a backing nothing becomes absent (I3a): a discard sets *zero*, and is ignored where version 2 has no such thing.
 //! Without a backing a discard makes absent. What does not cover a (sub)cluster is written as zeroes, or ignored.
 
+use bytes::BytesMut;
 use infill_base::{
     Ctx, DiscardMode, ErrorKind, Gather, IoError, IoResult, ZeroFlags, align_up, whole_units, zero_bytes,
 };
@@ -108,11 +109,25 @@ impl Image {
     /// Cut off in the middle, some clusters are absent and others are not: whoever empties an overlay sees to it that both
     /// read the same.
     pub(crate) async fn make_empty(self: &Arc<Image>, cx: &Ctx) -> IoResult<()> {
-        self.writer()?;
-        self.prepare().await?;
-        let end = align_up(self.size(), self.geometry.cluster_bytes());
-        self.clear_runs(cx, 0, end, |_| Some((Become::Absent, true))).await?;
+        self.forget(cx, 0, self.size()).await?;
         self.sync().await
+    }
+
+    /// Makes whole (sub)clusters absent, over a backing too. Nothing of them is written meanwhile, and nothing links that was
+    /// fetched for them before.
+    pub(crate) async fn forget(self: &Arc<Image>, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.check(at, len)?;
+        self.prepare().await?;
+        let end = align_up(at + len, self.geometry.subcluster_bytes());
+        let absent = |_| Some((Become::Absent, true));
+        for (from, to) in self.clear_runs(cx, at, end, absent).await? {
+            // A part of a compressed cluster: written as it is, it is compressed no more.
+            let bytes = BytesMut::zeroed((to.min(self.size()) - from) as usize);
+            let bytes = self.read(cx, from, bytes).await?.freeze();
+            self.write_data(cx, from, bytes.into()).await?;
+            self.clear_runs(cx, from, to, absent).await?;
+        }
+        Ok(())
     }
 
     /// Clears, and writes zeroes where that cannot be done by an entry.

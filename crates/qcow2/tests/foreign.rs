@@ -242,3 +242,26 @@ fn what_a_discard_gives_back_is_used_again() {
     });
     io(&path, &["read -P 0 0 4M"]);
 }
+
+#[test]
+fn a_part_of_a_compressed_cluster_is_forgotten_and_the_rest_of_it_stays() {
+    let bench = Bench::new();
+    let below = bench.image("below.qcow2", "compat=1.1", "1M", &["write -P 5 0 1M"]);
+    let path = bench.path("a.qcow2");
+    let backed = format!("extended_l2=on,cluster_size=32768,backing_file={},backing_fmt=qcow2", text(&below));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &backed, text(&path)]);
+    io(&path, &["write -c -P 7 64k 32k", "write -c -P 8 128k 32k"]);
+    let mut model = bench.content(&path);
+    World::new(0).run(async {
+        let (storage, node) = open(&path).await;
+        let base = bench::open(&below, bench::read_only()).await;
+        node.backing().unwrap().replace(Some(base)).await;
+        node.forget(GUEST, 65536 + 3072, 2048).await.unwrap();
+        node.forget(GUEST, 131_072, 32768).await.unwrap();
+        model[65536 + 3072..65536 + 5120].fill(5);
+        model[131_072..131_072 + 32768].fill(5);
+        assert!(content(&node, 65536).await == model);
+        close(&path, &storage, &node).await;
+        assert!(bench.content(&path) == model);
+    });
+}

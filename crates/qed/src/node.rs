@@ -116,11 +116,16 @@ impl Node for Qed {
         self.0.change_header(cx, move |header| header.with_backing(backing.as_ref())).await
     }
 
-    /// Makes the disk longer. What is new reads as zeroes, also over a backing that is longer.
     async fn make_empty(&self, cx: &Ctx) -> IoResult<()> {
         self.0.make_empty(cx).await
     }
 
+    async fn forget(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.0.forget(cx, at, len).await?;
+        self.0.written_through(cx).await
+    }
+
+    /// Makes the disk longer. What is new reads as zeroes, also over a backing that is longer.
     async fn resize(&self, cx: &Ctx, len: u64) -> IoResult<()> {
         let image = &self.0;
         image.prepare(cx).await?;

@@ -59,11 +59,17 @@ impl Image {
 
     /// Makes every cluster absent, over a backing too, and that stable. Nothing else is under way, and nothing links.
     pub(crate) async fn make_empty(self: &Arc<Image>, cx: &Ctx) -> IoResult<()> {
+        self.forget(cx, 0, self.len()).await?;
+        self.flush(cx).await
+    }
+
+    /// Makes the clusters of a range absent, over a backing too. Nothing links what was fetched for them before.
+    pub(crate) async fn forget(self: &Arc<Image>, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        let end = self.check_range(at, len)?;
         self.check_writable()?;
         self.prepare(cx).await?;
-        let clusters = self.layout.geometry.clusters(self.len());
-        self.change_clusters_as(cx, GuestCluster(0), GuestCluster(clusters), Cluster::Absent, true).await?;
-        self.flush(cx).await
+        let (first, last) = self.whole_clusters(at, end);
+        self.change_clusters_as(cx, first, last, Cluster::Absent, true).await
     }
 
     /// Makes parts of clusters read as zeroes: by a write, where they do not already.
