@@ -97,10 +97,42 @@ impl JournalDir {
                 return Ok(Journaling::WriteThrough);
             }
         };
-        let memory =
-            JournalFile { path: self.path.join(name), map: OnceLock::new(), opening: Mutex::new(()) };
+        let memory = JournalFile::new(self.path.join(name), JOURNAL_BYTES);
         memory.find().map_err(OpenError::Io)?;
         Ok(Journaling::Volatile(VolatileJournal::attach(Arc::new(memory), identity, boot)?))
+    }
+
+    /// This start of the machine.
+    pub fn boot(&self) -> IoResult<BootId> {
+        boot_id()
+    }
+
+    /// Memory of `bytes` for something else than a journal, by the name of its file. What a process before this one has left
+    /// there is there if it has that length; the file is made by [`JournalMemory::reserve`].
+    ///
+    /// Fails where no file can lie in the directory, or another process has this one.
+    pub fn memory(&self, name: &str, bytes: usize) -> IoResult<Arc<dyn JournalMemory>> {
+        self.check()?;
+        let memory = JournalFile::new(self.path.join(name), bytes);
+        memory.find()?;
+        Ok(Arc::new(memory))
+    }
+
+    /// Removes the files whose names begin with `prefix` and are not wanted, if no process has them.
+    pub fn remove_unwanted(&self, prefix: &str, is_wanted: impl Fn(&str) -> bool) {
+        let Ok(entries) = std::fs::read_dir(&self.path) else { return };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let Some(name) = name.to_str().filter(|name| name.starts_with(prefix) && !is_wanted(name)) else {
+                continue;
+            };
+            let file = JournalFile::new(self.path.join(name), 0);
+            if let Ok(Some(_locked)) = file.open(false)
+                && let Err(error) = std::fs::remove_file(&file.path)
+            {
+                tracing::warn!(%error, path = %file.path.display(), "a file that is not wanted any more stays");
+            }
+        }
     }
 }
 
@@ -122,6 +154,7 @@ struct Map {
     _file: File,
     inode: (u64, u64),
     start: NonNull<AtomicU64>,
+    bytes: usize,
 }
 
 // SAFETY: `start` is the beginning of a shared mapping that nobody but this value unmaps. It is used for atomics alone,
@@ -133,15 +166,15 @@ unsafe impl Sync for Map {}
 impl Drop for Map {
     fn drop(&mut self) {
         // SAFETY: mapped with this length in `Map::new`, and no reference to it outlives `self`.
-        let result = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), JOURNAL_BYTES) };
+        let result = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.bytes) };
         debug_assert!(result.is_ok());
     }
 }
 
 impl Map {
-    /// Maps a file that is locked; all of its space is allocated before.
-    fn new(file: File) -> IoResult<Map> {
-        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, JOURNAL_BYTES as u64)
+    /// Maps the first `bytes` of a file that is locked; all of its space is allocated before.
+    fn new(file: File, bytes: usize) -> IoResult<Map> {
+        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64)
             .map_err(std::io::Error::from)?;
         let meta = file.metadata()?;
         // SAFETY: a new mapping at a place that the kernel chooses overlaps nothing. The file is as long as the mapping
@@ -149,7 +182,7 @@ impl Map {
         let start = unsafe {
             rustix::mm::mmap(
                 std::ptr::null_mut(),
-                JOURNAL_BYTES,
+                bytes,
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::SHARED,
                 &file,
@@ -158,30 +191,35 @@ impl Map {
         };
         let start = NonNull::new(start.map_err(std::io::Error::from)?.cast::<AtomicU64>());
         let start = start.ok_or_else(|| IoError::new(ErrorKind::Io, "a journal was mapped at address 0"))?;
-        Ok(Map { inode: (meta.dev(), meta.ino()), _file: file, start })
+        Ok(Map { inode: (meta.dev(), meta.ino()), _file: file, start, bytes })
     }
 
     fn words(&self) -> &[AtomicU64] {
         // SAFETY: the mapping has this length, is aligned to a page, and lives as long as `self`. Any bytes are a valid
         // AtomicU64, and everybody who has the file mapped uses atomics.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), JOURNAL_BYTES / size_of::<AtomicU64>()) }
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.bytes / size_of::<AtomicU64>()) }
     }
 }
 
 /// The file of one journal. It is there from its first use to its removal.
 struct JournalFile {
     path: PathBuf,
+    bytes: usize,
     map: OnceLock<Map>,
     opening: Mutex<()>,
 }
 
 impl JournalFile {
+    fn new(path: PathBuf, bytes: usize) -> JournalFile {
+        JournalFile { path, bytes, map: OnceLock::new(), opening: Mutex::new(()) }
+    }
+
     /// Maps the file if it is there.
     fn find(&self) -> IoResult<()> {
         if let Some(file) = self.open(false)?
-            && file.metadata()?.len() >= JOURNAL_BYTES as u64
+            && file.metadata()?.len() >= self.bytes as u64
         {
-            let map = Map::new(file).map_err(|error| error.in_node(self.path.display()))?;
+            let map = Map::new(file, self.bytes).map_err(|error| error.in_node(self.path.display()))?;
             self.map.get_or_init(|| map);
         }
         Ok(())
@@ -221,7 +259,7 @@ impl JournalMemory for JournalFile {
             return Ok(());
         }
         let Some(file) = self.open(true)? else { return Ok(()) };
-        match Map::new(file) {
+        match Map::new(file, self.bytes) {
             Ok(map) => {
                 self.map.get_or_init(|| map);
                 Ok(())

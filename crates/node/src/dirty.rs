@@ -119,6 +119,25 @@ impl DirtyMap {
         self.next_dirty(at, 1).is_some_and(|run| run.contains(&at))
     }
 
+    /// Whether no block that the range touches is dirty. Looks at these blocks alone.
+    pub fn is_clean(&self, at: u64, len: u64) -> bool {
+        let state = read(&self.state);
+        let end = at.saturating_add(len).min(state.len);
+        if at >= end {
+            return true;
+        }
+        let (mut bit, end) = (at / self.granularity, end.div_ceil(self.granularity));
+        while bit < end {
+            let count = (64 - bit % 64).min(end - bit);
+            match state.word(bit) {
+                None => bit = (bit / CHUNK_BITS + 1) * CHUNK_BITS,
+                Some(word) if word >> (bit % 64) & (u64::MAX >> (64 - count)) != 0 => return false,
+                Some(_) => bit += count,
+            }
+        }
+        true
+    }
+
     /// The first dirty run that touches byte `from` or what follows, cut to `[from, ..)` rounded down to a block and to at most
     /// `max` bytes rounded up to one, and to the end of the disk.
     pub fn next_dirty(&self, from: u64, max: u64) -> Option<Range<u64>> {
@@ -295,11 +314,11 @@ mod tests {
             let mut len: u64 = 36 << 20;
             let map = DirtyMap::new(len, BLOCK);
             let mut model = vec![false; len.div_ceil(BLOCK) as usize];
+            let touched = |at: u64, bytes: u64, len: u64| {
+                let end = (at + bytes).min(len);
+                if at >= end { 0..0 } else { (at / BLOCK) as usize..end.div_ceil(BLOCK) as usize }
+            };
             for step in steps {
-                let touched = |at: u64, bytes: u64, len: u64| {
-                    let end = (at + bytes).min(len);
-                    if at >= end { 0..0 } else { (at / BLOCK) as usize..end.div_ceil(BLOCK) as usize }
-                };
                 match step {
                     Step::Mark(at, bytes) => {
                         map.mark(at, bytes);
@@ -330,6 +349,8 @@ mod tests {
                 }
                 let dirty = model.iter().filter(|dirty| **dirty).count() as u64;
                 prop_assert_eq!(map.dirty_bytes(), dirty * BLOCK);
+                let (at, bytes) = (len / 3, len / 7);
+                prop_assert_eq!(map.is_clean(at, bytes), !model[touched(at, bytes, len)].contains(&true));
             }
         }
     }

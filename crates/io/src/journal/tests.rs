@@ -88,3 +88,27 @@ fn a_short_or_foreign_file_is_made_anew() {
         std::fs::remove_file(&file).unwrap();
     }
 }
+
+#[test]
+fn memory_of_another_length_is_found_by_the_next_and_old_files_go() {
+    let dir = on_tmpfs();
+    let journals = JournalDir::new(dir.path().join("journal"));
+    let bytes = 3 * 4096 + 8;
+    let memory = journals.memory("copy-1", bytes).unwrap();
+    assert!(memory.words().is_empty(), "nothing was there");
+    memory.reserve().unwrap();
+    memory.words()[bytes / 8 - 1].store(7, std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(journals.memory("copy-1", bytes).err().unwrap().kind(), ErrorKind::Busy);
+    // Somebody has it.
+    journals.remove_unwanted("copy-", |_| false);
+    drop(memory);
+    let found = journals.memory("copy-1", bytes).unwrap();
+    assert_eq!(found.words()[bytes / 8 - 1].load(std::sync::atomic::Ordering::Relaxed), 7);
+    drop(found);
+    assert!(journals.memory("copy-1", bytes + 8).unwrap().words().is_empty(), "it is too short");
+    journals.memory("copy-2", 4096).unwrap().reserve().unwrap();
+    journals.memory("other", 4096).unwrap().reserve().unwrap();
+    journals.remove_unwanted("copy-", |name| name == "copy-1");
+    let left = |name: &str| journals.path().join(name).exists();
+    assert_eq!(["copy-1", "copy-2", "other"].map(left), [true, false, true]);
+}
