@@ -12,7 +12,7 @@ use crate::copy::mirror::CopyMode;
 use crate::error::JobError;
 use crate::event::{BlockJobProgress, JobEvent};
 use crate::group::Group;
-use crate::kept::KeptJob;
+use crate::kept::{KeptJob, MapName};
 use crate::manager::{JobOptions, Shared};
 use crate::state::{ErrorAction, IoStatus, JobStatus, JobType, JobVerb, OnError, Operation};
 
@@ -26,6 +26,22 @@ pub trait Work: 'static {
         let _ = job;
         async { Ok(()) }
     }
+
+    /// It has returned, and is about to be dropped.
+    fn end(&mut self, end: WorkEnd) {
+        let _ = end;
+    }
+}
+
+/// What becomes of a job whose worker has returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkEnd {
+    /// It has done what it was for.
+    Succeeded,
+    /// It has failed, or was cancelled.
+    Failed,
+    /// It goes on in a later process.
+    GoesOn,
 }
 
 /// How a job that was *ready* ends.
@@ -110,6 +126,8 @@ struct State {
     group: Option<Group>,
     /// Whether its copy mode can be changed.
     has_copy_mode: bool,
+    /// Its map.
+    map: Option<MapName>,
 }
 
 #[derive(Debug)]
@@ -160,6 +178,7 @@ impl Job {
             waiting_for: kept.waiting_for,
             group: None,
             has_copy_mode: false,
+            map: kept.map,
         };
         let write_blocking = AtomicBool::new(kept.write_blocking);
         let jobs = Arc::downgrade(jobs);
@@ -355,6 +374,11 @@ impl Job {
         self.0.write_blocking.fetch_or(mode == CopyMode::WriteBlocking, Ordering::AcqRel);
     }
 
+    /// What is left to do is in that map from now on.
+    pub fn set_map(&self, map: Option<MapName>) {
+        self.state().map = map;
+    }
+
     /// Whether guests' writes are on its target before they are answered.
     pub fn is_write_blocking(&self) -> bool {
         self.0.write_blocking.load(Ordering::Acquire)
@@ -422,6 +446,7 @@ impl Job {
             error: state.error.clone(),
             waiting_for: state.waiting_for.clone(),
             write_blocking: self.is_write_blocking(),
+            map: state.map.clone(),
         }
     }
 
@@ -605,6 +630,11 @@ impl Job {
     /// Runs `work` through the whole life of the job.
     pub(crate) async fn live(self, mut work: impl Work) {
         let outcome = self.work(&mut work).await;
+        work.end(match &outcome {
+            Ok(()) => WorkEnd::Succeeded,
+            Err(_) if self.goes_on_later() => WorkEnd::GoesOn,
+            Err(_) => WorkEnd::Failed,
+        });
         drop(work);
         self.conclude(outcome);
     }
@@ -633,6 +663,12 @@ impl Job {
         self.go(JobStatus::Pending);
         self.wait_for_finalize().await?;
         work.prepare(self).await
+    }
+
+    /// Whether a worker that returns an error does so because a later process goes on with the job.
+    pub(crate) fn goes_on_later(&self) -> bool {
+        let state = self.state();
+        state.suspended && !state.finalizing && !state.cancelled
     }
 
     /// Whether nobody has asked it to stop for good.

@@ -1,13 +1,26 @@
 //! What of a job outlives its process.
 //!
-//! A job goes on by being started again by the same command: what is done is read from the images, so only what its
-//! manager has said since, and how it ended, is kept here.
+//! A job goes on by being started again by the same command: what is done is read from the images or from its map, so only
+//! what its manager has said since, how it ended, and whose map is its own, is kept here.
 
 use serde::{Deserialize, Serialize};
 
 use crate::job::Ending;
 use crate::manager::JobOptions;
 use crate::state::IoStatus;
+
+/// Tells the map of a copy from all others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapName {
+    /// The run of the job.
+    pub generation: u64,
+    /// Job, source and target.
+    pub identity: String,
+    /// Size of the disk, in bytes.
+    pub len: u64,
+    /// The node whose changes keep it true, where anybody changes one.
+    pub watched: Option<String>,
+}
 
 /// What of a job outlives its process, beside the command that started it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +54,9 @@ pub struct KeptJob {
     pub write_blocking: bool,
     /// Why it did not get on.
     pub waiting_for: Option<String>,
+    /// Where what is left to do is kept, of a copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map: Option<MapName>,
 }
 
 impl KeptJob {

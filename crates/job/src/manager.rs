@@ -137,6 +137,11 @@ impl Jobs {
         };
     }
 
+    /// How the job of that id goes on when it is started next, where that was said ([`Jobs::go_on_as`]).
+    pub fn goes_on_as(&self, id: &str) -> Option<KeptJob> {
+        lock(&self.0.kept).get(id).cloned()
+    }
+
     /// Shows a job of an earlier process that is over and waits to be dismissed. Nothing is told.
     pub fn show_concluded(&self, id: &str, kind: JobType, kept: KeptJob) -> Result<Job, JobError> {
         let options = JobOptions {

@@ -4,6 +4,9 @@
 //! and a guest's write both copy what is in it, under the lock of the range, and take it out then. A guest's write waits until
 //! the old bytes of its blocks are on the target, and then goes on; it never sees an error of the target (decision 0010).
 //!
+//! A backup that goes on after a restart finds what is old in its map ([`super::KeptMap`]): what is old there is as it was on the
+//! source, for the bit of a block is cleared before a guest's write to it goes on.
+//!
 //! # Order of the end (P4)
 //! 1. Everything old is copied; guests' writes no longer wait; the target is synced.
 //! 2. The job waits to be finalized.
@@ -17,12 +20,15 @@ use infill_storage::sync::Arc;
 
 use super::keep::KeepOld;
 use super::mirror::hold;
-use super::{BLOCK_BYTES, Copier, CopyPolicy, Goal, Scope, Transfer};
+use super::{BLOCK_BYTES, Copier, CopyPolicy, Goal, KeptCopy, Scope, Transfer};
 use crate::error::JobError;
-use crate::job::{Job, Work};
+use crate::job::{Job, Work, WorkEnd};
 use crate::manager::{Claim, JobOptions, Jobs};
 use crate::state::{JobType, OnError};
 use crate::stream::FILL_MIN_RATE;
+
+/// Why a backup cannot go on.
+const PASSED: &str = "the disk was written to while nobody kept what it was";
 
 /// What of the disk is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +80,8 @@ pub struct BackupOptions {
     pub on_target_error: OnError,
     /// Bytes per second below which politeness towards guests does not take it.
     pub min_rate: u64,
+    /// Where what is old is kept for a process after this one. Its bits are all set, or none where a bitmap says what is copied.
+    pub kept: Option<KeptCopy>,
     /// Dropped when the job is over, before that is told.
     pub keep: Option<Box<dyn Any>>,
 }
@@ -89,6 +97,7 @@ impl BackupOptions {
             on_source_error: OnError::default(),
             on_target_error: OnError::default(),
             min_rate: FILL_MIN_RATE,
+            kept: None,
             keep: None,
         }
     }
@@ -115,7 +124,7 @@ pub fn prepare(
     options: BackupOptions,
     held: &Held,
 ) -> Result<Prepared, JobError> {
-    let BackupOptions { source, target, sync, bitmap, .. } = options;
+    let BackupOptions { source, target, sync, bitmap, kept, .. } = options;
     debug_assert!(held.node().is_same(&source), "the source is held");
     if source.is_same(&target) {
         return Err(JobError::generic("Source and target cannot be the same"));
@@ -135,13 +144,18 @@ pub fn prepare(
         (BackupSync::Top, None) | (BackupSync::Full, _) => Scope::Full,
     };
     let old = DirtyMap::new(source.len(), BLOCK_BYTES);
-    match (sync, &bitmap) {
-        (BackupSync::Bitmap, Some(bitmap)) => old.merge(bitmap.bitmap.bitmap().map()),
-        (BackupSync::Bitmap, None) => return Err(JobError::generic("a bitmap is needed")),
-        _ => old.mark(0, source.len()),
+    let map = kept.as_ref().map(|kept| kept.map().clone());
+    let goes_on = map.as_ref().filter(|map| map.is_found());
+    match (goes_on, sync, &bitmap) {
+        (Some(map), ..) if !map.is_live() => return Err(JobError::generic(PASSED)),
+        (Some(map), ..) => map.copy_into(&old),
+        (None, BackupSync::Bitmap, Some(bitmap)) => old.merge(bitmap.bitmap.bitmap().map()),
+        (None, BackupSync::Bitmap, None) => return Err(JobError::generic("a bitmap is needed")),
+        (None, ..) => old.mark(0, source.len()),
     }
-    let transfer = Transfer::of_the_past(source.clone(), target, scope, old);
-    if sync == BackupSync::Bitmap {
+    let goes_on = goes_on.is_some();
+    let transfer = Transfer::of_the_kept_past(source.clone(), target, scope, old, map);
+    if sync == BackupSync::Bitmap && !goes_on {
         transfer.cold.merge(transfer.old());
     }
     let policy = CopyPolicy {
@@ -155,14 +169,20 @@ pub fn prepare(
         Followed { _watching: held.watch(since.clone()), since, used }
     });
     let keep = Arc::new(KeepOld::new(transfer.clone(), false, None));
+    let watching = Some(held.watch(keep.clone()));
+    transfer.begin_keeping_past(sync == BackupSync::Bitmap, sync != BackupSync::Nothing);
+    let mut kept = kept;
+    kept.iter_mut().for_each(KeptCopy::take_over);
     let work = Backup {
         endless: sync == BackupSync::Nothing,
-        watching: Some(held.watch(keep.clone())),
+        watching,
+        kept,
         copier: Copier::new(transfer.clone(), policy),
         transfer,
         keep,
         bitmap,
-        _kept: options.keep,
+        goes_on: false,
+        _claims: options.keep,
         _claim: claim,
     };
     Ok(Prepared { job, work })
@@ -180,10 +200,13 @@ struct Backup {
     copier: Copier,
     keep: Arc<KeepOld>,
     watching: Option<Watching>,
+    kept: Option<KeptCopy>,
     bitmap: Option<Followed>,
     /// Runs until it is cancelled.
     endless: bool,
-    _kept: Option<Box<dyn Any>>,
+    /// A later process goes on with it.
+    goes_on: bool,
+    _claims: Option<Box<dyn Any>>,
     _claim: Claim,
 }
 
@@ -192,11 +215,18 @@ impl Backup {
         let goal = if self.endless { Goal::Asked } else { Goal::Empty };
         let keep = self.keep.clone();
         let copied = self.copier.run_until(job, goal, &|| keep.failure()).await;
+        if copied.is_err() && job.goes_on_later() {
+            // Old bytes are kept as long as anybody can write.
+            return copied;
+        }
+        let copied = copied.and_then(|()| self.copier.take_ignored());
+        if copied.is_err() || self.endless {
+            self.transfer.end_keeping();
+        }
         // From here on nobody waits for it.
         self.keep.end();
         self.watching = None;
         copied?;
-        self.copier.take_ignored()?;
         self.transfer.target.sync(&Ctx::FILL).await?;
         job.tell_durable();
         Ok(())
@@ -244,10 +274,19 @@ impl Work for Backup {
         self.bitmap = None;
         Ok(())
     }
+
+    fn end(&mut self, end: WorkEnd) {
+        self.goes_on = end == WorkEnd::GoesOn;
+        if let Some(kept) = &mut self.kept {
+            kept.end_of_past(end, self.watching.take());
+        }
+    }
 }
 
 impl Drop for Backup {
     fn drop(&mut self) {
-        self.keep.end();
+        if !self.goes_on {
+            self.keep.end();
+        }
     }
 }

@@ -22,9 +22,9 @@ use infill_node::{BackingRef, BackingSlot, NodeHandle, Watching};
 use infill_storage::sync::Arc;
 
 use super::mirror::{Follow, OnExchange, hold, settle};
-use super::{Copier, CopyPolicy, Goal, Scope, Transfer};
+use super::{Copier, CopyPolicy, Goal, KeptCopy, Scope, Transfer};
 use crate::error::JobError;
-use crate::job::{Ending, Job, Work};
+use crate::job::{Ending, Job, Work, WorkEnd};
 use crate::manager::{Claim, JobOptions, Jobs};
 use crate::state::{JobType, OnError};
 use crate::stream::FILL_MIN_RATE;
@@ -52,6 +52,8 @@ pub struct CommitOptions {
     pub on_error: OnError,
     /// Bytes per second below which politeness towards guests does not take it.
     pub min_rate: u64,
+    /// Where what is left to do is kept for a process after this one.
+    pub kept: Option<KeptCopy>,
     /// Called when the top lies on the base directly and is not empty yet; an error ends the job there.
     pub on_rebase: Option<OnRebase>,
     /// Called when the base takes the top's place.
@@ -72,6 +74,7 @@ impl CommitOptions {
             backing,
             on_error: OnError::default(),
             min_rate: FILL_MIN_RATE,
+            kept: None,
             on_rebase: None,
             on_exchange: None,
             on_swap: None,
@@ -84,7 +87,9 @@ fn below(node: &NodeHandle) -> Option<NodeHandle> {
 }
 
 /// Starts a commit on this thread's reactor (`block-commit`).
-pub fn start(jobs: &Jobs, job: JobOptions, options: CommitOptions) -> Result<Job, JobError> {
+pub fn start(jobs: &Jobs, job: JobOptions, mut options: CommitOptions) -> Result<Job, JobError> {
+    let kept = options.kept.take();
+    let map = kept.as_ref().map(|kept| kept.map().clone());
     let CommitOptions { top, base, overlay, .. } = &options;
     let layers: Vec<_> = std::iter::successors(below(top), below)
         .take(CHAIN_LAYERS_MAX)
@@ -101,7 +106,7 @@ pub fn start(jobs: &Jobs, job: JobOptions, options: CommitOptions) -> Result<Job
         )));
     }
     let claim = jobs.claim(&job.id, base, std::iter::once(top.clone()).chain(layers.clone()).collect())?;
-    let transfer = Transfer::new(top.clone(), base.clone(), Scope::Above(base.clone()), true);
+    let transfer = Transfer::kept(top.clone(), base.clone(), Scope::Above(base.clone()), true, map);
     let policy = CopyPolicy {
         on_source_error: options.on_error,
         on_target_error: options.on_error,
@@ -113,6 +118,7 @@ pub fn start(jobs: &Jobs, job: JobOptions, options: CommitOptions) -> Result<Job
         is_active: overlay.is_none(),
         between: !layers.is_empty(),
         watching: None,
+        kept,
         options,
         _claim: claim,
     };
@@ -126,6 +132,7 @@ struct Commit {
     /// Whether layers lie between the top and the base.
     between: bool,
     watching: Option<Watching>,
+    kept: Option<KeptCopy>,
     options: CommitOptions,
     _claim: Claim,
 }
@@ -139,10 +146,17 @@ impl Work for Commit {
             base.sync(&Ctx::FILL).await?;
         }
         if !self.is_active {
+            // Nobody writes to what is committed.
+            self.transfer.begin_keeping();
+            self.kept.iter_mut().for_each(KeptCopy::take_over);
             return self.copier.run(job, Goal::Empty).await;
         }
         let watcher = Arc::new(Follow { transfer: self.transfer.clone(), marks: true, job: None });
-        self.watching = Some(hold(&self.options.top).await?.watch(watcher));
+        let held = hold(&self.options.top).await?;
+        self.watching = Some(held.watch(watcher));
+        self.transfer.begin_keeping();
+        self.kept.iter_mut().for_each(KeptCopy::take_over);
+        drop(held);
         self.copier.run(job, Goal::Converged).await?;
         job.become_ready();
         self.copier.run(job, Goal::Asked).await
@@ -154,6 +168,12 @@ impl Work for Commit {
             false => self.finish_below(job).await,
         }
     }
+
+    fn end(&mut self, end: WorkEnd) {
+        if let Some(kept) = &mut self.kept {
+            kept.end(end, self.watching.take());
+        }
+    }
 }
 
 impl Commit {
@@ -162,6 +182,8 @@ impl Commit {
         job.tell_durable();
         self.copier.take_ignored()?;
         if job.ending() != Some(Ending::Exchange) {
+            // From here on changes of the top are not seen.
+            self.transfer.end_keeping();
             return Ok(());
         }
         let (top, base) = (&self.options.top, &self.options.base);
@@ -180,6 +202,7 @@ impl Commit {
         if let Some(on_exchange) = self.options.on_exchange.take() {
             on_exchange(&held).await?;
         }
+        self.transfer.end_keeping();
         self.watching = None;
         drop(held);
         Ok(())

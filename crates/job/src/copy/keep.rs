@@ -9,7 +9,7 @@ use infill_storage::rt;
 use infill_storage::sync::atomic::{AtomicBool, Ordering};
 use infill_storage::sync::{Arc, Mutex, lock};
 
-use super::{BLOCK_BYTES, Failed, Transfer};
+use super::{Failed, Transfer};
 use crate::state::Operation;
 
 /// Watches the source of a [`Transfer`] of the past: a change waits until what it overwrites is on the target.
@@ -42,6 +42,8 @@ impl KeepOld {
     /// The disk as it was is lost.
     pub fn lose(&self, failed: Failed) {
         lock(&self.failure).get_or_insert(failed);
+        // Before a guest goes on: no later process is to take what the target has for the disk as it was.
+        self.transfer.end_keeping();
         self.end();
     }
 
@@ -97,9 +99,10 @@ fn told(failed: Failed) -> IoError {
 
 impl Watcher for KeepOld {
     fn before<'a>(&'a self, cx: &'a Ctx, change: &'a Change) -> Option<LocalBoxFuture<'a, IoResult<Kept>>> {
-        let at = align_down(change.at, BLOCK_BYTES);
+        let unit = self.transfer.unit();
+        let at = align_down(change.at, unit);
         let end = change.at.saturating_add(change.len).min(self.transfer.len);
-        let end = end.next_multiple_of(BLOCK_BYTES).min(self.transfer.len);
+        let end = end.next_multiple_of(unit).min(self.transfer.len);
         // What is not old is on the target already: a block is taken out only when it is.
         if !self.is_on() || at >= end || !self.transfer.has_old(at, end) {
             return None;

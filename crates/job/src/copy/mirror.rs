@@ -19,9 +19,10 @@ use infill_storage::sync::Arc;
 use infill_storage::{RangeGuard, rt};
 
 use super::backup::{BackupBitmap, BitmapMode};
-use super::{BLOCK_BYTES, Copier, CopyPolicy, Failed, Goal, Scope, Transfer};
+use super::keeping::UnderWay;
+use super::{BLOCK_BYTES, Copier, CopyPolicy, Failed, Goal, KeptCopy, Scope, Transfer};
 use crate::error::JobError;
-use crate::job::{Ending, Job, Work};
+use crate::job::{Ending, Job, Work, WorkEnd};
 use crate::manager::{Claim, JobOptions, Jobs};
 use crate::state::{JobType, OnError};
 use crate::stream::FILL_MIN_RATE;
@@ -82,6 +83,8 @@ pub struct MirrorOptions {
     pub on_target_error: OnError,
     /// Bytes per second below which politeness towards guests does not take it.
     pub min_rate: u64,
+    /// Where what is left to do is kept for a process after this one.
+    pub kept: Option<KeptCopy>,
     /// Called when the target takes the source's place.
     pub on_exchange: Option<OnExchange>,
 }
@@ -99,6 +102,7 @@ impl MirrorOptions {
             on_source_error: OnError::default(),
             on_target_error: OnError::default(),
             min_rate: FILL_MIN_RATE,
+            kept: None,
             on_exchange: None,
         }
     }
@@ -106,7 +110,7 @@ impl MirrorOptions {
 
 /// Starts a mirror on this thread's reactor (`blockdev-mirror`).
 pub fn start(jobs: &Jobs, job: JobOptions, options: MirrorOptions) -> Result<Job, JobError> {
-    let MirrorOptions { source, target, sync, bitmap, copy_mode, unmap, on_exchange, .. } = options;
+    let MirrorOptions { source, target, sync, bitmap, copy_mode, unmap, on_exchange, kept, .. } = options;
     if source.is_same(&target) {
         return Err(JobError::generic("Can't mirror node into itself"));
     }
@@ -133,14 +137,14 @@ pub fn start(jobs: &Jobs, job: JobOptions, options: MirrorOptions) -> Result<Job
         (MirrorSync::Top, Some(below)) => Scope::Above(below),
         (MirrorSync::Top, None) | (MirrorSync::Full, _) => Scope::Full,
     };
-    let transfer = Transfer::new(source, target, scope, unmap);
+    let transfer = Transfer::kept(source, target, scope, unmap, kept.as_ref().map(|kept| kept.map().clone()));
     let policy = CopyPolicy {
         on_source_error: options.on_source_error,
         on_target_error: options.on_target_error,
         min_rate: options.min_rate,
     };
     let copier = Copier::new(transfer.clone(), policy);
-    let work = Mirror { transfer, copier, bitmap, watching: None, on_exchange, _claim: claim };
+    let work = Mirror { transfer, copier, bitmap, watching: None, kept, on_exchange, _claim: claim };
     let job = jobs.start(JobType::Mirror, job, work)?;
     job.set_copy_mode(copy_mode);
     Ok(job)
@@ -151,6 +155,7 @@ struct Mirror {
     copier: Copier,
     bitmap: Option<BackupBitmap>,
     watching: Option<Watching>,
+    kept: Option<KeptCopy>,
     on_exchange: Option<OnExchange>,
     _claim: Claim,
 }
@@ -161,10 +166,12 @@ impl Work for Mirror {
         let watcher = Arc::new(Follow { transfer, marks, job: Some(job.clone()) });
         let held = hold(&self.transfer.source).await?;
         self.watching = Some(held.watch(watcher));
-        // No write that the bitmap had not seen and the watcher does not see.
-        if let Some(used) = &self.bitmap {
+        // No write that the bitmap had not seen and the watcher does not see. One that goes on has it in its map.
+        if let Some(used) = self.bitmap.as_ref().filter(|_| !self.transfer.goes_on()) {
             self.transfer.cold.merge(used.bitmap.bitmap().map());
         }
+        self.transfer.begin_keeping();
+        self.kept.iter_mut().for_each(KeptCopy::take_over);
         drop(held);
         self.copier.run(job, Goal::Converged).await?;
         job.become_ready();
@@ -179,6 +186,8 @@ impl Work for Mirror {
         {
             on_exchange(&held).await?;
         }
+        // From here on changes of the source are not seen.
+        self.transfer.end_keeping();
         self.watching = None;
         let complete = self.copier.take_ignored();
         if let Some(BackupBitmap { bitmap, mode: BitmapMode::OnSuccess }) = &self.bitmap
@@ -189,6 +198,12 @@ impl Work for Mirror {
         self.bitmap = None;
         drop(held);
         complete
+    }
+
+    fn end(&mut self, end: WorkEnd) {
+        if let Some(kept) = &mut self.kept {
+            kept.end(end, self.watching.take());
+        }
     }
 }
 
@@ -241,6 +256,8 @@ struct Open {
     at: u64,
     len: u64,
     done: bool,
+    /// Given up behind the mark.
+    under_way: Option<UnderWay>,
     _range: RangeGuard,
 }
 
@@ -255,18 +272,22 @@ impl Drop for Open {
 impl Watcher for Follow {
     fn before<'a>(&'a self, _: &'a Ctx, change: &'a Change) -> Option<LocalBoxFuture<'a, IoResult<Kept>>> {
         let blocking = self.job.as_ref().is_some_and(Job::is_write_blocking);
-        blocking.then(|| -> LocalBoxFuture<'a, IoResult<Kept>> {
-            Box::pin(async move {
-                let transfer = self.transfer.clone();
-                let at = align_down(change.at, BLOCK_BYTES);
-                let end =
-                    change.at.saturating_add(change.len).next_multiple_of(BLOCK_BYTES).min(transfer.len);
-                let len = end.saturating_sub(at);
-                let range = transfer.ranges.exclusive(at, at + len).await;
-                let open: Kept = Some(Box::new(Open { transfer, at, len, done: false, _range: range }));
-                Ok(open)
-            })
-        })
+        if !blocking {
+            let under_way = self.transfer.enter(change.at, change.len)?;
+            let kept: Kept = Some(Box::new(under_way));
+            return Some(Box::pin(std::future::ready(Ok(kept))));
+        }
+        Some(Box::pin(async move {
+            let transfer = self.transfer.clone();
+            let at = align_down(change.at, BLOCK_BYTES);
+            let end = change.at.saturating_add(change.len).next_multiple_of(BLOCK_BYTES).min(transfer.len);
+            let len = end.saturating_sub(at);
+            let range = transfer.ranges.exclusive(at, at + len).await;
+            let under_way = transfer.enter(at, len);
+            let open = Open { transfer, at, len, done: false, under_way, _range: range };
+            let open: Kept = Some(Box::new(open));
+            Ok(open)
+        }))
     }
 
     fn landed(&self, at: u64, len: u64) {
@@ -288,6 +309,9 @@ impl Watcher for Follow {
             open.transfer.hot.clear(open.at, open.len);
             let copied: Result<(), Failed> = open.transfer.copy_held(cx, open.at, open.len).await;
             open.done = copied.is_ok();
+            if let Some(under_way) = open.under_way.take_if(|_| open.done) {
+                under_way.end_copied();
+            }
             // The guest's own write has succeeded. What the target lacks is marked, and the loop meets the error.
             Ok(())
         }))

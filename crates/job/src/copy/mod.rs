@@ -15,6 +15,8 @@ pub mod backup;
 pub mod commit;
 pub mod fleece;
 mod keep;
+mod keeping;
+mod kept_map;
 pub mod mirror;
 mod transfer;
 
@@ -34,6 +36,8 @@ use crate::rate::Pace;
 use crate::state::{ErrorAction, OnError, Operation};
 
 pub use keep::KeepOld;
+pub use keeping::{KeptCopy, MapGuard};
+pub use kept_map::{KeptMap, MAP_BYTES_MAX, MapOwner};
 pub use transfer::{BLOCK_BYTES, Failed, Scope, Transfer};
 
 /// Bytes in memory at a time.
@@ -130,6 +134,7 @@ impl Copier {
         Copier {
             _listening: Listening(transfer.source.clone()),
             control: Control::new(now, policy.min_rate),
+            copied_bytes: transfer.copied_before(),
             transfer,
             policy,
             in_flight: FuturesUnordered::new(),
@@ -139,7 +144,6 @@ impl Copier {
             unsynced: false,
             next: 0,
             sent_bytes: 0,
-            copied_bytes: 0,
             speed: Pace::default(),
             pace: Pace::default(),
             next_tick: now + TICK,
@@ -345,6 +349,7 @@ impl Copier {
                 let now = rt::now();
                 self.sent_bytes -= piece.len;
                 self.copied_bytes += piece.len;
+                self.transfer.is_copied(piece.at, piece.len, self.copied_bytes);
                 self.unsynced = true;
                 let took = now.saturating_sub(piece.sent);
                 self.control.answered(now, piece.len, took, piece.alone, piece.limited);
@@ -413,6 +418,7 @@ impl Copier {
             // The piece is left out, and the job goes on. A walk that cannot see on has nowhere to go.
             (ErrorAction::Ignore, Some(_)) => {
                 self.failures = 0;
+                piece.iter().for_each(|piece| self.transfer.is_left_out(piece.at, piece.len));
                 self.ignored.get_or_insert(error);
             }
             (ErrorAction::Report | ErrorAction::Ignore, _) => return Err(error),

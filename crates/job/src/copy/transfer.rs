@@ -10,6 +10,8 @@ use infill_storage::RangeLock;
 use infill_storage::sync::Arc;
 use infill_storage::sync::atomic::{AtomicU64, Ordering};
 
+use super::keeping::Keeping;
+use super::kept_map::KeptMap;
 use crate::state::Operation;
 
 /// What one bit of a copy's maps stands for: the smallest thing that is copied, in bytes.
@@ -72,6 +74,8 @@ pub struct Transfer {
     unmap: bool,
     scope: Scope,
     walked: AtomicU64,
+    /// What a process after this one finds of it.
+    pub(super) keeping: Option<Keeping>,
     /// What was written to the target by the copy alone, for those who count.
     pub written_bytes: AtomicU64,
 }
@@ -85,18 +89,40 @@ impl std::fmt::Debug for Transfer {
 impl Transfer {
     /// Nothing is copied yet.
     pub fn new(source: NodeHandle, target: NodeHandle, scope: Scope, unmap: bool) -> Arc<Transfer> {
-        Arc::new(Transfer::of(source, target, scope, unmap, None))
+        Transfer::kept(source, target, scope, unmap, None)
+    }
+
+    /// As [`Transfer::new`]; what is left to do is in `map`, too, from [`Transfer::begin_keeping`] on.
+    pub(super) fn kept(
+        source: NodeHandle,
+        target: NodeHandle,
+        scope: Scope,
+        unmap: bool,
+        map: Option<Arc<KeptMap>>,
+    ) -> Arc<Transfer> {
+        Arc::new(Transfer::of(source, target, scope, unmap, None, map))
     }
 
     /// A copy of the source as it is now, whatever is written there later: `old` is what is to be copied of it, at
     /// [`BLOCK_BYTES`].
     pub fn of_the_past(source: NodeHandle, target: NodeHandle, scope: Scope, old: DirtyMap) -> Arc<Transfer> {
+        Transfer::of_the_kept_past(source, target, scope, old, None)
+    }
+
+    /// As [`Transfer::of_the_past`]; what is old is in `map`, too, from [`Transfer::begin_keeping`] on.
+    pub(super) fn of_the_kept_past(
+        source: NodeHandle,
+        target: NodeHandle,
+        scope: Scope,
+        old: DirtyMap,
+        map: Option<Arc<KeptMap>>,
+    ) -> Arc<Transfer> {
         // Zeroes given up on a target whose header names a backing that is not attached would show that one later.
         let unmap = match target.unfiltered().backing() {
             Some(slot) if !slot.is_some() => target.info().backing.is_none(),
             _ => true,
         };
-        Arc::new(Transfer::of(source, target, scope, unmap, Some(old)))
+        Arc::new(Transfer::of(source, target, scope, unmap, Some(old), map))
     }
 
     fn of(
@@ -105,6 +131,7 @@ impl Transfer {
         scope: Scope,
         unmap: bool,
         old: Option<DirtyMap>,
+        map: Option<Arc<KeptMap>>,
     ) -> Transfer {
         let len = source.len();
         let walked = AtomicU64::new(if matches!(scope, Scope::Nothing) { len } else { 0 });
@@ -120,8 +147,14 @@ impl Transfer {
             unmap,
             scope,
             walked,
+            keeping: map.map(Keeping::new),
             written_bytes: AtomicU64::new(0),
         }
+    }
+
+    /// Whether it is the source as it was that is copied.
+    pub(super) fn is_of_the_past(&self) -> bool {
+        self.old.is_some()
     }
 
     /// What is old, of a copy of the past.
@@ -131,7 +164,11 @@ impl Transfer {
 
     /// Whether something of the range is old.
     pub fn has_old(&self, at: u64, end: u64) -> bool {
-        self.old().next_dirty(at, end - at).is_some_and(|run| run.start < end)
+        !self.old().is_clean(at, end.saturating_sub(at))
+    }
+
+    pub(super) fn walked(&self) -> &AtomicU64 {
+        &self.walked
     }
 
     /// Somebody has changed the range: it is copied at the end.
@@ -140,10 +177,6 @@ impl Transfer {
         self.hot.mark(at, len);
         self.cold.clear(at, len);
         self.marked.notify(usize::MAX);
-    }
-
-    pub(crate) fn put_back(&self, at: u64, len: u64) {
-        self.hot.mark(at, len);
     }
 
     pub(crate) fn left_bytes(&self) -> u64 {
@@ -160,7 +193,7 @@ impl Transfer {
 
     /// The next piece to copy, of at most `max` bytes, from `next` on: cold ones first, hot ones when no cold one is to
     /// come (`walked`).
-    pub(crate) fn take(&self, next: &mut u64, max: u64, walked: bool) -> Option<Range<u64>> {
+    pub(super) fn next_piece(&self, next: &mut u64, max: u64, walked: bool) -> Option<Range<u64>> {
         let around = |map: &DirtyMap| map.take_next(*next, max).or_else(|| map.take_next(0, max));
         let piece = around(&self.cold).or_else(|| if walked { around(&self.hot) } else { None })?;
         *next = piece.end;
@@ -193,12 +226,12 @@ impl Transfer {
         }
         let end = match &self.old {
             None => {
-                needed.iter().for_each(|run| self.cold.mark(run.start, run.end - run.start));
+                needed.iter().for_each(|run| self.mark_cold(run.start, run.end - run.start));
                 seen
             }
             Some(old) => self.note_old(old, at, seen, &needed),
         };
-        self.walked.store(end, Ordering::Relaxed);
+        self.set_walked(end);
         Ok(end < self.len)
     }
 
@@ -221,7 +254,7 @@ impl Transfer {
             if start >= stop {
                 continue;
             }
-            old.clear(next, start - next);
+            self.is_kept(next, start - next);
             next = start;
             while let Some(part) = old.next_dirty(next, stop - next).filter(|part| part.start < stop) {
                 self.cold.mark(part.start, part.end.min(stop) - part.start);
@@ -229,7 +262,7 @@ impl Transfer {
             }
             next = stop;
         }
-        old.clear(next, end - next);
+        self.is_kept(next, end - next);
         end
     }
 
@@ -270,7 +303,7 @@ impl Transfer {
         while let Some(run) = old.next_dirty(next, end - next).filter(|run| run.start < end) {
             let (start, stop) = (run.start.max(next), run.end.min(end));
             self.copy_held(cx, start, stop - start).await?;
-            old.clear(start, stop - start);
+            self.is_kept(start, stop - start);
             next = stop;
         }
         Ok(())

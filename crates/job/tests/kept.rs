@@ -1,0 +1,385 @@
+//! A copy whose process dies at any moment goes on in the next one where it was, with no write lost, in a world of virtual
+//! time.
+
+mod world;
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use infill_base::{Ctx, Extents, Gather, IoResult, Limits, WriteFlags, ZeroFlags};
+use infill_job::copy::backup::{self, BackupOptions};
+use infill_job::copy::commit::{self, CommitOptions};
+use infill_job::copy::mirror::{self, CopyMode, MirrorOptions};
+use infill_job::copy::{KeptCopy, KeptMap, MapGuard, MapOwner};
+use infill_job::{Job, JobOptions, JobStatus, Jobs};
+use infill_node::{BackingSlot, MemoryOverlay, Node, NodeHandle, NodeInfo, Populated};
+use infill_sim::{JournalPages, Rng, World};
+use infill_storage::journal::{BootId, JournalMemory as _, journal_bytes};
+use infill_storage::rt;
+use world::{KIB, MIB};
+
+const LEN: u64 = 2 * MIB;
+const BLOCK: u64 = 4 * KIB;
+const MS: Duration = Duration::from_millis(1);
+
+/// A disk in memory of which every request takes a while, before and after it lands.
+struct Slow {
+    inner: MemoryOverlay,
+    rng: std::sync::Mutex<Rng>,
+    written: AtomicU64,
+}
+
+struct Shared(Arc<Slow>);
+
+impl Slow {
+    fn new(world: &World, backing: Option<NodeHandle>, content: Option<&[u8]>) -> Arc<Slow> {
+        let inner = MemoryOverlay::new(LEN, BLOCK, backing);
+        if let Some(content) = content {
+            let written = inner.write(&Ctx::GUEST, 0, content.to_vec().into(), WriteFlags::empty());
+            infill_sim::block_on(written).unwrap();
+        }
+        Arc::new(Slow { inner, rng: std::sync::Mutex::new(world.fork_rng()), written: AtomicU64::new(0) })
+    }
+
+    async fn wait(&self) {
+        let micros = self.rng.lock().unwrap().below(300);
+        rt::sleep(Duration::from_micros(micros)).await;
+    }
+}
+
+impl Node for Shared {
+    fn limits(&self) -> Limits {
+        Node::limits(&self.0.inner)
+    }
+    fn len(&self) -> u64 {
+        Node::len(&self.0.inner)
+    }
+    fn info(&self) -> NodeInfo {
+        self.0.inner.info()
+    }
+    async fn read(&self, cx: &Ctx, at: u64, buf: BytesMut) -> IoResult<BytesMut> {
+        self.0.wait().await;
+        let read = Node::read(&self.0.inner, cx, at, buf).await;
+        self.0.wait().await;
+        read
+    }
+    async fn write(&self, cx: &Ctx, at: u64, data: Gather, flags: WriteFlags) -> IoResult<()> {
+        self.0.wait().await;
+        self.0.written.fetch_add(data.len() as u64, Ordering::Relaxed);
+        Node::write(&self.0.inner, cx, at, data, flags).await?;
+        self.0.wait().await;
+        Ok(())
+    }
+    async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
+        self.0.wait().await;
+        Node::write_zeroes(&self.0.inner, cx, at, len, flags).await?;
+        self.0.wait().await;
+        Ok(())
+    }
+    async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        Node::discard(&self.0.inner, cx, at, len).await
+    }
+    async fn sync(&self, _: &Ctx) -> IoResult<()> {
+        self.0.wait().await;
+        Ok(())
+    }
+    async fn extents(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Extents> {
+        Node::extents(&self.0.inner, cx, at, len).await
+    }
+    fn backing(&self) -> Option<&BackingSlot> {
+        Node::backing(&self.0.inner)
+    }
+    fn populate_unit(&self) -> u64 {
+        Node::populate_unit(&self.0.inner)
+    }
+    async fn populate(&self, cx: &Ctx, at: u64, data: Bytes, generation: u64) -> IoResult<Populated> {
+        Node::populate(&self.0.inner, cx, at, data, generation).await
+    }
+    async fn make_empty(&self, cx: &Ctx) -> IoResult<()> {
+        Node::make_empty(&self.0.inner, cx).await
+    }
+}
+
+/// Records that memory has room for, in which blocks are small, and large.
+const SMALL_BLOCKS: u64 = 0;
+const LARGE_BLOCKS: u64 = 1000;
+
+/// The owner of a map in that memory.
+fn owner(pages: &JournalPages) -> MapOwner {
+    let is_large = size_of_val(pages.words()) >= journal_bytes(LARGE_BLOCKS);
+    let granularity = if is_large { 4 * BLOCK } else { BLOCK };
+    MapOwner { generation: 1, boot: BootId(1), identity: "job".into(), len: LEN, granularity }
+}
+
+/// What a death leaves.
+struct Left {
+    source: Vec<u8>,
+    target: Vec<u8>,
+    pages: JournalPages,
+    allowed: Vec<Vec<u8>>,
+    /// What guests have written in all their lives.
+    stamp: u8,
+}
+
+fn now(disk: &Slow) -> Vec<u8> {
+    let read = Node::read(&disk.inner, &Ctx::GUEST, 0, BytesMut::zeroed(LEN as usize));
+    // In one step: nobody else has a turn.
+    infill_sim::block_on(read).unwrap().to_vec()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Mirror(CopyMode),
+    Commit,
+    Backup,
+}
+
+struct Life {
+    source: Arc<Slow>,
+    target: Arc<Slow>,
+    job: Job,
+    stop: Rc<Cell<bool>>,
+    alive: Rc<Cell<usize>>,
+    /// What each block may hold: what was answered last, and what is under way.
+    allowed: Rc<RefCell<Vec<Vec<u8>>>>,
+    stamp: Rc<Cell<u8>>,
+}
+
+fn start(world: &World, kind: Kind, left: &Left, found: Option<KeptMap>, guests: usize) -> Life {
+    let target = Slow::new(world, None, Some(&left.target));
+    let below = NodeHandle::new(Shared(target.clone()));
+    let (source, node) = match kind {
+        Kind::Mirror(_) | Kind::Backup => {
+            let source = Slow::new(world, None, Some(&left.source));
+            (source.clone(), NodeHandle::new(Shared(source)))
+        }
+        Kind::Commit => {
+            let source = Slow::new(world, Some(below.clone()), Some(&left.source));
+            (source.clone(), NodeHandle::new(Shared(source)))
+        }
+    };
+    let kept = Some(match found.map(Arc::new) {
+        Some(found) => {
+            // Guests are there before the job is.
+            let guard = Arc::new(MapGuard::new(found.clone(), kind == Kind::Backup));
+            KeptCopy::guarded(found, infill_sim::block_on(node.watch(guard)))
+        }
+        None => {
+            let begun =
+                KeptMap::begin(Arc::new(left.pages.clone()), owner(&left.pages), kind == Kind::Backup);
+            let begun = begun.unwrap();
+            KeptCopy::new(Arc::new(begun))
+        }
+    });
+    let (jobs, options) = (Jobs::new(), JobOptions { speed: 8 * MIB, ..JobOptions::new("copy") });
+    let job = match kind {
+        Kind::Mirror(copy_mode) => {
+            let mirror = MirrorOptions { kept, copy_mode, ..MirrorOptions::new(node.clone(), below) };
+            mirror::start(&jobs, options, mirror).unwrap()
+        }
+        Kind::Commit => {
+            let commit = CommitOptions { kept, ..CommitOptions::new(node.clone(), below) };
+            commit::start(&jobs, options, commit).unwrap()
+        }
+        Kind::Backup => {
+            let held = infill_sim::block_on(node.hold_changes());
+            let backup = BackupOptions { kept, ..BackupOptions::new(node.clone(), below) };
+            let prepared = backup::prepare(&jobs, options, backup, &held).unwrap();
+            prepared.start(&jobs).unwrap()
+        }
+    };
+    let life = Life {
+        source,
+        target,
+        job,
+        stop: Rc::default(),
+        alive: Rc::new(Cell::new(guests)),
+        allowed: Rc::new(RefCell::new(left.allowed.clone())),
+        stamp: Rc::new(Cell::new(left.stamp)),
+    };
+    for own in 0..guests as u64 {
+        let (allowed, stop, alive) = (life.allowed.clone(), life.stop.clone(), life.alive.clone());
+        let (stamp, node, mut rng) = (life.stamp.clone(), node.clone(), world.fork_rng());
+        rt::spawn(async move {
+            while !stop.get() {
+                // Some blocks are written again and again.
+                let most = [LEN / BLOCK / 4, 8][rng.below(2) as usize];
+                let block = rng.below(most) * 4 + own;
+                stamp.set(stamp.get() % 250 + 1);
+                let value = stamp.get();
+                allowed.borrow_mut()[block as usize].push(value);
+                let data = vec![value; BLOCK as usize];
+                node.write(&Ctx::GUEST, block * BLOCK, data, WriteFlags::empty()).await.unwrap();
+                // Answered: it is this one now.
+                allowed.borrow_mut()[block as usize] = vec![value];
+                rt::sleep(Duration::from_micros(rng.below(2000))).await;
+            }
+            alive.set(alive.get() - 1);
+        });
+    }
+    life
+}
+
+fn empty(world: &World, records: u64) -> Left {
+    let mut rng = world.fork_rng();
+    let source: Vec<u8> =
+        (0..LEN / BLOCK).flat_map(|_| vec![rng.below(250) as u8 + 1; BLOCK as usize]).collect();
+    let allowed = source.chunks(BLOCK as usize).map(|block| vec![block[0]]).collect();
+    Left { source, target: vec![0; LEN as usize], pages: JournalPages::new(records), allowed, stamp: 0 }
+}
+
+/// The process dies after a while: what is left.
+fn die(seed: u64, kind: Kind, left: &Left, found: Option<KeptMap>, lives: Duration) -> Left {
+    let world = World::new(seed);
+    world.run(async {
+        let life = start(&world, kind, left, found, 4);
+        rt::sleep(lives).await;
+        let source = now(&life.source);
+        let target = now(&life.target);
+        let pages = left.pages.copy();
+        let allowed = life.allowed.borrow().clone();
+        life.stop.set(true);
+        Left { source, target, pages, allowed, stamp: life.stamp.get() }
+    })
+}
+
+fn find(left: &Left) -> Result<KeptMap, String> {
+    KeptMap::find(Arc::new(left.pages.clone()), owner(&left.pages))
+}
+
+/// Lets a job that has died go on to its end without guests. How much it has written.
+fn finish(seed: u64, kind: Kind, left: &Left, found: Option<KeptMap>) -> u64 {
+    let world = World::new(seed);
+    world.run(async {
+        let life = start(&world, kind, left, found, 0);
+        life.job.set_speed(0).unwrap();
+        while life.job.status() != JobStatus::Ready {
+            rt::sleep(MS).await;
+        }
+        life.job.block_cancel(false).unwrap();
+        life.job.wait().await.unwrap();
+        let target = now(&life.target);
+        for (nth, block) in target.chunks(BLOCK as usize).enumerate() {
+            assert!(
+                left.allowed[nth].iter().any(|value| block == vec![*value; BLOCK as usize]),
+                "seed {seed}, {kind:?}: block {nth} holds {} and may hold {:?}",
+                block[0],
+                left.allowed[nth]
+            );
+            assert!(block == &left.source[nth * BLOCK as usize..][..BLOCK as usize], "block {nth}");
+        }
+        assert!(find(left).is_err(), "seed {seed}: a job that has ended leaves no map");
+        life.target.written.load(Ordering::Relaxed)
+    })
+}
+
+fn dies_and_goes_on(kind: Kind) {
+    for seed in 0..60 {
+        let mut rng = Rng::new(seed + 1);
+        let records = [SMALL_BLOCKS, LARGE_BLOCKS][seed as usize % 2];
+        let mut left = empty(&World::new(seed), records);
+        let mut found = None;
+        for _ in 0..1 + rng.below(4) {
+            let lives = Duration::from_micros(rng.below(400_000));
+            left = die(seed, kind, &left, found, lives);
+            found = find(&left).ok();
+        }
+        let differs = left.source.chunks(BLOCK as usize).zip(left.target.chunks(BLOCK as usize));
+        let differs = differs.filter(|(one, other)| one != other).count() as u64 * BLOCK;
+        let went_on = found.is_some();
+        let written = finish(seed, kind, &left, found);
+        // What was in flight when it died may be there and not be known to be.
+        let bound = if records == SMALL_BLOCKS { differs + MIB / 2 } else { LEN * 2 };
+        assert!(!went_on || written <= bound, "seed {seed}, {kind:?}: {written} bytes, {differs} differed");
+    }
+}
+
+#[test]
+fn a_mirror_goes_on_after_a_death_at_any_moment() {
+    dies_and_goes_on(Kind::Mirror(CopyMode::Background));
+}
+
+#[test]
+fn a_write_blocking_mirror_goes_on_after_a_death_at_any_moment() {
+    dies_and_goes_on(Kind::Mirror(CopyMode::WriteBlocking));
+}
+
+#[test]
+fn a_commit_goes_on_after_a_death_at_any_moment() {
+    dies_and_goes_on(Kind::Commit);
+}
+
+#[test]
+fn a_backup_goes_on_after_a_death_at_any_moment_and_is_the_disk_as_it_was() {
+    let mut went_on = 0;
+    for seed in 0..60 {
+        let mut rng = Rng::new(seed + 1);
+        let records = [SMALL_BLOCKS, LARGE_BLOCKS][seed as usize % 2];
+        let begin = empty(&World::new(seed), records);
+        let as_it_was = begin.source.clone();
+        let mut left = die(seed, Kind::Backup, &begin, None, Duration::from_micros(rng.below(200_000)));
+        for _ in 0..rng.below(4) {
+            let Ok(found) = find(&left) else { break };
+            left = die(seed, Kind::Backup, &left, Some(found), Duration::from_micros(rng.below(200_000)));
+        }
+        // One that has ended in its last life leaves a map that says that nothing is left.
+        let found = find(&left).expect("it was kept from the first moment on");
+        went_on += u64::from(found.copied() < LEN);
+        let world = World::new(seed);
+        let differ = as_it_was.chunks(BLOCK as usize).zip(left.target.chunks(BLOCK as usize));
+        let differ = differ.filter(|(one, other)| one != other).count() as u64 * BLOCK;
+        world.run(async {
+            let life = start(&world, Kind::Backup, &left, Some(found), 4);
+            life.job.set_speed(0).unwrap();
+            life.job.wait().await.unwrap();
+            life.stop.set(true);
+            let target = now(&life.target);
+            let wrong = target.iter().zip(&as_it_was).position(|(one, other)| one != other);
+            assert_eq!(wrong.map(|at| at as u64 / BLOCK), None, "seed {seed}: a block that is not as it was");
+            let written = life.target.written.load(Ordering::Relaxed);
+            let bound = if records == SMALL_BLOCKS { differ + MIB / 2 } else { LEN };
+            assert!(written <= bound, "seed {seed}: {written} bytes, {differ} differed");
+            assert_ne!(now(&life.source), as_it_was, "guests have written");
+        });
+    }
+    assert!(went_on > 20, "{went_on} went on in the middle");
+}
+
+#[test]
+fn without_its_map_everything_is_copied_again() {
+    let left =
+        die(1, Kind::Mirror(CopyMode::Background), &empty(&World::new(1), SMALL_BLOCKS), None, 100 * MS);
+    find(&left).unwrap();
+    let pages = JournalPages::new(SMALL_BLOCKS);
+    let without = Left { pages, ..left };
+    assert!(find(&without).is_err());
+    assert!(finish(1, Kind::Mirror(CopyMode::Background), &without, None) >= LEN);
+}
+
+#[test]
+fn what_is_written_before_the_job_begins_again_is_seen() {
+    let world = World::new(7);
+    world.run(async {
+        let source = NodeHandle::new(Shared(Slow::new(&world, None, None)));
+        // Of the past, what is overwritten makes it void.
+        for (past, live) in [(false, true), (true, false)] {
+            let pages = JournalPages::new(SMALL_BLOCKS);
+            let begun = KeptMap::begin(Arc::new(pages.clone()), owner(&pages), false).unwrap();
+            begun.mark(3 * BLOCK, 1);
+            begun.go_live();
+            let map = Arc::new(KeptMap::find(Arc::new(pages.clone()), owner(&pages)).unwrap());
+            let watching = source.watch(Arc::new(MapGuard::new(map.clone(), past))).await;
+            source.write(&Ctx::GUEST, 5 * BLOCK, vec![1; 512], WriteFlags::empty()).await.unwrap();
+            assert_eq!((map.has_marked(5 * BLOCK, 1), map.is_live()), (!past, true));
+            source.write(&Ctx::GUEST, 3 * BLOCK + 512, vec![1; 512], WriteFlags::empty()).await.unwrap();
+            assert_eq!((map.has_marked(3 * BLOCK, 1), map.is_live()), (true, live));
+            // Dropped before it was used: nobody sees what is written now.
+            drop(KeptCopy::guarded(map, watching));
+            assert!(KeptMap::find(Arc::new(pages.clone()), owner(&pages)).is_err());
+        }
+    });
+}
