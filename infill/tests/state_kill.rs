@@ -7,68 +7,36 @@
 mod common;
 #[path = "common/qmp.rs"]
 mod qmp;
+#[path = "common/stamped.rs"]
+mod stamped;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use common::{output, run, text, wait_until};
 use infill_base::{
     Ctx, ErrorKind, Extent, ExtentKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags,
 };
-use infill_io::{Address, Listener, Reactors, connector};
-use infill_nbd::{ClientOptions, Export, Exports, NbdStorage, OnLost, Server, ServerLimits};
+use infill_io::{Address, Listener, Reactors};
+use infill_nbd::{Export, Exports, Server, ServerLimits};
 use infill_node::{NodeHandle, RawNode};
 use infill_storage::{Storage, StorageHandle, rt};
 use qmp::{Daemon, Program, Qmp};
 use serde_json::json;
+use stamped::{BLOCK_BYTES, DISK_BYTES, Guest, Random, answered_is_kept, content, seed, work};
 
 /// How often a daemon is killed, or told to end, under a guest.
 const ROUNDS: usize = 20;
-/// Size of the disks, in bytes.
-const DISK_BYTES: u64 = 24 << 20;
-/// What the guest writes and reads at a time, in bytes.
-const BLOCK_BYTES: u64 = 4096;
-const BLOCKS: u64 = DISK_BYTES / BLOCK_BYTES;
 /// How fast jobs fill, in bytes per second, so that they live through several deaths.
 const SPEED: u64 = 6 << 20;
 /// Bytes that may be fetched twice beside those that were in flight.
 const TWICE_BYTES_MAX: u64 = 1 << 20;
 /// How long the source takes for each request.
 const SOURCE_LATENCY: Duration = Duration::from_millis(2);
-
-/// Numbers that look random, the same in every run of a seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-}
-
-/// A seed that is told, so that a failure can be repeated with `INFILL_SEED`.
-fn seed() -> u64 {
-    let given = std::env::var("INFILL_SEED").ok().map(|seed| seed.parse().expect("a number"));
-    let seed = given.unwrap_or_else(|| u64::from(std::process::id()) * 2_654_435_761 + 1);
-    println!("INFILL_SEED={seed}");
-    seed
-}
-
-/// What the source holds in a block, and what the guest writes there for the `stamp`th time (0: the source's).
-fn content(block: u64, stamp: u64) -> Vec<u8> {
-    let mut random = Random((block * 0x9e37_79b9 + stamp * 0x85eb_ca6b) | 1);
-    (0..BLOCK_BYTES / 8).flat_map(|_| random.next().to_le_bytes()).collect()
-}
 
 /// The source: what is asked of it is counted.
 #[derive(Clone, Default)]
@@ -229,99 +197,6 @@ impl Place {
     }
 }
 
-/// What the guest knows of its disk.
-struct Guest {
-    /// For each block the values that it may have, the newest last.
-    allowed: Vec<Vec<u64>>,
-    stamp: u64,
-    random: Random,
-}
-
-impl Guest {
-    fn new(seed: u64) -> Guest {
-        Guest { allowed: vec![vec![0]; BLOCKS as usize], stamp: 0, random: Random(seed | 1) }
-    }
-
-    fn check(&self, block: u64, found: &[u8]) {
-        let allowed = &self.allowed[block as usize];
-        let fits = allowed.iter().any(|stamp| content(block, *stamp) == found);
-        assert!(fits, "block {block} is none of what it may be: {allowed:?} (newest last)");
-    }
-
-    /// A flush was acknowledged.
-    fn all_is_stable(&mut self) {
-        for allowed in &mut self.allowed {
-            allowed.drain(..allowed.len() - 1);
-        }
-    }
-
-    /// Looks at what the last death has left where it may be one of several things. From then on it is that.
-    async fn look(&mut self, disk: &NbdStorage) {
-        let open = |block: &u64| self.allowed[*block as usize].len() > 1;
-        let open: Vec<u64> = (0..BLOCKS).filter(open).collect();
-        for block in open {
-            let buf = BytesMut::zeroed(BLOCK_BYTES as usize);
-            let found = disk.read(&Ctx::GUEST, block * BLOCK_BYTES, buf).await.unwrap();
-            self.check(block, &found);
-            self.allowed[block as usize].retain(|stamp| content(block, *stamp) == found);
-        }
-    }
-
-    /// Reads, writes and flushes until an error ends it. At operation `at` it says so.
-    async fn work(&mut self, disk: &NbdStorage, at: u64, told: &mpsc::Sender<()>) {
-        for nth in 0.. {
-            if nth == at {
-                told.send(()).unwrap();
-            }
-            let block = self.random.below(BLOCKS);
-            let done = match self.random.below(8) {
-                0 => disk.sync(&Ctx::GUEST).await.map(|()| self.all_is_stable()),
-                1..=3 => {
-                    let buf = BytesMut::zeroed(BLOCK_BYTES as usize);
-                    let read = disk.read(&Ctx::GUEST, block * BLOCK_BYTES, buf).await;
-                    read.map(|found| self.check(block, &found))
-                }
-                _ => {
-                    self.stamp += 1;
-                    self.allowed[block as usize].push(self.stamp);
-                    let data = Bytes::from(content(block, self.stamp)).into();
-                    disk.write(&Ctx::GUEST, block * BLOCK_BYTES, data, WriteFlags::empty()).await
-                }
-            };
-            if done.is_err() {
-                return;
-            }
-        }
-    }
-}
-
-#[expect(clippy::await_holding_lock, reason = "there is one guest, and nobody else asks for it meanwhile")]
-/// Has the guest work at the export `disk` in `dir` until that ends; `died` is called at its `at`th operation.
-fn work(place: &Place, guest: &Arc<Mutex<Guest>>, at: u64, died: impl FnOnce()) {
-    let (sender, receiver) = mpsc::channel();
-    let (address, reactors, guest) =
-        (Address::Unix(place.dir.join("nbd.sock")), place.reactors.clone(), guest.clone());
-    let worker = std::thread::spawn(move || {
-        reactors.block_on(move || async move {
-            let options = ClientOptions {
-                export: "disk".into(),
-                read_only: false,
-                on_lost: OnLost::Fail,
-                // It does not repeat what it was answered: that is the daemon's to keep.
-                unsynced_bytes_max: 0,
-                ..ClientOptions::default()
-            };
-            let disk = NbdStorage::connect(connector(&address), options).await.unwrap();
-            let mut guest = guest.lock().unwrap();
-            guest.look(&disk).await;
-            guest.work(&disk, at, &sender).await;
-        });
-    });
-    receiver.recv().expect("the guest works until then");
-    died();
-    worker.join().unwrap();
-}
-
 #[test]
 fn nothing_is_lost_and_the_job_goes_on_when_a_daemon_dies_at_random_points_under_a_guest() {
     let seed = seed();
@@ -339,7 +214,7 @@ fn nothing_is_lost_and_the_job_goes_on_when_a_daemon_dies_at_random_points_under
             round += 1;
             let in_order = round % 4 == 0;
             let mut old = Some(daemon);
-            work(&place, &guest, 1 + random.below(300), || {
+            work(&place.dir, &place.reactors, &guest, 1 + random.below(300), || {
                 let mut daemon = old.take().unwrap();
                 if in_order {
                     daemon.process.signal("TERM");
@@ -355,18 +230,6 @@ fn nothing_is_lost_and_the_job_goes_on_when_a_daemon_dies_at_random_points_under
         place.ends_well(daemon, qmp, &guest);
     }
     println!("{ROUNDS} deaths, {disks} disks");
-}
-
-/// After the death of a process, in order or not: what was acknowledged is there. What was in flight may be.
-fn answered_is_kept(guest: &Arc<Mutex<Guest>>) {
-    let mut guest = guest.lock().unwrap();
-    let newest = guest.stamp;
-    for allowed in &mut guest.allowed {
-        // The last write may not have been answered; then the one before is the newest that was.
-        let unanswered = usize::from(allowed.last() == Some(&newest));
-        let keep = (1 + unanswered).min(allowed.len());
-        allowed.drain(..allowed.len() - keep);
-    }
 }
 
 #[test]

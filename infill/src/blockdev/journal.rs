@@ -35,6 +35,12 @@ pub fn journaling(
     Ok(dir.journaling(&name, &identity)?)
 }
 
+/// What tells the file or block device at `path` from others.
+pub fn identity_of(path: &Path) -> Result<String> {
+    let meta = std::fs::metadata(path).with_context(|| path.display().to_string())?;
+    Ok(of_file(&meta).1)
+}
+
 fn of_file(meta: &Metadata) -> (String, String) {
     if meta.file_type().is_block_device() {
         let name = format!("device-{:x}", meta.rdev());
@@ -47,7 +53,7 @@ fn of_file(meta: &Metadata) -> (String, String) {
 }
 
 /// FNV-1a: the same in every version of the program. A name that two share is no harm: the journal has the whole.
-fn hash(bytes: &[u8]) -> u64 {
+pub fn hash(bytes: &[u8]) -> u64 {
     bytes
         .iter()
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))

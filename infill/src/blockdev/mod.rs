@@ -49,6 +49,7 @@ pub use format::{FormatKind, probe_storage};
 pub use hold::Access;
 use hold::Holds;
 pub use info::{image_info, info_text};
+pub use journal::{hash, identity_of};
 pub use locate::{Located, locate};
 pub use name::resolve_backing;
 pub use open::{check_detect_zeroes, uri_of};
@@ -273,6 +274,11 @@ impl Blockdevs {
     pub fn facts(&self, name: &str) -> Result<NodeFacts> {
         let entries = lock(&self.0.entries);
         entries.get(name).map(|entry| entry.facts.clone()).ok_or_else(|| unknown(name))
+    }
+
+    /// Where volatile journals lie, if they are kept.
+    pub fn journal_dir(&self) -> Option<JournalDir> {
+        self.0.policy.journal.clone()
     }
 
     /// Where the file of a protocol node lies.

@@ -19,6 +19,7 @@ use infill_storage::{RangeLock, rt};
 use serde_json::{Value, json};
 
 use super::exports::Exported;
+use super::maps::Maps;
 use super::monitor::Monitors;
 use super::state::State;
 use super::threshold::Thresholds;
@@ -36,6 +37,8 @@ pub struct Control {
     pub(super) thresholds: Thresholds,
     /// Character devices that monitors are on, and where those are.
     pub(super) chardevs: RefCell<Vec<(String, String)>>,
+    /// Maps of copies that are to go on.
+    pub(super) maps: Maps,
     /// What is kept for the next daemon, where that was asked for.
     pub(super) state: Option<State>,
     /// Events that were not sent yet, in order: what they tell is kept first.
@@ -78,6 +81,7 @@ impl Control {
             monitors: Monitors::default(),
             thresholds: Thresholds::default(),
             chardevs: RefCell::default(),
+            maps: Maps::default(),
             state,
             events: RefCell::default(),
             event_came: Signal::new(),
@@ -297,6 +301,9 @@ impl Control {
         self.meter_new_nodes();
         for (node, watch) in self.blockdevs.take_source_watches() {
             rt::spawn(self.clone().tell_source(node, watch));
+        }
+        if added.is_ok() {
+            self.guard_maps().await;
         }
         added
     }

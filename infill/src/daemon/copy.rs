@@ -3,10 +3,10 @@
 use std::rc::Rc;
 
 use infill_base::{ErrorKind, IoError, IoResult};
-use infill_job::JobOptions;
 use infill_job::copy::backup::{BackupBitmap, BitmapMode};
 use infill_job::copy::commit::{self, CommitOptions};
 use infill_job::copy::mirror::{self, CopyMode, MirrorOptions, MirrorSync};
+use infill_job::{JobOptions, JobType};
 use infill_node::BackingRef;
 use infill_qmp::backup::BitmapSyncMode;
 use infill_qmp::copy::{BlockCommit, BlockdevMirror, JobMembers, Layer, SyncMode};
@@ -15,6 +15,7 @@ use infill_qmp::{ErrorClass, QmpError, copy};
 use super::control::{Control, refused};
 use super::drive::Target;
 use super::jobs::{Claims, job_refused, on_error, yield_once};
+use super::maps::Copied;
 use crate::blockdev::{Access, Blockdevs};
 use crate::one_line;
 
@@ -99,7 +100,18 @@ impl Control {
         let copy = claims.take(target, Access::Writer)?;
         let (control, from, to) = (self.clone(), device.clone(), target.clone());
         let id = options.job.job_id.clone();
+        let copied = Copied {
+            id: &options.job.job_id,
+            kind: JobType::Mirror,
+            source: device,
+            target,
+            node: &source,
+            is_written: true,
+            all: false,
+        };
+        let (kept, map) = self.map_of(copied).await.unzip();
         let mirror = MirrorOptions {
+            kept,
             sync,
             bitmap,
             copy_mode: match options.copy_mode {
@@ -125,7 +137,8 @@ impl Control {
             })),
             ..MirrorOptions::new(source, copy)
         };
-        mirror::start(self.jobs(), job_options(options.job), mirror).map_err(job_refused)?;
+        let job = mirror::start(self.jobs(), job_options(options.job), mirror).map_err(job_refused)?;
+        job.set_map(map);
         yield_once().await;
         Ok(())
     }
@@ -308,7 +321,18 @@ impl Control {
             filename: options.backing_file.clone().unwrap_or(info.filename),
             format: Some(format.into()),
         };
+        let copied = Copied {
+            id: &options.job.job_id,
+            kind: JobType::Commit,
+            source: &chain[top],
+            target: &base_name,
+            node: &top_node,
+            is_written: top == 0,
+            all: false,
+        };
+        let (kept, map) = self.map_of(copied).await.unzip();
         let mut commit = CommitOptions {
+            kept,
             backing,
             on_error: on_error(options.on_error),
             ..CommitOptions::new(top_node, base_node)
@@ -342,7 +366,8 @@ impl Control {
                 })
             }));
         }
-        commit::start(self.jobs(), job_options(options.job), commit).map_err(job_refused)?;
+        let job = commit::start(self.jobs(), job_options(options.job), commit).map_err(job_refused)?;
+        job.set_map(map);
         Ok(())
     }
 }

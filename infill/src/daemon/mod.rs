@@ -34,6 +34,7 @@ mod exports;
 mod inspect;
 mod jobs;
 mod load;
+mod maps;
 mod metrics;
 mod monitor;
 mod nodes;

@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use event_listener::Event as Signal;
-use infill_job::Jobs;
+use infill_job::{JobType, Jobs, MapName};
 use infill_storage::{RangeLock, rt};
 use serde_json::{Map, Value, json};
 
@@ -130,6 +130,39 @@ impl State {
         let of_kind = |(at, entry): (&u64, &Entry)| (entry.record.key.kind == kind).then_some(*at);
         let all: Vec<u64> = self.entries.borrow().iter().filter_map(of_kind).collect();
         all.into_iter().for_each(|at| self.forget_at(at));
+    }
+
+    /// Where the state lies.
+    pub fn directory(&self) -> PathBuf {
+        self.dir.clone()
+    }
+
+    /// The ids of all jobs that are kept.
+    pub fn job_names(&self) -> Vec<String> {
+        let entries = self.entries.borrow();
+        let jobs = entries.values().filter(|entry| entry.record.job.is_some());
+        jobs.map(|entry| entry.record.key.name.clone()).collect()
+    }
+
+    /// The maps of jobs that have not begun again and are to.
+    pub fn held_maps(&self) -> Vec<(String, JobType, MapName)> {
+        let entries = self.entries.borrow();
+        let of = |entry: &Entry| {
+            let job = entry.record.job.as_ref().filter(|_| entry.held.is_some())?;
+            let map = job.kept.map.clone().filter(|_| !job.is_over())?;
+            Some((entry.record.key.name.clone(), job.kind, map))
+        };
+        entries.values().filter_map(of).collect()
+    }
+
+    /// The map of that job says nothing any more.
+    pub fn forget_map(&self, id: &str) {
+        let Some(at) = self.find(&Key::new(Kind::Job, id)) else { return };
+        if let Some(job) = self.entries.borrow_mut().get_mut(&at).and_then(|entry| entry.record.job.as_mut())
+        {
+            job.kept.map = None;
+        }
+        self.dirty.borrow_mut().insert(at);
     }
 
     /// Something has happened to the job of that id.

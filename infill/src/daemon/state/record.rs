@@ -85,6 +85,13 @@ pub struct JobRecord {
     pub done: bool,
 }
 
+impl JobRecord {
+    /// Whether it is not to begin again.
+    pub fn is_over(&self) -> bool {
+        self.kept.cancelled || self.kept.concluded || self.done
+    }
+}
+
 /// A kept thing: the command that makes it again.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {

@@ -49,6 +49,7 @@ impl Control {
             let held = state.held_count();
             tracing::warn!("{held} entries of the state are held: see __infill_query-state");
         }
+        self.forget_old_maps();
     }
 
     async fn keep_restoring(self: Rc<Self>) {
@@ -93,8 +94,8 @@ impl Control {
             _ => return Ok(()),
         };
         let id = &record.key.name;
-        if let Some(JobRecord { kind, kept, done }) = &record.job {
-            if kept.cancelled || kept.concluded || *done {
+        if let Some(job @ JobRecord { kind, kept, done }) = &record.job {
+            if job.is_over() {
                 if kept.auto_dismiss {
                     state.forget_at(at);
                     return Ok(());
