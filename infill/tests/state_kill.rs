@@ -31,6 +31,9 @@ use stamped::{BLOCK_BYTES, DISK_BYTES, Guest, Random, answered_is_kept, content,
 
 /// How often a daemon is killed, or told to end, under a guest.
 const ROUNDS: usize = 20;
+/// How often it is killed in the soak, which takes some minutes:
+/// `cargo test --profile ci -p infill --test state_kill -- --ignored --nocapture`.
+const SOAK_KILLS: usize = 500;
 /// How fast jobs fill, in bytes per second, so that they live through several deaths.
 const SPEED: u64 = 6 << 20;
 /// Bytes that may be fetched twice beside those that were in flight.
@@ -199,20 +202,31 @@ impl Place {
 
 #[test]
 fn nothing_is_lost_and_the_job_goes_on_when_a_daemon_dies_at_random_points_under_a_guest() {
+    dies_under_a_guest(ROUNDS, |round| round % 4 == 0);
+}
+
+#[test]
+#[ignore = "it takes some minutes"]
+fn nothing_is_lost_when_a_daemon_is_killed_five_hundred_times_under_a_guest() {
+    dies_under_a_guest(SOAK_KILLS, |_| false);
+}
+
+/// A daemon dies `rounds` times, in order where that says so, else by `kill -9`.
+fn dies_under_a_guest(rounds: usize, in_order: impl Fn(usize) -> bool) {
     let seed = seed();
     let mut random = Random(seed | 1);
     let dir = tempfile::tempdir().unwrap();
     let mut disks = 0;
     let mut round = 0;
-    while round < ROUNDS {
+    while round < rounds {
         disks += 1;
         let place = Place::new(dir.path(), &format!("disk{disks}"));
         let guest = Arc::new(Mutex::new(Guest::new(random.next())));
         let (mut daemon, mut qmp) = place.start();
         place.begin(&mut qmp, SPEED);
-        while round < ROUNDS && !place.is_done(&mut qmp) {
+        while round < rounds && !place.is_done(&mut qmp) {
             round += 1;
-            let in_order = round % 4 == 0;
+            let in_order = in_order(round);
             let mut old = Some(daemon);
             work(&place.dir, &place.reactors, &guest, 1 + random.below(300), || {
                 let mut daemon = old.take().unwrap();
@@ -229,7 +243,7 @@ fn nothing_is_lost_and_the_job_goes_on_when_a_daemon_dies_at_random_points_under
         let guest = Arc::into_inner(guest).unwrap().into_inner().unwrap();
         place.ends_well(daemon, qmp, &guest);
     }
-    println!("{ROUNDS} deaths, {disks} disks");
+    println!("{rounds} deaths, {disks} disks");
 }
 
 #[test]
