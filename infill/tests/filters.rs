@@ -471,3 +471,30 @@ fn copy_on_read_keeps_what_lies_above_its_bottom_alone() {
         told.answers.push(runs.collect());
     });
 }
+
+#[test]
+fn limits_that_qom_set_has_changed_come_back_after_a_kill() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    let start = || {
+        let daemon = Daemon::start(Program::Infill, dir.path(), &["--state", text(&state)]);
+        let qmp = daemon.connect();
+        (daemon, qmp)
+    };
+    let (daemon, mut qmp) = start();
+    let group = |id: &str| json!({"qom-type": "throttle-group", "id": id, "limits": {"iops-total": 100}});
+    qmp.run("object-add", group("g"));
+    qmp.run("object-add", group("as-it-was"));
+    let limits = |qmp: &mut Qmp, id: &str| {
+        qmp.run("qom-get", json!({"path": format!("/objects/{id}"), "property": "limits"}))
+    };
+    let before = limits(&mut qmp, "as-it-was");
+    let given = json!({"iops-total": 7, "bps-write": 1 << 20, "bps-write-max": 2 << 20});
+    qmp.run("qom-set", json!({"path": "/objects/g", "property": "limits", "value": given}));
+    let changed = limits(&mut qmp, "g");
+    assert_eq!((&changed["iops-total"], &changed["bps-write-max"]), (&json!(7), &json!(2 << 20)));
+    daemon.process.kill();
+    let (daemon, mut qmp) = start();
+    assert_eq!((limits(&mut qmp, "g"), limits(&mut qmp, "as-it-was")), (changed, before));
+    daemon.quit(&mut qmp);
+}
