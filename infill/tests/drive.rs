@@ -302,3 +302,90 @@ fn a_mirror_that_is_changed_to_write_blocking_loses_no_write() {
         assert!(!out.contains("failed"), "{check}: {out}");
     }
 }
+
+#[test]
+fn what_a_drive_backup_keeps_aside_is_the_disk_as_it_was() {
+    let mut script = chain();
+    script.extend([
+        Ask("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": "DIR/nbd.sock"}}})),
+        Ask(
+            "block-export-add",
+            json!({"type": "nbd", "id": "e", "node-name": "top", "name": "top", "writable": true}),
+        ),
+        Ask(
+            "drive-backup",
+            json!({"job-id": "j", "device": "base", "target": "DIR/no", "sync": "none", "format": "raw"}),
+        ),
+        Ask("drive-backup", json!({"job-id": "j", "device": "top", "target": "DIR/aside", "sync": "none"})),
+        Ask("query-block-jobs", json!({})),
+        Run(&[
+            "qemu-io",
+            "-f",
+            "raw",
+            "-c",
+            "write -P 9 64k 256k",
+            "-c",
+            "write -z 512k 64k",
+            "nbd+unix:///top?socket=DIR/nbd.sock",
+        ]),
+        Ask("block-job-cancel", json!({"device": "j"})),
+        Ask("block-export-del", json!({"id": "e"})),
+        Ask("blockdev-del", json!({"node-name": "top"})),
+        Run(&["qemu-img", "map", "-U", "--output=json", "-f", "raw", "DIR/base"]),
+    ]);
+    let mut shown = vec!["qemu-io", "-r", "-U", "-f", "qcow2"];
+    shown.extend(SHOWN);
+    shown.push("DIR/aside");
+    for program in [Program::Infill, Program::Qemu] {
+        let dir = tempfile::tempdir().unwrap();
+        images(dir.path());
+        let (answers, _) = same::play(program, dir.path(), &[], &script);
+        let failed = |answer: &&Value| answer["answer"].get("error").is_some();
+        let failed: Vec<&Value> = answers.iter().filter(failed).collect();
+        assert_eq!(failed.len(), 1, "{program:?}: {failed:?}");
+        let args: Vec<String> = shown[1..].iter().map(|word| word.replace("DIR", text(dir.path()))).collect();
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        run(shown[0], &args);
+    }
+}
+
+#[test]
+fn drive_backups_in_a_transaction_are_of_one_moment_or_not_at_all() {
+    let backup = |id: &str, device: &str, more: Value| {
+        let base = json!({"job-id": id, "device": device, "target": format!("DIR/{id}"), "sync": "full"});
+        json!({"type": "drive-backup", "data": with(base, &more)})
+    };
+    let transaction = |actions: Value, mode: &str| {
+        Ask("transaction", json!({"actions": actions, "properties": {"completion-mode": mode}}))
+    };
+    let mut script = chain();
+    script.extend([
+        transaction(
+            json!([
+                backup("k", "top", json!({"auto-dismiss": false})),
+                backup("k2", "base", json!({"format": "raw", "auto-dismiss": false})),
+            ]),
+            "grouped",
+        ),
+        AwaitStatus("concluded"),
+        AwaitStatus("concluded"),
+        Ask("query-jobs", json!({})),
+        Ask("job-dismiss", json!({"id": "k"})),
+        Ask("job-dismiss", json!({"id": "k2"})),
+        transaction(json!([backup("k3", "top", json!({})), {"type": "abort", "data": {}}]), "individual"),
+        Ask("query-jobs", json!({})),
+        transaction(json!([backup("k3", "top", json!({})), backup("k4", "nobody", json!({}))]), "grouped"),
+        Ask("query-jobs", json!({})),
+        Ask("query-block-jobs", json!({})),
+    ]);
+    let [ours, theirs] = [Program::Infill, Program::Qemu].map(|program| {
+        let dir = tempfile::tempdir().unwrap();
+        images(dir.path());
+        let (answers, _) = same::play(program, dir.path(), &[], &script);
+        for (copy, disk) in [("k", "top"), ("k2", "base")] {
+            run("qemu-img", &["compare", text(&dir.path().join(copy)), text(&dir.path().join(disk))]);
+        }
+        (answers, Vec::new())
+    });
+    same::compare(ours, theirs);
+}

@@ -2,6 +2,7 @@
 
 use crate::backup::BlockdevBackup;
 use crate::bitmap::BitmapCommand;
+use crate::drive::DriveBackup;
 use crate::error::QmpError;
 use crate::members::{Members, Words};
 use crate::shape::SnapshotSync;
@@ -15,6 +16,8 @@ pub enum TransactionAction {
     Bitmap(BitmapCommand),
     /// Starts a backup.
     Backup(Box<BlockdevBackup>),
+    /// Starts a backup into a file that is made, or taken, on the way.
+    DriveBackup(Box<DriveBackup>),
     /// Puts an overlay on a node.
     Snapshot {
         /// The node that is kept as it is.
@@ -32,6 +35,7 @@ enum Kind {
     Abort,
     Bitmap(&'static str),
     Backup,
+    DriveBackup,
     Snapshot,
     SnapshotSync,
     Unbuilt(&'static str),
@@ -47,6 +51,7 @@ impl Words for Kind {
         ("block-dirty-bitmap-disable", Kind::Bitmap("block-dirty-bitmap-disable")),
         ("block-dirty-bitmap-merge", Kind::Bitmap("block-dirty-bitmap-merge")),
         ("blockdev-backup", Kind::Backup),
+        ("drive-backup", Kind::DriveBackup),
         ("blockdev-snapshot", Kind::Snapshot),
         ("blockdev-snapshot-sync", Kind::SnapshotSync),
     ];
@@ -57,10 +62,8 @@ impl Words for Kind {
 }
 
 /// Actions of QEMU that are not built.
-const UNBUILT: &[(&str, Kind)] = &[
-    ("blockdev-snapshot-internal-sync", Kind::Unbuilt("blockdev-snapshot-internal-sync")),
-    ("drive-backup", Kind::Unbuilt("drive-backup")),
-];
+const UNBUILT: &[(&str, Kind)] =
+    &[("blockdev-snapshot-internal-sync", Kind::Unbuilt("blockdev-snapshot-internal-sync"))];
 
 /// When jobs that one transaction starts complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -97,7 +100,10 @@ impl Transaction {
         }
         arguments.finish()?;
         let read: Vec<_> = items.into_iter().map(read_action).collect::<Result<_, _>>()?;
-        let alone = read.iter().find(|(_, action)| !matches!(action, TransactionAction::Backup(_)));
+        let is_job = |action: &TransactionAction| {
+            matches!(action, TransactionAction::Backup(_) | TransactionAction::DriveBackup(_))
+        };
+        let alone = read.iter().find(|(_, action)| !is_job(action));
         if let (true, Some((name, _))) = (grouped, alone) {
             return Err(QmpError::generic(format!(
                 "Action '{name}' does not support transaction property completion-mode = grouped"
@@ -115,6 +121,9 @@ fn read_action(mut action: Members) -> Result<(&'static str, TransactionAction),
     let action = match kind {
         Kind::Abort => TransactionAction::Abort,
         Kind::Backup => return Ok((name, TransactionAction::Backup(Box::new(BlockdevBackup::read(data)?)))),
+        Kind::DriveBackup => {
+            return Ok((name, TransactionAction::DriveBackup(Box::new(DriveBackup::read(data)?))));
+        }
         Kind::Snapshot => {
             TransactionAction::Snapshot { node: data.str("node")?, overlay: data.str("overlay")? }
         }

@@ -30,21 +30,21 @@ impl Checked {
     pub(super) fn device(&self) -> &str {
         &self.options.device
     }
+
+    /// The target goes with the job.
+    pub(super) fn into(self, target: Target) -> Checked {
+        Checked { owned: Some(target), ..self }
+    }
 }
 
 impl Control {
     /// `blockdev-backup`. Answered once the job runs.
     pub(super) async fn blockdev_backup(&self, options: BlockdevBackup) -> Result<(), QmpError> {
-        self.start_one_backup(options, None).await
+        self.start_one_backup(self.check_backup(options)?).await
     }
 
-    /// Starts a backup, with whose end `owned` goes.
-    pub(super) async fn start_one_backup(
-        &self,
-        options: BlockdevBackup,
-        owned: Option<Target>,
-    ) -> Result<(), QmpError> {
-        let checked = Checked { owned, ..self.check_backup(options)? };
+    /// Starts a backup.
+    pub(super) async fn start_one_backup(&self, checked: Checked) -> Result<(), QmpError> {
         let device = checked.options.device.clone();
         let held = hold(&device, &checked.source).await.map_err(|error| refused(&error))?;
         let prepared = self.prepare_backup(checked, &held)?;

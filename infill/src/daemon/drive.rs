@@ -11,9 +11,10 @@ use infill_qmp::copy::SyncMode;
 use infill_qmp::drive::{DriveBackup, DriveMirror, NewTarget};
 use infill_qmp::shape::NewImageMode;
 use infill_qmp::{BlockdevOptions, Members, QmpError};
-use infill_storage::{StorageHandle, rt};
+use infill_storage::{RangeGuard, StorageHandle, rt};
 use serde_json::{Map, Value};
 
+use super::backup::Checked;
 use super::control::{Control, refused};
 use super::create::make_file;
 use super::overlay::{could_not_open, description, empty_image, path_of};
@@ -80,13 +81,14 @@ impl Control {
     }
 
     /// Makes (or takes) the file of a copy of `device` and opens it, on the node `over` if `opened_on_it`, which the header of
-    /// a new image names.
+    /// a new image names. `graph`: the caller changes the graph already.
     async fn make_target(
         &self,
         device: &str,
         target: &NewTarget,
         over: Option<&str>,
         opened_on_it: bool,
+        graph: Option<&RangeGuard>,
     ) -> Result<Target, QmpError> {
         let facts = self.source_facts(device)?;
         let file = path_of(&target.file)?;
@@ -133,7 +135,10 @@ impl Control {
             description.insert("backing".into(), below);
         }
         let options = BlockdevOptions::read(Members::of_json(description.clone()))?;
-        let added = self.blockdevs().add(options).await;
+        let added = match graph {
+            Some(graph) => self.blockdevs().add_in(graph, options).await,
+            None => self.blockdevs().add(options).await,
+        };
         let name = added.map_err(|error| could_not_open(&target.file, &error))?;
         self.meter_new_nodes();
         Ok(Target { blockdevs: self.blockdevs().clone(), name, description, stays: false })
@@ -148,7 +153,8 @@ impl Control {
             SyncMode::Top => facts.backing.as_deref(),
             SyncMode::None => {
                 return Err(QmpError::generic(
-                    "sync 'none' of drive-mirror is not supported: add the target and use blockdev-mirror",
+                    "sync 'none' of drive-mirror is not supported: snapshot the disk (blockdev-snapshot-sync), or add the \
+                     target and use blockdev-mirror",
                 ));
             }
             SyncMode::Incremental => return Err(QmpError::generic("Sync mode 'incremental' not supported")),
@@ -159,27 +165,33 @@ impl Control {
                 "with --state, the target of a mirror needs a name for what is kept: give node-name",
             ));
         }
-        let target = self.make_target(&mirror.device, &target, over, true).await?;
+        let target = self.make_target(&mirror.device, &target, over, true, None).await?;
         mirror.target.clone_from(&target.name);
         self.start_mirror(mirror, Some(target)).await
     }
 
     /// `drive-backup`. Answered once the job runs.
     pub(super) async fn drive_backup(self: &Rc<Self>, drive: DriveBackup) -> Result<(), QmpError> {
+        let checked = self.check_drive_backup(drive, None).await?;
+        self.start_one_backup(checked).await
+    }
+
+    /// Makes what a backup goes to, and refuses what cannot be before guests wait for anything. With `sync: none` the file is
+    /// an overlay of the disk itself, which keeps what the disk held before it was overwritten: so it is opened without that.
+    pub(super) async fn check_drive_backup(
+        &self,
+        drive: DriveBackup,
+        graph: Option<&RangeGuard>,
+    ) -> Result<Checked, QmpError> {
         let DriveBackup { mut backup, target } = drive;
         let facts = self.source_facts(&backup.device)?;
         let over = match backup.sync {
             BackupSync::Top => facts.backing.as_deref(),
-            BackupSync::None => {
-                return Err(QmpError::generic(
-                    "sync 'none' of drive-backup is not supported: add the target and use blockdev-backup, or \
-                     copy-before-write",
-                ));
-            }
+            BackupSync::None => Some(backup.device.as_str()),
             BackupSync::Full | BackupSync::Bitmap => None,
         };
-        let target = self.make_target(&backup.device, &target, over, false).await?;
+        let target = self.make_target(&backup.device, &target, over, false, graph).await?;
         backup.target.clone_from(&target.name);
-        self.start_one_backup(backup, Some(target)).await
+        Ok(self.check_backup(backup)?.into(target))
     }
 }

@@ -50,6 +50,7 @@ fn named(actions: &[TransactionAction]) -> Vec<String> {
         TransactionAction::Abort => Vec::new(),
         TransactionAction::Bitmap(command) => vec![command.node()],
         TransactionAction::Backup(backup) => vec![backup.device.as_str()],
+        TransactionAction::DriveBackup(drive) => vec![drive.backup.device.as_str()],
         TransactionAction::Snapshot { node, overlay } => vec![node.as_str(), overlay.as_str()],
         TransactionAction::SnapshotSync(sync) => sync.node_name.iter().map(String::as_str).collect(),
     });
@@ -89,6 +90,9 @@ impl Control {
                 TransactionAction::Abort => Action::Abort,
                 TransactionAction::Bitmap(command) => Action::Bitmap(command),
                 TransactionAction::Backup(backup) => Action::Backup(Box::new(self.check_backup(*backup)?)),
+                TransactionAction::DriveBackup(drive) => {
+                    Action::Backup(Box::new(self.check_drive_backup(*drive, Some(graph)).await?))
+                }
                 TransactionAction::Snapshot { node, overlay } => Action::Snapshot { node, overlay },
                 TransactionAction::SnapshotSync(sync) => {
                     let (node, overlay) = self.make_overlay(graph, &sync).await?;
