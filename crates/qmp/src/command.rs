@@ -4,9 +4,11 @@ use crate::alter::Alter;
 use crate::backup::BlockdevBackup;
 use crate::bitmap::BitmapCommand;
 use crate::blockdev::BlockdevOptions;
+use crate::chardev::ChardevCommand;
 use crate::copy::{BlockCommit, BlockdevMirror};
 use crate::drive::{DriveBackup, DriveMirror};
 use crate::error::QmpError;
+use crate::experimental::Experimental;
 use crate::export::{BlockExportOptions, NbdServerOptions, RemoveMode};
 use crate::inspect::Inspect;
 use crate::members::{Members, Words};
@@ -136,6 +138,10 @@ pub enum Command {
     Shape(Shape),
     /// Commands that only ask.
     Inspect(Inspect),
+    /// `chardev-*`, `ringbuf-*`.
+    Chardev(ChardevCommand),
+    /// `x-blockdev-*`.
+    Experimental(Experimental),
     /// `query-named-block-nodes`.
     QueryNamedBlockNodes {
         /// Without the nodes below each.
@@ -259,14 +265,6 @@ pub const NAMES: &[&str] = &[
     "query-chardev",
     "query-chardev-backends",
     "x-debug-query-block-graph",
-    "__infill_query-state",
-    "__infill_query-load",
-];
-
-/// Commands of qemu-storage-daemon 10 that are not built.
-pub const UNBUILT: &[&str] = &[
-    "blockdev-snapshot-delete-internal-sync",
-    "blockdev-snapshot-internal-sync",
     "chardev-add",
     "chardev-change",
     "chardev-remove",
@@ -276,7 +274,12 @@ pub const UNBUILT: &[&str] = &[
     "x-blockdev-amend",
     "x-blockdev-change",
     "x-blockdev-set-iothread",
+    "__infill_query-state",
+    "__infill_query-load",
 ];
+
+/// Commands of qemu-storage-daemon 10 that are not built.
+pub const UNBUILT: &[&str] = &["blockdev-snapshot-delete-internal-sync", "blockdev-snapshot-internal-sync"];
 
 /// What is known of a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -374,6 +377,12 @@ impl Command {
 fn read_rest(name: &str, arguments: &mut Members) -> Result<Command, QmpError> {
     if let Some(shape) = Shape::read(name, arguments)? {
         return Ok(Command::Shape(shape));
+    }
+    if let Some(command) = ChardevCommand::read(name, arguments)? {
+        return Ok(Command::Chardev(command));
+    }
+    if let Some(command) = Experimental::read(name, arguments)? {
+        return Ok(Command::Experimental(command));
     }
     match Inspect::read(name, arguments)? {
         Some(inspect) => Ok(Command::Inspect(inspect)),

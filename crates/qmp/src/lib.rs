@@ -13,14 +13,17 @@
 mod address;
 pub mod alter;
 pub mod backup;
+mod base64;
 mod bitmap;
 mod blockdev;
+pub mod chardev;
 pub mod command;
 pub mod copy;
 pub mod create;
 mod describe;
 pub mod drive;
 mod error;
+pub mod experimental;
 mod export;
 mod filters;
 pub mod inspect;

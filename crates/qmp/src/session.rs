@@ -247,8 +247,13 @@ mod tests {
     fn a_command_that_is_not_built_is_refused_by_name() {
         let mut session = Session::new(json!("v"));
         told(&mut session, "{'execute':'qmp_capabilities'}");
-        let refused = &told(&mut session, "{'execute':'x-blockdev-amend'}")[0]["error"];
+        let refused = &told(&mut session, "{'execute':'blockdev-snapshot-internal-sync'}")[0]["error"];
         assert_eq!(refused["class"], "CommandNotFound");
-        assert!(refused["desc"].as_str().unwrap().contains("x-blockdev-amend is not supported yet"));
+        assert!(
+            refused["desc"]
+                .as_str()
+                .unwrap()
+                .contains("blockdev-snapshot-internal-sync is not supported yet")
+        );
     }
 }

@@ -42,6 +42,9 @@ const PROGRESS: Form =
 /// A property of an object.
 const PROPERTY: Form = Object(&[("name", Str), ("type", Str)]);
 
+/// A device that was opened; what else QEMU tells is of kinds that are not here.
+const CHARDEV: Form = Object(&[("*pty", Str)]);
+
 const PERMISSION: Form = Word(&["consistent-read", "write", "write-unchanged", "resize"]);
 
 /// What events tell.
@@ -114,6 +117,8 @@ pub(crate) const ANSWERS: &[(&str, Form)] = &[
         ]),
     ),
     ("__infill_query-state", Any),
+    ("chardev-add", CHARDEV),
+    ("chardev-change", CHARDEV),
     ("qom-get", Any),
     ("qom-list", List(&PROPERTY)),
     ("qom-list-properties", List(&PROPERTY)),
@@ -171,6 +176,7 @@ pub(crate) const ANSWERS: &[(&str, Form)] = &[
         "query-version",
         Object(&[("qemu", Object(&[("major", Int), ("minor", Int), ("micro", Int)])), ("package", Str)]),
     ),
+    ("ringbuf-read", Str),
     (
         "x-debug-query-block-graph",
         Object(&[

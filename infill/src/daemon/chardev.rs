@@ -8,8 +8,13 @@
 use std::collections::BTreeMap;
 
 use infill_io::{Accepted, Address, Listener, connector, stdio};
-use infill_qmp::{Members, QmpError, Words, names};
+use infill_qmp::chardev::ChardevBackend;
+use infill_qmp::{Members, QmpError, SocketAddress, Words, names};
 use infill_storage::stream::Connection;
+
+use crate::size::parse_size;
+
+use super::chardevs::{Devices, Held, RINGBUF_BYTES_DEFAULT, Ring, Running, make_file};
 
 /// Something a monitor can talk over.
 pub enum Chardev {
@@ -21,13 +26,11 @@ pub enum Chardev {
     Client(Connection),
 }
 
-/// The character devices; `None` where a monitor has it.
+/// The character devices, and those that monitors are on.
 #[derive(Default)]
 pub struct Chardevs {
-    devices: BTreeMap<String, Option<Chardev>>,
+    devices: Devices,
     monitors: Vec<Chardev>,
-    /// What they are called, and where they are.
-    places: Vec<(String, String)>,
 }
 
 impl Chardevs {
@@ -38,10 +41,8 @@ impl Chardevs {
             let why = format!("attempt to add duplicate property '{id}' to object (type 'container')");
             return Err(QmpError::generic(why));
         }
-        let place = device.to_string();
-        let chardev = device.open().await?;
-        self.places.push((id.clone(), place));
-        self.devices.insert(id, Some(chardev));
+        let opened = Running::open(device).await?;
+        self.devices.insert(id, opened);
         Ok(())
     }
 
@@ -59,22 +60,23 @@ impl Chardevs {
         let Some(device) = self.devices.get_mut(&name) else {
             return Err(QmpError::generic(format!("chardev \"{name}\" not found")));
         };
-        let Some(device) = device.take() else {
-            return Err(QmpError::generic(format!("chardev '{name}' is already in use")));
-        };
-        self.monitors.push(device);
+        match std::mem::replace(&mut device.held, Held::Monitor) {
+            Held::Free(chardev) => self.monitors.push(chardev),
+            Held::Monitor => {
+                return Err(QmpError::generic(format!("chardev '{name}' is already in use")));
+            }
+            other => {
+                device.held = other;
+                let why = format!("nobody can talk over chardev '{name}': a monitor needs socket or stdio");
+                return Err(QmpError::generic(why));
+            }
+        }
         Ok(())
     }
 
-    /// Names of the devices that monitors are on, and where those are.
-    pub fn places(&self) -> Vec<(String, String)> {
-        let has_monitor = |(id, _): &&(String, String)| matches!(self.devices.get(id), Some(None));
-        self.places.iter().filter(has_monitor).cloned().collect()
-    }
-
-    /// The devices that monitors are on. The others are closed.
-    pub fn into_monitors(self) -> Vec<Chardev> {
-        self.monitors
+    /// The devices, and what those are that monitors are on.
+    pub fn into_parts(self) -> (Devices, Vec<Chardev>) {
+        (self.devices, self.monitors)
     }
 }
 
@@ -89,16 +91,42 @@ impl Words for Mode {
         &[("readline", Mode::Readline), ("control", Mode::Control)];
 }
 
-/// What `--chardev` describes.
+/// What `--chardev` or `chardev-add` describes.
 #[derive(Debug, PartialEq, Eq)]
-enum Device {
+pub enum Device {
+    /// Standard input and output.
     Stdio,
-    Socket { place: Place, server: bool, wait: bool },
+    /// A socket.
+    Socket {
+        /// Where.
+        place: Place,
+        /// Whether it is listened at.
+        server: bool,
+        /// Whether the first client is waited for.
+        wait: bool,
+    },
+    /// Memory, by its name or by its old one.
+    Ring {
+        /// Bytes that are kept.
+        size: i64,
+        /// The old name.
+        memory: bool,
+    },
+    /// Nothing.
+    Null,
+    /// A file.
+    File {
+        /// Where.
+        path: String,
+        /// Behind what is there.
+        append: bool,
+    },
 }
 
 /// Where a socket is.
 #[derive(Debug, PartialEq, Eq)]
-enum Place {
+pub enum Place {
+    /// There.
     Address(Address),
     /// Passed by whoever started the daemon.
     Passed(i32),
@@ -106,7 +134,14 @@ enum Place {
 
 impl std::fmt::Display for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Device::Socket { place, server, .. } = self else { return f.write_str("stdio") };
+        let (place, server) = match self {
+            Device::Socket { place, server, .. } => (place, server),
+            Device::Stdio => return f.write_str("stdio"),
+            Device::Ring { memory: false, .. } => return f.write_str("ringbuf"),
+            Device::Ring { memory: true, .. } => return f.write_str("memory"),
+            Device::Null => return f.write_str("null"),
+            Device::File { .. } => return f.write_str("file"),
+        };
         match place {
             Place::Address(Address::Unix(path)) => write!(f, "unix:{}", path.display())?,
             Place::Address(Address::Tcp { host, port }) => write!(f, "tcp:{host}:{port}")?,
@@ -134,8 +169,22 @@ impl Device {
                 Device::Stdio
             }
             "socket" => Device::read_socket(&mut options)?,
-            "null" | "file" | "pipe" | "pty" | "ringbuf" | "udp" | "memory" | "parallel" | "serial"
-            | "testdev" => {
+            "ringbuf" | "memory" => {
+                let size = options.take("size").map(|text| {
+                    let size = parse_size(&text).ok().and_then(|size| i64::try_from(size).ok());
+                    size.ok_or_else(|| QmpError::generic("Parameter 'size' expects a size"))
+                });
+                let size = size.transpose()?.unwrap_or(RINGBUF_BYTES_DEFAULT);
+                Device::Ring { size, memory: backend == "memory" }
+            }
+            "null" => Device::Null,
+            "file" => {
+                let append = options.switch("append")?.unwrap_or(false);
+                let path = options.take("path");
+                let path = path.ok_or_else(|| QmpError::generic("chardev: file: no filename given"))?;
+                Device::File { path, append }
+            }
+            "pipe" | "pty" | "udp" | "parallel" | "serial" | "mux" | "hub" => {
                 let why = format!("chardev '{backend}' is not supported: use socket or stdio");
                 return Err(QmpError::generic(why));
             }
@@ -199,24 +248,83 @@ impl Device {
         Ok(Device::Socket { place, server, wait: wait.unwrap_or(true) })
     }
 
-    async fn open(self) -> Result<Chardev, QmpError> {
-        let Device::Socket { place, server, wait } = self else { return Ok(Chardev::Stdio) };
-        let listener = match place {
-            Place::Passed(number) => inherit(number)?,
-            Place::Address(address) if server => bind_with(&address, Listener::bind_guarded)?,
-            Place::Address(address) => {
-                let connection = connector(&address).connect().await;
-                return connection.map(Chardev::Client).map_err(|error| {
-                    QmpError::generic(format!("Failed to connect to '{address}': {error}"))
-                });
-            }
-        };
-        let first = match wait {
-            true => Some(listener.accept().await.map_err(|error| QmpError::generic(error.to_string()))?),
-            false => None,
-        };
-        Ok(Chardev::Server(listener, first))
+    /// Its type, as `qom-list` tells it.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Device::Stdio => "chardev-stdio",
+            Device::Socket { .. } => "chardev-socket",
+            Device::Ring { memory: false, .. } => "chardev-ringbuf",
+            Device::Ring { memory: true, .. } => "chardev-memory",
+            Device::Null => "chardev-null",
+            Device::File { .. } => "chardev-file",
+        }
     }
+
+    /// What `chardev-add` describes.
+    pub fn of(backend: ChardevBackend) -> Result<Device, QmpError> {
+        Ok(match backend {
+            ChardevBackend::Refused(why) => return Err(QmpError::generic(why)),
+            ChardevBackend::Null => Device::Null,
+            ChardevBackend::File { out, append } => Device::File { path: out, append },
+            ChardevBackend::Ringbuf { size, memory } => {
+                Device::Ring { size: size.unwrap_or(RINGBUF_BYTES_DEFAULT), memory }
+            }
+            ChardevBackend::Socket { address, server } => {
+                let place = match address {
+                    SocketAddress::Inet { host, port } => Place::Address(Address::Tcp { host, port }),
+                    SocketAddress::Unix { path } => Place::Address(Address::Unix(path.into())),
+                    SocketAddress::Fd { number } if server => Place::Passed(number),
+                    SocketAddress::Fd { .. } => {
+                        return Err(QmpError::generic("a passed socket is only listened at: give server"));
+                    }
+                };
+                Device::Socket { place, server, wait: false }
+            }
+        })
+    }
+
+    /// Opens it. A socket whose port the kernel chooses knows it afterwards.
+    pub async fn open(&mut self) -> Result<Held, QmpError> {
+        match self {
+            Device::Stdio => Ok(Held::Free(Chardev::Stdio)),
+            Device::Ring { size, .. } => Ring::new(*size).map(Held::Ring),
+            Device::Null => Ok(Held::Idle),
+            Device::File { path, append } => make_file(path, *append).map(|()| Held::Idle),
+            Device::Socket { place, server, wait } => {
+                open_socket(place, *server, *wait).await.map(Held::Free)
+            }
+        }
+    }
+}
+
+/// What went wrong, in the system's words alone.
+fn in_short(error: &infill_base::IoError) -> String {
+    let text = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+    text.split(" (os error ").next().unwrap_or_default().to_owned()
+}
+
+async fn open_socket(place: &mut Place, server: bool, wait: bool) -> Result<Chardev, QmpError> {
+    let listener = match place {
+        Place::Passed(number) => inherit(*number)?,
+        Place::Address(address) if server => {
+            let listener = bind_with(address, Listener::bind_guarded)?;
+            if matches!(address, Address::Tcp { .. }) {
+                address.clone_from(listener.address());
+            }
+            listener
+        }
+        Place::Address(address) => {
+            let connection = connector(address).connect().await;
+            return connection.map(Chardev::Client).map_err(|error| {
+                QmpError::generic(format!("Failed to connect to '{address}': {}", in_short(&error)))
+            });
+        }
+    };
+    let first = match wait {
+        true => Some(listener.accept().await.map_err(|error| QmpError::generic(error.to_string()))?),
+        false => None,
+    };
+    Ok(Chardev::Server(listener, first))
 }
 
 /// Listens at `address`.
@@ -369,7 +477,7 @@ mod tests {
         }
         for text in [
             "socket,id=a,path=/s,tls-creds=t",
-            "null,id=a",
+            "pty,id=a",
             "socket,id=a,fd=3",
             "socket,id=a,path=/s,telnet=on",
         ] {

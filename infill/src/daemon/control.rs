@@ -18,6 +18,7 @@ use infill_qmp::{BlockdevOptions, Members, QmpError, encode};
 use infill_storage::{RangeLock, rt};
 use serde_json::{Value, json};
 
+use super::chardevs::Devices;
 use super::exports::Exported;
 use super::maps::Maps;
 use super::monitor::Monitors;
@@ -35,8 +36,8 @@ pub struct Control {
     pub(super) reactors: Vec<Reactor>,
     monitors: Monitors,
     pub(super) thresholds: Thresholds,
-    /// Character devices that monitors are on, and where those are.
-    pub(super) chardevs: RefCell<Vec<(String, String)>>,
+    /// Character devices.
+    pub(super) chardevs: RefCell<Devices>,
     /// Maps of copies that are to go on.
     pub(super) maps: Maps,
     /// What is kept for the next daemon, where that was asked for.
@@ -253,6 +254,8 @@ impl Control {
             Command::Alter(alter) => self.alter(alter).await?,
             Command::Shape(shape) => self.shape(shape).await?,
             Command::Inspect(inspect) => return self.inspect(inspect),
+            Command::Chardev(command) => return self.chardev_command(command).await,
+            Command::Experimental(command) => self.experimental(command).await?,
             Command::QueryBlockExports => return Ok(self.query_block_exports()),
             Command::QueryJobs => return Ok(self.query_jobs()),
             Command::QueryBlockJobs => return Ok(self.query_block_jobs()),

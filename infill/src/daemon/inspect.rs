@@ -10,6 +10,9 @@ use super::control::{Control, refused};
 use crate::blockdev::Access;
 use crate::object_types::{TYPES, TypeOfObject};
 
+/// Kinds of character devices.
+const CHARDEVS: [&str; 6] = ["file", "memory", "null", "ringbuf", "socket", "stdio"];
+
 /// Operations that `query-blockstats` counts of each kind. There are no zones here.
 const KINDS: [(&str, Option<RequestKind>); 5] = [
     ("rd", Some(RequestKind::Read)),
@@ -75,8 +78,8 @@ impl Control {
             Inspect::BlockStats { nodes: false } => Ok(json!([])),
             Inspect::BlockStats { nodes: true } => self.node_stats(),
             Inspect::BlockGraph => Ok(self.block_graph()),
-            Inspect::Chardevs => Ok(self.chardevs()),
-            Inspect::ChardevBackends => Ok(json!([{ "name": "socket" }, { "name": "stdio" }])),
+            Inspect::Chardevs => Ok(self.query_chardev()),
+            Inspect::ChardevBackends => Ok(CHARDEVS.iter().map(|name| json!({ "name": name })).collect()),
             Inspect::QomList { path } => self.qom_list(&path),
             Inspect::QomGet { path, property } => self.qom_get(&path, &property),
             Inspect::QomSet { path, property, value } => self.qom_set(&path, &property, value),
@@ -179,11 +182,6 @@ impl Control {
         }
     }
 
-    fn chardevs(&self) -> Value {
-        let told = |(label, filename): &(String, String)| json!({ "label": label, "filename": filename, "frontend-open": true });
-        self.chardevs.borrow().iter().map(told).collect()
-    }
-
     fn find_object(&self, path: &str) -> Result<Found, QmpError> {
         let child = |kind: &str| format!("child<{kind}>");
         let objects = self.blockdevs().objects().list();
@@ -196,9 +194,7 @@ impl Control {
             }
             "/chardevs" => {
                 let chardevs = self.chardevs.borrow();
-                let socket = |filename: &str| !filename.starts_with("stdio");
-                let kind = |filename: &str| if socket(filename) { "chardev-socket" } else { "chardev-stdio" };
-                let told = chardevs.iter().map(|(label, name)| (label.clone(), child(kind(name))));
+                let told = chardevs.iter().map(|(label, device)| (label.clone(), child(device.kind)));
                 Found::Container(told.collect())
             }
             path => {

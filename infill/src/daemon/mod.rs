@@ -24,12 +24,14 @@ mod alter;
 mod backup;
 mod bitmaps;
 mod chardev;
+mod chardevs;
 mod cmdline;
 mod control;
 mod copy;
 mod create;
 mod detach;
 mod drive;
+mod experimental;
 mod exports;
 mod inspect;
 mod jobs;
@@ -238,8 +240,9 @@ async fn option(
 fn serve(control: &Rc<Control>, chardevs: Chardevs) {
     control.open_for_clients();
     rt::spawn(control.clone().tell_events());
-    *control.chardevs.borrow_mut() = chardevs.places();
-    for monitor in chardevs.into_monitors() {
+    let (devices, monitors) = chardevs.into_parts();
+    *control.chardevs.borrow_mut() = devices;
+    for monitor in monitors {
         rt::spawn(monitor::serve(control.clone(), monitor));
     }
 }
