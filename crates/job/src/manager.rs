@@ -235,7 +235,7 @@ impl Jobs {
     /// last changes already ends as it ends.
     pub async fn suspend(&self) {
         for job in self.list() {
-            if job.kind() == JobType::Backup {
+            if job.kind() == JobType::Backup && job.kept().map.is_none() {
                 // The moment that it copies does not outlive the process.
                 let _over = job.cancel();
                 let _outcome = job.wait().await;

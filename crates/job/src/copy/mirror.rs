@@ -123,8 +123,9 @@ pub fn start(jobs: &Jobs, job: JobOptions, options: MirrorOptions) -> Result<Job
     if target.len() != source.len() {
         return Err(JobError::generic("Source and target image have different sizes"));
     }
+    let goes_on = kept.as_ref().is_some_and(|kept| kept.map().is_found());
     match (sync, &bitmap) {
-        (MirrorSync::Bitmap, None) => return Err(JobError::generic("a bitmap is needed")),
+        (MirrorSync::Bitmap, None) if !goes_on => return Err(JobError::generic("a bitmap is needed")),
         (_, Some(BackupBitmap { mode: BitmapMode::Always, .. })) => {
             return Err(JobError::generic("a mirror that fails does not say what it has copied"));
         }
