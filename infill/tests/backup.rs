@@ -6,7 +6,7 @@ mod qmp;
 
 use std::path::{Path, PathBuf};
 
-use common::{run, text};
+use common::{run, text, wait_until};
 use qmp::{Daemon, Program, Qmp};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -415,7 +415,7 @@ fn of_a_disk_as_it_was_only_what_a_bitmap_marks_is_read() {
 }
 
 #[test]
-fn after_a_restart_the_guest_has_its_disk_and_a_disk_as_it_was_is_lost_rather_than_another() {
+fn after_a_restart_the_guest_has_its_disk_a_backup_goes_on_and_a_filters_disk_as_it_was_is_lost() {
     let dir = tempfile::tempdir().unwrap();
     let state = dir.path().join("state");
     let server = format!("addr.type=unix,addr.path={}", text(&dir.path().join("nbd.sock")));
@@ -451,8 +451,12 @@ fn after_a_restart_the_guest_has_its_disk_and_a_disk_as_it_was_is_lost_rather_th
     let (daemon, mut qmp) = start(&[]);
     run("qemu-io", &["-f", "raw", "-c", "read -P 1 0 64k", "-c", "write -P 2 0 64k", &uri("d")]);
     common::fails("qemu-io", &["-r", "-f", "raw", "-c", "read 0 64k", &uri("was")]);
-    assert_eq!(qmp.run("query-jobs", json!({})), json!([]));
+    assert_eq!(qmp.run("query-jobs", json!({}))[0]["status"], json!("running"));
+    qmp.run("job-cancel", json!({"id": "j"}));
+    wait_until("the backup is over", || qmp.run("query-jobs", json!({})) == json!([]));
     daemon.quit(&mut qmp);
+    // What the guest has overwritten since was kept.
+    run("qemu-io", &["-f", "qcow2", "-c", "read -P 1 0 64k", text(&dir.path().join("t"))]);
 }
 
 #[test]

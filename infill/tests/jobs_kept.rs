@@ -27,17 +27,34 @@ const TWICE_BYTES_MAX: u64 = 1 << 20;
 enum Kind {
     Mirror(&'static str),
     Commit,
+    DriveMirror,
+    Backup,
+    DriveBackup,
 }
 
-const KINDS: [Kind; 3] = [Kind::Mirror("background"), Kind::Mirror("write-blocking"), Kind::Commit];
+const KINDS: [Kind; 6] = [
+    Kind::Mirror("background"),
+    Kind::Mirror("write-blocking"),
+    Kind::Commit,
+    Kind::DriveMirror,
+    Kind::Backup,
+    Kind::DriveBackup,
+];
 
 impl Kind {
     /// The node that is copied to.
     fn target(self) -> &'static str {
-        match self {
-            Kind::Mirror(_) => "copy",
-            Kind::Commit => "base",
-        }
+        if self == Kind::Commit { "base" } else { "copy" }
+    }
+
+    /// Whether the disk as it was is copied.
+    fn is_of_the_past(self) -> bool {
+        matches!(self, Kind::Backup | Kind::DriveBackup)
+    }
+
+    /// Whether the target is made on the way.
+    fn makes_target(self) -> bool {
+        matches!(self, Kind::DriveMirror | Kind::DriveBackup)
     }
 }
 
@@ -58,14 +75,15 @@ impl Place {
         let size = DISK_BYTES.to_string();
         let disk: Vec<u8> = (0..BLOCKS).flat_map(|block| content(block, 0)).collect();
         std::fs::write(path("first"), disk).unwrap();
-        run("qemu-img", &["create", "-q", "-f", format, &path(kind.target()), &size]);
-        match kind {
-            Kind::Mirror(_) => run("qemu-img", &["create", "-q", "-f", "qcow2", &path("top"), &size]),
-            Kind::Commit => {
-                let base = path("base");
-                run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &base, "-F", format, &path("top")])
-            }
-        };
+        if !kind.makes_target() {
+            run("qemu-img", &["create", "-q", "-f", format, &path(kind.target()), &size]);
+        }
+        if kind == Kind::Commit {
+            let base = path("base");
+            run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &base, "-F", format, &path("top")]);
+        } else {
+            run("qemu-img", &["create", "-q", "-f", "qcow2", &path("top"), &size]);
+        }
         let convert = ["convert", "-n", "-f", "raw", "-O", "qcow2"];
         run("qemu-img", &[&convert[..], &[&path("first"), &path("top")]].concat());
         let journal = tempfile::tempdir_in("/dev/shm").expect("a tmpfs at /dev/shm");
@@ -84,18 +102,37 @@ impl Place {
         let path = |name: &str| self.dir.join(name);
         let file = |name: &str| json!({"driver": "file", "filename": path(name)});
         let target = kind.target();
-        qmp.run("blockdev-add", json!({"driver": self.format, "node-name": target, "file": file(target)}));
+        if !kind.makes_target() {
+            let node = json!({"driver": self.format, "node-name": target, "file": file(target)});
+            qmp.run("blockdev-add", node);
+        }
         let below = if kind == Kind::Commit { json!("base") } else { Value::Null };
         let top = json!({"driver": "qcow2", "node-name": "top", "file": file("top"), "backing": below});
         qmp.run("blockdev-add", top);
         qmp.run("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": path("nbd.sock")}}}));
         let export = json!({"type": "nbd", "id": "e", "node-name": "top", "name": "disk", "writable": true});
         qmp.run("block-export-add", export);
+        let job = |more: Value| {
+            let mut job =
+                json!({"job-id": "j", "device": "top", "target": "copy", "sync": "full", "speed": SPEED});
+            job.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            job
+        };
+        let made = json!({"target": path("copy"), "format": self.format});
+        // Nobody may be there to hear that it is over.
+        let stays = json!({"auto-dismiss": false});
         match kind {
-            Kind::Mirror(mode) => {
-                let mirror = json!({"job-id": "j", "device": "top", "target": "copy", "sync": "full",
-                                    "copy-mode": mode, "speed": SPEED});
-                qmp.run("blockdev-mirror", mirror)
+            Kind::Mirror(mode) => qmp.run("blockdev-mirror", job(json!({"copy-mode": mode}))),
+            Kind::DriveMirror => {
+                let mut mirror = job(made);
+                mirror["node-name"] = json!("copy");
+                qmp.run("drive-mirror", mirror)
+            }
+            Kind::Backup => qmp.run("blockdev-backup", job(stays)),
+            Kind::DriveBackup => {
+                let mut backup = job(made);
+                backup["auto-dismiss"] = json!(false);
+                qmp.run("drive-backup", backup)
             }
             Kind::Commit => qmp.run("block-commit", json!({"job-id": "j", "device": "top", "speed": SPEED})),
         };
@@ -113,18 +150,33 @@ fn job(qmp: &mut Qmp) -> Option<Value> {
     qmp.run("query-block-jobs", json!({})).as_array().unwrap().first().cloned()
 }
 
-fn wait_ready(qmp: &mut Qmp) {
-    qmp.run("block-job-set-speed", json!({"device": "j", "speed": 0}));
-    wait_until("the job is ready", || job(qmp).expect("it goes on")["ready"] == json!(true));
+/// Waits until all is copied, for which it gets all the speed there is.
+fn wait_copied(qmp: &mut Qmp, kind: Kind) {
+    // A backup may be over.
+    qmp.ask("block-job-set-speed", json!({"device": "j", "speed": 0}));
+    wait_until("all is copied", || {
+        let job = job(qmp).expect("it goes on");
+        assert_eq!(job.get("error"), None, "{kind:?}");
+        job["ready"] == json!(true) || job["status"] == json!("concluded")
+    });
 }
 
-/// Ends a ready job by `how`, and the daemon.
-fn end(daemon: Daemon, mut qmp: Qmp, how: &str) {
-    qmp.run(how, json!({"device": "j"}));
+/// Ends a job that has copied all by `how`, and the daemon.
+fn end(daemon: Daemon, mut qmp: Qmp, kind: Kind, how: &str) {
+    if kind.is_of_the_past() {
+        qmp.run("job-dismiss", json!({"id": "j"}));
+    } else {
+        qmp.run(how, json!({"device": "j"}));
+        let completed = qmp.wait_for("BLOCK_JOB_COMPLETED");
+        assert!(completed["data"].get("error").is_none(), "{completed}");
+    }
     wait_until("the job is over", || job(&mut qmp).is_none());
-    let completed = qmp.wait_for("BLOCK_JOB_COMPLETED");
-    assert!(completed["data"].get("error").is_none(), "{completed}");
     daemon.quit(&mut qmp);
+}
+
+/// What a copy is to hold, of a disk on which the guest has written.
+fn copied(kind: Kind, guest: Guest) -> Guest {
+    if kind.is_of_the_past() { Guest::new(0) } else { guest }
 }
 
 /// Marks the blocks of a raw copy that are as they are to be, so that whoever writes them is seen.
@@ -161,27 +213,30 @@ fn judge(path: &Path, guest: &Guest, planted: &[bool]) -> u64 {
 fn what_was_copied_before_a_kill_is_not_copied_again() {
     let mut random = Random(seed() | 1);
     let dir = tempfile::tempdir().unwrap();
-    for (nth, kind) in KINDS.into_iter().cycle().take(9).enumerate() {
+    let running = KINDS.into_iter().cycle().take(2 * KINDS.len()).map(|kind| (kind, false));
+    // A backup that has copied all is over.
+    let ready = KINDS.into_iter().filter(|kind| !kind.is_of_the_past()).map(|kind| (kind, true));
+    for (nth, (kind, is_ready)) in running.chain(ready).enumerate() {
         let place = Place::new(dir.path(), &format!("disk{nth}"), kind, "raw");
         let guest = Arc::new(Mutex::new(Guest::new(random.next())));
         let (daemon, mut qmp) = place.start();
         place.begin(&mut qmp, kind);
-        if nth >= 6 {
-            wait_ready(&mut qmp);
+        if is_ready {
+            wait_copied(&mut qmp, kind);
         }
         let mut daemon = Some(daemon);
         work(&place.dir, &place.reactors, &guest, 1 + random.below(2000), || {
             daemon.take().unwrap().process.kill();
         });
         answered_is_kept(&guest);
-        let guest = Arc::into_inner(guest).unwrap().into_inner().unwrap();
+        let guest = copied(kind, Arc::into_inner(guest).unwrap().into_inner().unwrap());
         let copy = place.dir.join(kind.target());
         let planted = plant(&copy, &guest);
-        assert_eq!(place.maps().len(), 1);
+        assert_eq!(place.maps().len(), 1, "{kind:?}");
         let (daemon, mut qmp) = place.start();
         let offset = job(&mut qmp).expect("it goes on")["offset"].as_u64().unwrap();
-        wait_ready(&mut qmp);
-        end(daemon, qmp, "block-job-cancel");
+        wait_copied(&mut qmp, kind);
+        end(daemon, qmp, kind, "block-job-cancel");
         let again = judge(&copy, &guest, &planted);
         let there = planted.iter().filter(|planted| **planted).count() as u64 * BLOCK_BYTES;
         println!("{kind:?}: {there} bytes were there, {again} were written again; it went on at {offset}");
@@ -201,7 +256,7 @@ fn nothing_is_lost_when_a_daemon_dies_again_and_again_under_a_copy() {
         place.begin(&mut qmp, kind);
         for round in 0..ROUNDS {
             if round == ROUNDS / 2 {
-                wait_ready(&mut qmp);
+                wait_copied(&mut qmp, kind);
             }
             let in_order = round % 4 == 3;
             let mut old = Some(daemon);
@@ -217,14 +272,14 @@ fn nothing_is_lost_when_a_daemon_dies_again_and_again_under_a_copy() {
             answered_is_kept(&guest);
             (daemon, qmp) = place.start();
         }
-        wait_ready(&mut qmp);
+        wait_copied(&mut qmp, kind);
         let mut old = Some((daemon, qmp));
         work(&place.dir, &place.reactors, &guest, 200, || {
             let (daemon, qmp) = old.take().unwrap();
-            end(daemon, qmp, "block-job-complete");
+            end(daemon, qmp, kind, "block-job-complete");
         });
         answered_is_kept(&guest);
-        let guest = Arc::into_inner(guest).unwrap().into_inner().unwrap();
+        let guest = copied(kind, Arc::into_inner(guest).unwrap().into_inner().unwrap());
         let (copy, raw) = (place.dir.join(kind.target()), place.dir.join("raw"));
         run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", text(&copy), text(&raw)]);
         judge(&raw, &guest, &vec![false; BLOCKS as usize]);
@@ -253,29 +308,240 @@ const DAMAGES: [(&str, Damage); 4] = [
     }),
 ];
 
+/// Has a copy that is ready die under a guest, and gives what its target is to hold and which blocks are marked there.
+fn die_ready(place: &Place, kind: Kind, random: &mut Random) -> (Guest, Vec<bool>) {
+    let guest = Arc::new(Mutex::new(Guest::new(random.next())));
+    let (daemon, mut qmp) = place.start();
+    place.begin(&mut qmp, kind);
+    if !kind.is_of_the_past() {
+        wait_copied(&mut qmp, kind);
+    }
+    let mut daemon = Some(daemon);
+    work(&place.dir, &place.reactors, &guest, 200, || daemon.take().unwrap().process.kill());
+    answered_is_kept(&guest);
+    let guest = copied(kind, Arc::into_inner(guest).unwrap().into_inner().unwrap());
+    let planted = plant(&place.dir.join(kind.target()), &guest);
+    (guest, planted)
+}
+
 #[test]
 fn without_its_map_everything_is_copied_again() {
     let mut random = Random(seed() | 1);
     let dir = tempfile::tempdir().unwrap();
     for (nth, (what, damage)) in DAMAGES.into_iter().enumerate() {
-        let kind = KINDS[nth % 3];
+        let kind = KINDS[nth % 4];
         let place = Place::new(dir.path(), &format!("disk{nth}"), kind, "raw");
-        let guest = Arc::new(Mutex::new(Guest::new(random.next())));
-        let (daemon, mut qmp) = place.start();
-        place.begin(&mut qmp, kind);
-        wait_ready(&mut qmp);
-        let mut daemon = Some(daemon);
-        work(&place.dir, &place.reactors, &guest, 200, || daemon.take().unwrap().process.kill());
-        answered_is_kept(&guest);
-        let guest = Arc::into_inner(guest).unwrap().into_inner().unwrap();
-        let copy = place.dir.join(kind.target());
-        let planted = plant(&copy, &guest);
+        let (guest, planted) = die_ready(&place, kind, &mut random);
         place.maps().iter().for_each(|map| damage(map));
         let (daemon, mut qmp) = place.start();
-        wait_ready(&mut qmp);
-        end(daemon, qmp, "block-job-cancel");
-        let again = judge(&copy, &guest, &planted);
+        wait_copied(&mut qmp, kind);
+        end(daemon, qmp, kind, "block-job-cancel");
+        let again = judge(&place.dir.join(kind.target()), &guest, &planted);
         let there = planted.iter().filter(|planted| **planted).count() as u64 * BLOCK_BYTES;
         assert_eq!(again, there, "{what}: all is copied again");
+    }
+}
+
+/// A backup that was lost is told, and stays told until it is dismissed.
+fn is_told_to_be_lost(place: &Place, what: &str) {
+    for _ in 0..2 {
+        let (daemon, mut qmp) = place.start();
+        wait_until("it is over", || job(&mut qmp).is_some_and(|job| job["status"] == json!("concluded")));
+        let error = job(&mut qmp).unwrap()["error"].as_str().expect("an error").to_owned();
+        assert!(error.contains("cannot be proven any more"), "{what}: {error}");
+        daemon.process.kill();
+    }
+    let (daemon, mut qmp) = place.start();
+    qmp.run("job-dismiss", json!({"id": "j"}));
+    assert_eq!(place.maps(), Vec::<PathBuf>::new(), "{what}");
+    daemon.process.kill();
+    let (daemon, mut qmp) = place.start();
+    assert_eq!(job(&mut qmp), None);
+    daemon.quit(&mut qmp);
+}
+
+#[test]
+fn a_backup_without_its_map_has_failed_and_is_no_wrong_copy() {
+    let mut random = Random(seed() | 1);
+    let dir = tempfile::tempdir().unwrap();
+    for (nth, (what, damage)) in DAMAGES.into_iter().enumerate() {
+        let kind = [Kind::Backup, Kind::DriveBackup][nth % 2];
+        let place = Place::new(dir.path(), &format!("disk{nth}"), kind, "raw");
+        die_ready(&place, kind, &mut random);
+        place.maps().iter().for_each(|map| damage(map));
+        is_told_to_be_lost(&place, what);
+    }
+}
+
+/// Writes a block of its own at the export, as the guest would.
+fn write_one(place: &Place, guest: &Mutex<Guest>, block: u64) {
+    let mut guest = guest.lock().unwrap();
+    guest.stamp += 1;
+    let stamp = guest.stamp;
+    guest.allowed[block as usize] = vec![stamp];
+    std::fs::write(place.dir.join("block"), content(block, stamp)).unwrap();
+    let uri = format!("nbd+unix:///disk?socket={}", text(&place.dir.join("nbd.sock")));
+    let write = format!("write -s {} {} 4k", text(&place.dir.join("block")), block * BLOCK_BYTES);
+    run("qemu-io", &["-f", "raw", "-c", &write, &uri]);
+}
+
+#[test]
+fn what_is_written_while_a_target_is_missing_is_not_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    for (nth, (kind, block)) in [
+        (KINDS[0], 5),
+        (Kind::Commit, 5),
+        (Kind::DriveMirror, 5),
+        (Kind::Backup, 0),
+        (Kind::Backup, BLOCKS - 5),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let place = Place::new(dir.path(), &format!("disk{nth}"), kind, "raw");
+        let guest = Mutex::new(Guest::new(1));
+        let (daemon, mut qmp) = place.start();
+        place.begin(&mut qmp, kind);
+        if kind.is_of_the_past() {
+            qmp.run("job-pause", json!({"id": "j"}));
+            // What it was is kept, whatever the job has copied itself.
+            write_one(&place, &guest, 0);
+        } else {
+            wait_copied(&mut qmp, kind);
+        }
+        daemon.process.kill();
+        let copy = place.dir.join(kind.target());
+        let (mut away, now) = (place.dir.join("away"), kind == Kind::Commit);
+        if now {
+            // The disk lies on it: nothing is missing.
+            away.clone_from(&copy);
+        } else {
+            std::fs::rename(&copy, &away).unwrap();
+        }
+        let planted = plant(&away, &copied(kind, Guest::new(1)));
+        let (daemon, mut qmp) = place.start();
+        write_one(&place, &guest, block);
+        if !now {
+            assert_eq!(job(&mut qmp).unwrap()["status"], json!("created"), "{kind:?}: it is held");
+            std::fs::rename(&away, &copy).unwrap();
+        }
+        if kind.is_of_the_past() && block != 0 {
+            // Nobody kept what it was.
+            wait_until("it is over", || job(&mut qmp).is_some_and(|job| job["status"] == json!("concluded")));
+            assert!(job(&mut qmp).unwrap()["error"].as_str().unwrap().contains("was written to"));
+            daemon.quit(&mut qmp);
+            continue;
+        }
+        wait_until("it begins", || job(&mut qmp).unwrap()["status"] != json!("created"));
+        qmp.ask("job-resume", json!({"id": "j"}));
+        wait_copied(&mut qmp, kind);
+        end(daemon, qmp, kind, "block-job-cancel");
+        let again = judge(&copy, &copied(kind, guest.into_inner().unwrap()), &planted);
+        assert!(again < TWICE_BYTES_MAX, "{kind:?}: {again} bytes were written again");
+    }
+}
+
+#[test]
+fn backups_of_one_moment_go_on_and_their_bitmap_says_no_less_than_what_was_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = Place::new(dir.path(), "disk", Kind::Backup, "qcow2");
+    let (daemon, mut qmp) = place.start();
+    place.begin(&mut qmp, Kind::Backup);
+    qmp.run("job-cancel", json!({"id": "j"}));
+    wait_until("it is over", || job(&mut qmp).is_some_and(|job| job["status"] == json!("concluded")));
+    qmp.run("job-dismiss", json!({"id": "j"}));
+    let second = place.dir.join("second");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", text(&second), &DISK_BYTES.to_string()]);
+    let node =
+        json!({"driver": "qcow2", "node-name": "second", "file": {"driver": "file", "filename": second}});
+    qmp.run("blockdev-add", node);
+    qmp.run("block-dirty-bitmap-add", json!({"node": "top", "name": "b", "persistent": true}));
+    let guest = Mutex::new(Guest::new(1));
+    for block in 10..20 {
+        write_one(&place, &guest, block);
+    }
+    let made = place.dir.join("made");
+    // One of everything, and one of what was written.
+    let backup = |command: &str, more: Value| {
+        let mut data = json!({"device": "top", "auto-dismiss": false, "speed": 64 << 10});
+        data.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!({"type": command, "data": data})
+    };
+    let incremental = backup(
+        "blockdev-backup",
+        json!({"job-id": "inc", "target": "second", "sync": "incremental", "bitmap": "b"}),
+    );
+    let actions =
+        [backup("drive-backup", json!({"job-id": "j", "target": made, "sync": "full"})), incremental];
+    qmp.run("transaction", json!({"actions": actions}));
+    let as_it_was = guest.lock().unwrap().allowed.clone();
+    for block in 15..25 {
+        write_one(&place, &guest, block);
+    }
+    daemon.process.signal("TERM");
+    let mut daemon = daemon;
+    daemon.process.wait_for_success();
+    let (daemon, mut qmp) = place.start();
+    write_one(&place, &guest, 30);
+    for id in ["j", "inc"] {
+        qmp.ask("block-job-set-speed", json!({"device": id, "speed": 0}));
+        wait_until("the backup is over", || {
+            let jobs = qmp.run("query-jobs", json!({}));
+            let job = jobs.as_array().unwrap().iter().find(|job| job["id"] == json!(id)).expect("it goes on");
+            assert_eq!(job.get("error"), None);
+            job["status"] == json!("concluded")
+        });
+        qmp.run("job-dismiss", json!({"id": id}));
+    }
+    let named = qmp.run("query-named-block-nodes", json!({"flat": true}));
+    let top = named.as_array().unwrap().iter().find(|node| node["node-name"] == json!("top")).unwrap();
+    let count = top["dirty-bitmaps"][0]["count"].as_u64().unwrap();
+    assert!(count >= 11 * 65536 / 16, "{count} bytes are marked: what was written since, and more");
+    daemon.quit(&mut qmp);
+    let mut full = Guest::new(1);
+    full.allowed = as_it_was;
+    let raw = place.dir.join("raw");
+    run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", text(&made), text(&raw)]);
+    judge(&raw, &full, &vec![false; BLOCKS as usize]);
+    run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", text(&second), text(&raw)]);
+    let increment = std::fs::read(&raw).unwrap();
+    for block in 10..20 {
+        full.check(block, &increment[(block * BLOCK_BYTES) as usize..][..BLOCK_BYTES as usize]);
+    }
+}
+
+#[test]
+fn a_mirror_of_what_is_written_from_now_on_goes_on_or_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    for is_lost in [false, true] {
+        let kind = Kind::Mirror("background");
+        let place = Place::new(dir.path(), &format!("lost-{is_lost}"), kind, "raw");
+        let (daemon, mut qmp) = place.start();
+        place.begin(&mut qmp, kind);
+        qmp.run("job-cancel", json!({"id": "j"}));
+        wait_until("it is over", || job(&mut qmp).is_none());
+        let mirror = json!({"job-id": "j", "device": "top", "target": "copy", "sync": "none"});
+        qmp.run("blockdev-mirror", mirror);
+        wait_until("it is ready", || job(&mut qmp).unwrap()["ready"] == json!(true));
+        let guest = Mutex::new(Guest::new(1));
+        // Not copied before the kill.
+        qmp.run("job-pause", json!({"id": "j"}));
+        for block in 40..50 {
+            write_one(&place, &guest, block);
+        }
+        daemon.process.kill();
+        if is_lost {
+            place.maps().iter().for_each(|map| std::fs::remove_file(map).unwrap());
+            is_told_to_be_lost(&place, "a mirror");
+            continue;
+        }
+        let (daemon, mut qmp) = place.start();
+        qmp.run("job-resume", json!({"id": "j"}));
+        wait_copied(&mut qmp, kind);
+        end(daemon, qmp, kind, "block-job-cancel");
+        let (guest, copy) = (guest.into_inner().unwrap(), std::fs::read(place.dir.join("copy")).unwrap());
+        for block in 40..50 {
+            guest.check(block, &copy[(block * BLOCK_BYTES) as usize..][..BLOCK_BYTES as usize]);
+        }
     }
 }

@@ -1,11 +1,14 @@
 //! `blockdev-backup`.
 //!
-//! A backup does not come back with the daemon's state: the moment that it copies has passed. Stopping it is cancelling it.
+//! A backup goes on after a restart where its map ([`super::maps`]) proves that the target and what is still as it was make up
+//! the disk as it was when the backup began. Where it does not, the backup has failed, and waits to be dismissed however it was
+//! to be: nobody is there yet who could be told. A bitmap that it was to renew at its end is left alone then, and says more
+//! than has changed rather than less.
 
 use std::sync::Arc;
 
 use infill_job::copy::backup::{self, BackupBitmap, BackupOptions, BackupSync, BitmapMode, Prepared};
-use infill_job::{Job, JobType};
+use infill_job::{BlockJobProgress, Job, JobEvent, JobType, KeptJob, MapName};
 use infill_node::{Bitmap, Held, NodeHandle};
 use infill_qmp::QmpError;
 use infill_qmp::backup::{self as words, BitmapSyncMode, BlockdevBackup};
@@ -13,7 +16,8 @@ use infill_qmp::backup::{self as words, BitmapSyncMode, BlockdevBackup};
 use super::control::{Control, refused};
 use super::copy::job_options;
 use super::drive::Target;
-use super::jobs::{Claims, job_refused, on_error, yield_once};
+use super::jobs::{Claims, event, job_refused, on_error, yield_once};
+use super::maps::{Copied, Kept, NO_MAP};
 use crate::blockdev::{Access, hold};
 
 /// A backup that was refused nothing, and is to be prepared while its disk is held.
@@ -23,6 +27,14 @@ pub(super) struct Checked {
     bitmap: Option<Arc<Bitmap>>,
     /// The node of a target that goes with the job.
     owned: Option<Target>,
+    /// What is kept of it.
+    kept: Option<Kept>,
+}
+
+/// A backup of the disk as it is now, which is to be started.
+pub(super) struct Ready {
+    prepared: Prepared,
+    map: Option<MapName>,
 }
 
 impl Checked {
@@ -35,22 +47,83 @@ impl Checked {
     pub(super) fn into(self, target: Target) -> Checked {
         Checked { owned: Some(target), ..self }
     }
+
+    fn copied(&self) -> Copied<'_> {
+        Copied {
+            id: &self.options.job.job_id,
+            kind: JobType::Backup,
+            source: &self.options.device,
+            target: &self.options.target,
+            node: &self.source,
+            is_written: true,
+            all: self.options.sync != words::BackupSync::Bitmap,
+        }
+    }
 }
 
 impl Control {
     /// `blockdev-backup`. Answered once the job runs.
     pub(super) async fn blockdev_backup(&self, options: BlockdevBackup) -> Result<(), QmpError> {
+        if self.is_lost(&options.job.job_id) {
+            return self.end_lost(&options.job.job_id, JobType::Backup, NO_MAP);
+        }
         self.start_one_backup(self.check_backup(options)?).await
     }
 
+    /// Has what is left to do of a backup that begins be kept for the next daemon.
+    pub(super) async fn keep_backup(&self, checked: Checked) -> Checked {
+        let kept = self.new_map(&checked.copied()).await;
+        Checked { kept, ..checked }
+    }
+
     /// Starts a backup.
-    pub(super) async fn start_one_backup(&self, checked: Checked) -> Result<(), QmpError> {
-        let device = checked.options.device.clone();
+    pub(super) async fn start_one_backup(&self, mut checked: Checked) -> Result<(), QmpError> {
+        let (id, device) = (checked.options.job.job_id.clone(), checked.options.device.clone());
+        let goes_on = match self.found_map(&checked.copied()).await {
+            Some(Ok(kept)) => {
+                checked.kept = Some(kept);
+                true
+            }
+            Some(Err(why)) => return self.end_lost(&id, JobType::Backup, &why),
+            None => {
+                checked = self.keep_backup(checked).await;
+                false
+            }
+        };
         let held = hold(&device, &checked.source).await.map_err(|error| refused(&error))?;
-        let prepared = self.prepare_backup(checked, &held)?;
+        if goes_on && !checked.kept.as_ref().is_some_and(|(kept, _)| kept.map().is_live()) {
+            return self.end_lost(&id, JobType::Backup, "its disk was written to meanwhile");
+        }
+        let ready = self.prepare_backup(checked, &held)?;
         drop(held);
-        self.start_backup(prepared)?;
+        self.start_backup(ready)?;
         yield_once().await;
+        Ok(())
+    }
+
+    /// Whether it is known already of a backup that is to go on that it cannot.
+    pub(super) fn is_lost(&self, id: &str) -> bool {
+        self.jobs().goes_on_as(id).is_some_and(|kept| kept.map.is_none())
+    }
+
+    /// A copy that was to go on cannot, and must not begin anew: it is shown as failed.
+    pub(super) fn end_lost(&self, id: &str, kind: JobType, why: &str) -> Result<(), QmpError> {
+        let what = match kind {
+            JobType::Backup => "what the disk was when the backup began",
+            _ => "what was written since the copy began",
+        };
+        let error = format!(
+            "{what} cannot be proven any more after a restart ({why}): the target is no copy of it, begin a new one"
+        );
+        tracing::error!(job = id, "{error}");
+        let kept = self.jobs().goes_on_as(id).unwrap_or_default();
+        let (len, offset, speed) = (kept.len, kept.offset, kept.speed);
+        // Whoever comes back is to see it.
+        let kept = KeptJob { auto_dismiss: false, error: Some(error.clone()), map: None, ..kept };
+        self.jobs().show_concluded(id, kind, kept).map_err(job_refused)?;
+        let progress = BlockJobProgress { kind, device: id.to_owned(), len, offset, speed };
+        let (name, data) = event(JobEvent::BlockJobCompleted { progress, error: Some(error) });
+        self.tell(name, data);
         Ok(())
     }
 
@@ -63,8 +136,11 @@ impl Control {
         };
         let source = find(&options.device)?;
         find(&options.target)?;
+        let goes_on = self.jobs().goes_on_as(&options.job.job_id).is_some();
         let bitmap = match &options.bitmap {
             None => None,
+            // What it said stands in the map.
+            Some(_) if goes_on => None,
             Some(name) => {
                 let missing = |_| QmpError::generic(format!("Bitmap '{name}' could not be found"));
                 Some(source.bitmap(name).map_err(missing)?)
@@ -91,12 +167,13 @@ impl Control {
             return Err(self.busy(&options.device));
         }
         self.not_busy(&options.target)?;
-        Ok(Checked { options, source, bitmap, owned: None })
+        Ok(Checked { options, source, bitmap, owned: None, kept: None })
     }
 
     /// Takes hold of the disk as it is now.
-    pub(super) fn prepare_backup(&self, checked: Checked, held: &Held) -> Result<Prepared, QmpError> {
-        let Checked { options, source, bitmap, owned } = checked;
+    pub(super) fn prepare_backup(&self, checked: Checked, held: &Held) -> Result<Ready, QmpError> {
+        let Checked { options, source, bitmap, owned, kept } = checked;
+        let (kept, map) = kept.unzip();
         let mut claims = Claims::new(self.blockdevs(), &options.job.job_id);
         claims.take(&options.device, Access::Reader)?;
         let target = claims.take(&options.target, Access::Writer)?;
@@ -127,14 +204,18 @@ impl Control {
             bitmap,
             on_source_error: on_error(options.on_source_error),
             on_target_error: on_error(options.on_target_error),
+            kept,
             keep: Some(Box::new((claims, owned))),
             ..BackupOptions::new(source, target)
         };
-        backup::prepare(self.jobs(), job, backup, held).map_err(job_refused)
+        let prepared = backup::prepare(self.jobs(), job, backup, held).map_err(job_refused)?;
+        Ok(Ready { prepared, map })
     }
 
     /// Starts a backup that was prepared.
-    pub(super) fn start_backup(&self, prepared: Prepared) -> Result<Job, QmpError> {
-        prepared.start(self.jobs()).map_err(job_refused)
+    pub(super) fn start_backup(&self, ready: Ready) -> Result<Job, QmpError> {
+        let job = ready.prepared.start(self.jobs()).map_err(job_refused)?;
+        job.set_map(ready.map);
+        Ok(job)
     }
 }

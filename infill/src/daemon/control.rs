@@ -193,7 +193,11 @@ impl Control {
         let kept = match &self.state {
             Some(state) => {
                 state.note_jobs(&self.jobs);
-                state.commit().await
+                let kept = state.commit().await;
+                if kept.is_ok() && state.take_maps_left() {
+                    self.forget_old_maps();
+                }
+                kept
             }
             None => Ok(()),
         };

@@ -94,7 +94,7 @@ impl Control {
         }
         self.not_busy(device)?;
         self.not_busy(target)?;
-        let bitmap = bitmap.map(|(name, mode)| self.bitmap_of_mirror(device, name, mode)).transpose()?;
+        let bitmap = bitmap.map(|(name, mode)| self.bitmap_of_mirror(device, name, mode)).transpose();
         let mut claims = Claims::new(self.blockdevs(), &options.job.job_id);
         let source = claims.take(device, Access::Reader)?;
         let copy = claims.take(target, Access::Writer)?;
@@ -109,7 +109,23 @@ impl Control {
             is_written: true,
             all: false,
         };
-        let (kept, map) = self.map_of(copied).await.unzip();
+        let found = self.found_map(&copied).await;
+        let (kept, bitmap) = match (found, bitmap) {
+            // What the bitmap said stands in the map. One that is gone, or that a kill has left inconsistent, is not cleared.
+            (Some(Ok(kept)), bitmap) => (Some(kept), bitmap.unwrap_or_default()),
+            (Some(Err(why)), Err(_)) => return self.end_lost(&id, JobType::Mirror, &why),
+            (Some(Err(why)), Ok(_)) if sync == MirrorSync::Nothing => {
+                return self.end_lost(&id, JobType::Mirror, &why);
+            }
+            (found, bitmap) => {
+                if let Some(Err(reason)) = found {
+                    tracing::warn!(job = id, reason, "everything is copied again");
+                }
+                let bitmap = bitmap?;
+                (self.new_map(&copied).await, bitmap)
+            }
+        };
+        let (kept, map) = kept.unzip();
         let mirror = MirrorOptions {
             kept,
             sync,

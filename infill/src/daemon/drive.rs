@@ -1,22 +1,25 @@
 //! `drive-mirror` and `drive-backup`: a copy into a file that is made, or taken, on the way.
 //!
 //! The file's node goes with the job, unless it has taken the disk's place: then it stays, as one that was added by name.
-//! Neither comes back with the daemon's state while it runs: what was copied is a file that its manager names again.
+//! Both come back with the daemon's state; the file is taken as it is then, and not made again ([`Control::comes_back_as`]).
 
 use std::rc::Rc;
 
 use infill_io::{FileOptions, FileStorage, Share};
+use infill_job::JobType;
 use infill_qmp::backup::BackupSync;
+use infill_qmp::command::Command;
 use infill_qmp::copy::SyncMode;
 use infill_qmp::drive::{DriveBackup, DriveMirror, NewTarget};
-use infill_qmp::shape::NewImageMode;
+use infill_qmp::shape::{NewImageMode, Shape};
 use infill_qmp::{BlockdevOptions, Members, QmpError};
 use infill_storage::{RangeGuard, StorageHandle, rt};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::backup::Checked;
 use super::control::{Control, refused};
 use super::create::make_file;
+use super::maps::NO_MAP;
 use super::overlay::{could_not_open, description, empty_image, path_of};
 use crate::blockdev::{Blockdevs, FormatKind, NodeFacts, probe_storage};
 
@@ -80,6 +83,34 @@ impl Control {
         Ok(facts)
     }
 
+    /// The format of a file that is made for a copy of `device`, where nobody says it.
+    fn format_of_copy(&self, device: &str) -> FormatKind {
+        match self.format_of(device).as_deref() {
+            Some("qcow2") => FormatKind::Qcow2,
+            Some("qed") => FormatKind::Qed,
+            _ => FormatKind::Raw,
+        }
+    }
+
+    /// The arguments with which a command that makes a file comes back when the file is there; `None`: as it was given.
+    pub(super) fn comes_back_as(
+        &self,
+        command: &Command,
+        given: &Map<String, Value>,
+    ) -> Option<Map<String, Value>> {
+        let (device, target) = match command {
+            Command::Shape(Shape::DriveMirror(drive)) => (&drive.mirror.device, &drive.target),
+            Command::Shape(Shape::DriveBackup(drive)) => (&drive.backup.device, &drive.target),
+            _ => return None,
+        };
+        let mut now = given.clone();
+        if target.format.is_none() && target.mode == NewImageMode::AbsolutePaths {
+            now.insert("format".into(), json!(self.format_of_copy(device).as_str()));
+        }
+        now.insert("mode".into(), json!("existing"));
+        Some(now)
+    }
+
     /// Makes (or takes) the file of a copy of `device` and opens it, on the node `over` if `opened_on_it`, which the header of
     /// a new image names. `graph`: the caller changes the graph already.
     async fn make_target(
@@ -105,11 +136,7 @@ impl Control {
                 name => return Err(QmpError::generic(format!("Unknown file format '{name}'"))),
             },
             (None, NewImageMode::Existing) => format_of_file(&file.0).await?,
-            (None, NewImageMode::AbsolutePaths) => match self.format_of(device).as_deref() {
-                Some("qcow2") => FormatKind::Qcow2,
-                Some("qed") => FormatKind::Qed,
-                _ => FormatKind::Raw,
-            },
+            (None, NewImageMode::AbsolutePaths) => self.format_of_copy(device),
         };
         if over.is_some() && format == FormatKind::Raw {
             return Err(QmpError::generic("Backing file not supported for file format 'raw'"));
@@ -172,6 +199,10 @@ impl Control {
 
     /// `drive-backup`. Answered once the job runs.
     pub(super) async fn drive_backup(self: &Rc<Self>, drive: DriveBackup) -> Result<(), QmpError> {
+        let id = &drive.backup.job.job_id;
+        if self.is_lost(id) {
+            return self.end_lost(id, JobType::Backup, NO_MAP);
+        }
         let checked = self.check_drive_backup(drive, None).await?;
         self.start_one_backup(checked).await
     }

@@ -23,6 +23,9 @@ use infill_storage::rt;
 use super::control::Control;
 use crate::blockdev::{hash, identity_of};
 
+/// Why a job that has no map in its record cannot go on.
+pub(super) const NO_MAP: &str = "there is no map of what was copied";
+
 /// A map that is kept true until its job begins again.
 struct Guarded {
     map: Arc<KeptMap>,
@@ -118,12 +121,20 @@ impl Control {
         let before = self.jobs().goes_on_as(copy.id)?;
         Some(match before.map {
             Some(name) => self.map_that_goes_on(copy, name).await,
-            None => Err("no map of it was kept".into()),
+            None => Err(NO_MAP.into()),
         })
+    }
+
+    /// The job of that id does not go on.
+    pub(super) fn drop_map(&self, id: &str) {
+        if let Some(guarded) = self.maps.0.borrow_mut().remove(id) {
+            guarded.map.remove();
+        }
     }
 
     /// A new map for a copy that begins.
     pub(super) async fn new_map(&self, copy: &Copied<'_>) -> Option<Kept> {
+        self.drop_map(copy.id);
         let name = self.map_name(copy, RandomState::new().build_hasher().finish())?;
         let begun = match self.map_memory(copy.id, &name) {
             Ok((memory, owner)) => {

@@ -9,14 +9,13 @@
 
 use std::collections::BTreeMap;
 
-use infill_job::copy::backup::Prepared;
 use infill_job::{Group, Job};
 use infill_node::{BitmapUse, Held};
 use infill_qmp::transaction::{Transaction, TransactionAction};
 use infill_qmp::{BitmapCommand, QmpError};
 use infill_storage::RangeGuard;
 
-use super::backup::Checked;
+use super::backup::{Checked, Ready};
 use super::bitmaps::Undo;
 use super::control::{Control, refused};
 use super::jobs::yield_once;
@@ -41,7 +40,7 @@ enum Back {
 struct Done {
     back: Vec<Back>,
     removals: Vec<(infill_node::NodeHandle, BitmapUse)>,
-    backups: Vec<Prepared>,
+    backups: Vec<Ready>,
 }
 
 /// The nodes that actions name.
@@ -89,9 +88,13 @@ impl Control {
             ready.push(match action {
                 TransactionAction::Abort => Action::Abort,
                 TransactionAction::Bitmap(command) => Action::Bitmap(command),
-                TransactionAction::Backup(backup) => Action::Backup(Box::new(self.check_backup(*backup)?)),
+                TransactionAction::Backup(backup) => {
+                    let checked = self.check_backup(*backup)?;
+                    Action::Backup(Box::new(self.keep_backup(checked).await))
+                }
                 TransactionAction::DriveBackup(drive) => {
-                    Action::Backup(Box::new(self.check_drive_backup(*drive, Some(graph)).await?))
+                    let checked = self.check_drive_backup(*drive, Some(graph)).await?;
+                    Action::Backup(Box::new(self.keep_backup(checked).await))
                 }
                 TransactionAction::Snapshot { node, overlay } => Action::Snapshot { node, overlay },
                 TransactionAction::SnapshotSync(sync) => {
@@ -221,7 +224,7 @@ impl Control {
         }
     }
 
-    fn start_all(&self, backups: Vec<Prepared>, grouped: bool) -> Result<(), QmpError> {
+    fn start_all(&self, backups: Vec<Ready>, grouped: bool) -> Result<(), QmpError> {
         let group = Group::new();
         let mut started: Vec<Job> = Vec::new();
         for prepared in backups {

@@ -2,12 +2,12 @@
 
 use std::rc::Rc;
 
-use infill_job::{JobStatus, KeptJob};
+use infill_job::{JobStatus, JobType, KeptJob};
 use infill_qmp::command::{Command, JobCommand};
 use infill_qmp::{Members, QmpError};
 use serde_json::{Map, Value, json};
 
-use super::record::{JobRecord, Key, Kind, Record, makes, read_command, takes};
+use super::record::{JobRecord, Key, Kind, Record, made_together, makes, read_command, takes};
 use super::{Entry, State};
 use crate::daemon::control::Control;
 
@@ -91,11 +91,28 @@ impl Control {
         if made.is_some() {
             object.values().try_for_each(|value| check_names(self, value))?;
         }
+        let together = match &command {
+            Command::Transaction(_) => made_together(&object),
+            _ => Vec::new(),
+        };
+        let mut backups = Vec::new();
+        for (key, command, given) in together {
+            given.values().try_for_each(|value| check_names(self, value))?;
+            let read = read_command(&command, Members::of_json(given.clone()))?;
+            let now = self.comes_back_as(&read, &given);
+            backups.push((key, command, given, now));
+        }
+        let now = self.comes_back_as(&command, &object);
         let value = self.carry_out(command).await?;
+        let kept = |id: &str| self.jobs().get(id).map(|job| job.kept()).unwrap_or_default();
+        let job_of = |kind, key: &Key| JobRecord { kind, kept: kept(&key.name), done: false };
         if let Some((key, kind)) = made {
-            let kept = |id: &str| self.jobs().get(id).map(|job| job.kept()).unwrap_or_default();
-            let job = kind.map(|kind| JobRecord { kind, kept: kept(&key.name), done: false });
-            state.keep(Record { command: name.into(), given: object, strings, now: None, job, key });
+            let job = kind.map(|kind| job_of(kind, &key));
+            state.keep(Record { command: name.into(), given: object, strings, now, job, key });
+        }
+        for (key, command, given, now) in backups {
+            let job = Some(job_of(JobType::Backup, &key));
+            state.keep(Record { command, given, strings: false, now, job, key });
         }
         if let Some(key) = taken {
             state.forget(&key);
@@ -118,6 +135,7 @@ impl Control {
                     .map_err(|why| QmpError::generic(why.unwrap_or_else(|| refused_verb(id, *command))))?;
                 if matches!(command, JobCommand::Cancel { .. }) {
                     state.forget(key);
+                    self.drop_map(id);
                     let gone = JobStatus::Null.as_str();
                     self.tell("JOB_STATUS_CHANGE", json!({ "status": gone, "id": id }));
                 }

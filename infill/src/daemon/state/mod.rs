@@ -17,14 +17,14 @@ mod record;
 mod restore;
 mod store;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
 use event_listener::Event as Signal;
-use infill_job::{JobType, Jobs, MapName};
+use infill_job::{JobStatus, JobType, Jobs, MapName};
 use infill_storage::{RangeLock, rt};
 use serde_json::{Map, Value, json};
 
@@ -49,6 +49,8 @@ pub struct State {
     dirty: RefCell<BTreeSet<u64>>,
     /// Jobs that may have changed.
     touched: RefCell<BTreeSet<String>>,
+    /// Whether the map of a job that is over may be left.
+    maps_left: Cell<bool>,
     committing: RangeLock,
     /// One held entry is changed at a time.
     restoring: RangeLock,
@@ -84,6 +86,7 @@ impl State {
             entries: RefCell::new(entries),
             dirty: RefCell::default(),
             touched: RefCell::default(),
+            maps_left: Cell::default(),
             committing: RangeLock::new(),
             restoring: RangeLock::new(),
             changed: Signal::new(),
@@ -137,10 +140,11 @@ impl State {
         self.dir.clone()
     }
 
-    /// The ids of all jobs that are kept.
+    /// The ids of all jobs that are kept and not over.
     pub fn job_names(&self) -> Vec<String> {
         let entries = self.entries.borrow();
-        let jobs = entries.values().filter(|entry| entry.record.job.is_some());
+        let goes_on = |entry: &&Entry| entry.record.job.as_ref().is_some_and(|job| !job.is_over());
+        let jobs = entries.values().filter(goes_on);
         jobs.map(|entry| entry.record.key.name.clone()).collect()
     }
 
@@ -174,12 +178,20 @@ impl State {
     pub fn note_jobs(&self, jobs: &Jobs) {
         for id in std::mem::take(&mut *self.touched.borrow_mut()) {
             let Some(at) = self.find(&Key::new(Kind::Job, &id)) else { continue };
-            let Ok(job) = jobs.get(&id) else {
-                self.forget_at(at);
-                continue;
-            };
-            self.note_job(at, &job.kept());
+            let job = jobs.get(&id).ok();
+            if job.as_ref().is_none_or(|job| job.status() == JobStatus::Concluded) {
+                self.maps_left.set(true);
+            }
+            match job {
+                Some(job) => self.note_job(at, &job.kept()),
+                None => self.forget_at(at),
+            }
         }
+    }
+
+    /// Whether a job was over since the last call, so that its map may be left.
+    pub fn take_maps_left(&self) -> bool {
+        self.maps_left.take()
     }
 
     fn note_job(&self, at: u64, now: &infill_job::KeptJob) {

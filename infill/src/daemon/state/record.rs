@@ -2,6 +2,7 @@
 
 use infill_job::{JobType, KeptJob};
 use infill_qmp::command::Command;
+use infill_qmp::shape::Shape;
 use infill_qmp::{Members, NbdServerOptions, QmpError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -127,6 +128,9 @@ impl Record {
 /// How records name the option `--nbd-server`: its address is written otherwise than that of `nbd-server-start`.
 pub const SERVER_OPTION: &str = "--nbd-server";
 
+/// The commands whose jobs a transaction may start.
+const BACKUPS: [&str; 2] = ["blockdev-backup", "drive-backup"];
+
 /// The command of that name, or of that option.
 pub fn read_command(name: &str, arguments: Members) -> Result<Command, QmpError> {
     match name {
@@ -148,9 +152,27 @@ pub fn makes(command: &Command) -> Option<(Key, Option<JobType>)> {
         Command::BlockStream(stream) => (Kind::Job, stream.job_id.as_str(), Some(JobType::Stream)),
         Command::BlockCommit(commit) => (Kind::Job, commit.job.job_id.as_str(), Some(JobType::Commit)),
         Command::BlockdevMirror(mirror) => (Kind::Job, mirror.job.job_id.as_str(), Some(JobType::Mirror)),
+        Command::BlockdevBackup(backup) => (Kind::Job, backup.job.job_id.as_str(), Some(JobType::Backup)),
+        Command::Shape(Shape::DriveMirror(drive)) => {
+            (Kind::Job, drive.mirror.job.job_id.as_str(), Some(JobType::Mirror))
+        }
+        Command::Shape(Shape::DriveBackup(drive)) => {
+            (Kind::Job, drive.backup.job.job_id.as_str(), Some(JobType::Backup))
+        }
         _ => return None,
     };
     Some((Key::new(kind, name), job))
+}
+
+/// The commands, with their arguments, that make alone what the transaction of these arguments makes and is to come back.
+pub fn made_together(given: &Map<String, Value>) -> Vec<(Key, String, Map<String, Value>)> {
+    let backup = |action: &Value| {
+        let (name, data) = (action.get("type")?.as_str()?, action.get("data")?.as_object()?);
+        let id = data.get("job-id")?.as_str()?;
+        BACKUPS.contains(&name).then(|| (Key::new(Kind::Job, id), name.to_owned(), data.clone()))
+    };
+    let actions = given.get("actions").and_then(Value::as_array);
+    actions.into_iter().flatten().filter_map(backup).collect()
 }
 
 /// What `command` takes away. (Jobs go by themselves, and with the NBD server its exports go.)

@@ -42,6 +42,7 @@ impl Control {
     pub async fn restore(self: &Rc<Self>) {
         let Some(state) = &self.state else { return };
         if state.held_entries().is_empty() {
+            self.forget_old_maps();
             return;
         }
         let restoring = rt::detached(self.clone().keep_restoring());
