@@ -19,8 +19,8 @@ use peers::{Programs, run};
 use syncs::Syncs;
 use table::Table;
 
-const USAGE: &str = "usage: infill-benches-compare [--rows 1,2,3,3s,4,4s,5,6,6b,8,11,qed,qeds] [--pairs N] \
-                     [--infill PROGRAM] [--dir FOLDER] [--markdown FILE]";
+const USAGE: &str = "usage: infill-benches-compare [--rows 1,2,3,3s,4,4s,5,6,6b,8,9,11,qed,qeds,mirror,disks,qmp] [--pairs N] \
+                     [--part N] [--infill PROGRAM] [--dir FOLDER] [--markdown FILE]";
 
 /// What the user asked for.
 pub struct Setup {
@@ -29,6 +29,8 @@ pub struct Setup {
     pub dir: PathBuf,
     /// How often each pair is measured; the median counts.
     pub pairs: usize,
+    /// Rows that can be smaller are, so many times: to try them out.
+    pub part: u64,
     pub syncs: Syncs,
 }
 
@@ -36,13 +38,14 @@ fn main() -> Result<()> {
     slow::enter_namespaces();
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
     let mut infill = root.join("target/release/infill");
-    let (mut rows, mut pairs, mut dir, mut markdown) = (None, 3, std::env::temp_dir(), None);
+    let (mut rows, mut pairs, mut part, mut dir, mut markdown) = (None, 3, 1, std::env::temp_dir(), None);
     let mut args = std::env::args().skip(1);
     while let Some(option) = args.next() {
         let value = args.next().context(USAGE)?;
         match option.as_str() {
             "--rows" => rows = Some(value.split(',').map(str::to_owned).collect::<Vec<_>>()),
             "--pairs" => pairs = value.parse().context("--pairs takes a number")?,
+            "--part" => part = value.parse().context("--part takes a number")?,
             "--infill" => infill = value.into(),
             "--dir" => dir = value.into(),
             "--markdown" => markdown = Some(PathBuf::from(value)),
@@ -50,11 +53,12 @@ fn main() -> Result<()> {
         }
     }
     ensure!(pairs > 0, "--pairs must be at least 1");
+    ensure!((1..=100).contains(&part), "--part must be from 1 to 100");
     ensure!(infill.exists(), "{} is not there: run `cargo build --release` first", infill.display());
     let temporary = tempfile::Builder::new().prefix("infill-bench").tempdir_in(dir)?;
     let programs = Programs { infill };
     let dir = temporary.path().to_owned();
-    let setup = Setup { programs, syncs: Syncs::new(&dir), dir, pairs };
+    let setup = Setup { programs, syncs: Syncs::new(&dir), dir, pairs, part };
     let mut table = Table::default();
     for (name, row) in rows::ALL {
         if rows.as_ref().is_none_or(|wanted| wanted.iter().any(|other| other == name)) {

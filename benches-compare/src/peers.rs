@@ -1,6 +1,6 @@
 //! The programs that are compared, as processes that end with their guard, and the two protocols spoken to them.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -33,8 +33,17 @@ impl Process {
 
     /// The most memory that was resident, in MiB.
     pub fn peak_resident_mib(&self) -> Result<f64> {
+        self.status_mib("VmHWM:")
+    }
+
+    /// The memory that is resident, in MiB.
+    pub fn resident_mib(&self) -> Result<f64> {
+        self.status_mib("VmRSS:")
+    }
+
+    fn status_mib(&self, key: &str) -> Result<f64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
-        let line = status.lines().find(|line| line.starts_with("VmHWM:")).context("no VmHWM")?;
+        let line = status.lines().find(|line| line.starts_with(key)).with_context(|| format!("no {key}"))?;
         let kib: f64 = line.split_whitespace().nth(1).context("no figure")?.parse()?;
         Ok(kib / 1024.0)
     }
@@ -196,6 +205,30 @@ impl Qmp {
                 return Ok(message);
             }
         }
+    }
+
+    /// Waits for an event, at most so long.
+    pub fn wait_within(&mut self, event: &str, limit: Duration) -> Result<Option<Value>> {
+        let end = Instant::now() + limit;
+        let socket = self.writer.try_clone()?;
+        let found = loop {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break None;
+            }
+            socket.set_read_timeout(Some(left))?;
+            // What is in the buffer is a whole message or nothing: each is sent at once.
+            if let Err(error) = self.reader.fill_buf() {
+                ensure!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
+                break None;
+            }
+            let message = self.next()?;
+            if message["event"] == event {
+                break Some(message);
+            }
+        };
+        socket.set_read_timeout(None)?;
+        Ok(found)
     }
 
     /// Starts a stream of node `d` down to nothing.

@@ -15,7 +15,7 @@ use crate::peers::{Daemon, NbdClient, Process, Who, run};
 use crate::syncs::in_words;
 use crate::table::{Row, Table, median, percentile};
 
-const LINK_BITS: f64 = 200e6;
+pub const LINK_BITS: f64 = 200e6;
 const DISK: u64 = 256 << 30;
 const WATCH: Duration = Duration::from_secs(8);
 /// Where the guest reads: far ahead of the stream.
@@ -23,12 +23,13 @@ const READ_FROM: u64 = 16 << 30;
 const READ_APART: u64 = 1 << 20;
 
 /// Namespaces that go with this.
-struct Link {
-    names: [String; 3],
+pub struct Link {
+    /// Source, router and host.
+    pub names: [String; 3],
 }
 
 impl Link {
-    fn new() -> Result<Link> {
+    pub fn new() -> Result<Link> {
         let id = std::process::id();
         let link = Link { names: ["source", "router", "host"].map(|role| format!("infill-{role}-{id}")) };
         for name in &link.names {
@@ -58,8 +59,17 @@ impl Link {
 
     /// Bytes that have come over the link towards the host.
     fn bytes(&self) -> Result<f64> {
-        let path = "/sys/class/net/rh/statistics/tx_bytes";
-        Ok(run("ip", &["netns", "exec", &self.names[1], "cat", path])?.trim().parse()?)
+        self.sent_by("rh")
+    }
+
+    /// Bytes that have come over the link towards the source.
+    pub fn bytes_to_source(&self) -> Result<f64> {
+        self.sent_by("rs")
+    }
+
+    fn sent_by(&self, device: &str) -> Result<f64> {
+        let path = format!("/sys/class/net/{device}/statistics/tx_bytes");
+        Ok(run("ip", &["netns", "exec", &self.names[1], "cat", &path])?.trim().parse()?)
     }
 }
 

@@ -1,6 +1,9 @@
 //! The workloads, numbered as in the performance chapter of the design.
 
+mod commit;
 mod link;
+mod many;
+mod mirror;
 mod random;
 mod start;
 mod stream;
@@ -17,7 +20,7 @@ use crate::table::Table;
 type RowFn = fn(&Setup, &mut Table) -> Result<()>;
 
 /// All rows, in the order in which they run.
-pub const ALL: [(&str, RowFn); 13] = [
+pub const ALL: [(&str, RowFn); 17] = [
     ("1", random::read_deep),
     ("2", random::read_single),
     ("3", random::allocating_writes),
@@ -30,7 +33,11 @@ pub const ALL: [(&str, RowFn); 13] = [
     ("6", link::cold_reads),
     ("6b", stream::beside_flushes),
     ("8", start::chain_of_64),
+    ("9", commit::live),
     ("11", start::large_disk),
+    ("mirror", mirror::under_writes),
+    ("disks", many::idle_disks),
+    ("qmp", many::commands),
 ];
 
 /// Where the images of a row lie that are written to.

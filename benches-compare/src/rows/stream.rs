@@ -29,12 +29,12 @@ fn overlay(dir: &Path, base: &Path) -> Result<PathBuf> {
 }
 
 /// A stream of `bytes` that has ended.
-struct Streamed {
-    bytes: u64,
+pub struct Streamed {
+    pub bytes: u64,
     /// Until the target was on stable storage.
-    seconds: f64,
+    pub seconds: f64,
     /// Of the daemon, for each GiB.
-    syncs: Option<f64>,
+    pub syncs: Option<f64>,
 }
 
 /// Streams `d`, which has `bytes`.
@@ -52,17 +52,17 @@ fn stream(setup: &Setup, daemon: &mut Daemon, who: Who, target: &Path, bytes: u6
 }
 
 /// Rate and syncs in words.
-fn in_text(runs: &[Streamed]) -> String {
+pub fn in_text(runs: &[Streamed]) -> String {
     let rate = median(runs.iter().map(|run| run.bytes as f64 / 1e6 / run.seconds).collect());
     format!("{rate:.0} MB/s, {}/GiB", in_words(runs.iter().map(|run| run.syncs)))
 }
 
 /// How much longer `others` took, pair by pair.
-fn ratio_to(runs: &[Streamed], others: impl Iterator<Item = f64>) -> f64 {
+pub fn ratio_to(runs: &[Streamed], others: impl Iterator<Item = f64>) -> f64 {
     median(runs.iter().zip(others).map(|(run, other)| other / run.seconds).collect())
 }
 
-fn seconds(runs: &[Streamed]) -> impl Iterator<Item = f64> {
+pub fn seconds(runs: &[Streamed]) -> impl Iterator<Item = f64> {
     runs.iter().map(|run| run.seconds)
 }
 
@@ -71,6 +71,18 @@ fn verify(raw: &Path, overlay: &Path) -> Result<()> {
     let info: Value = serde_json::from_str(&run("qemu-img", &["info", "--output=json", text(overlay)?])?)?;
     ensure!(info.get("backing-filename").is_none(), "the overlay still has a backing file");
     run("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", text(raw)?, text(overlay)?]).map(drop)
+}
+
+/// How long a plain copy of `raw` takes until it is on stable storage, in seconds.
+pub fn raw_copy(raw: &Path, copy: &Path) -> Result<f64> {
+    let _ = std::fs::remove_file(copy);
+    run("sync", &[])?;
+    let start = Instant::now();
+    let (from, to) = (format!("if={}", raw.display()), format!("of={}", copy.display()));
+    run("dd", &[&from, &to, "bs=1M", "conv=fdatasync", "status=none"])?;
+    let seconds = start.elapsed().as_secs_f64();
+    let _ = std::fs::remove_file(copy);
+    Ok(seconds)
 }
 
 /// Row 4.
@@ -99,14 +111,8 @@ fn local_in(setup: &Setup, table: &mut Table, place: &Place<'_>) -> Result<()> {
             verify(&raw, &image)?;
             if who == Who::Infill { ours.push(took) } else { theirs.push(took) }
         }
-        let _ = std::fs::remove_file(&copy);
-        run("sync", &[])?;
-        let start = Instant::now();
-        let (from, to) = (format!("if={}", raw.display()), format!("of={}", copy.display()));
-        run("dd", &[&from, &to, "bs=1M", "conv=fdatasync", "status=none"])?;
-        plain.push(start.elapsed().as_secs_f64());
+        plain.push(raw_copy(&raw, &copy)?);
     }
-    let _ = std::fs::remove_file(&copy);
     let (ratio, plain_ratio) = (ratio_to(&ours, seconds(&theirs)), ratio_to(&ours, plain.iter().copied()));
     let plain = (LOCAL_MIB << 20) as f64 / 1e6 / median(plain);
     table.push(Row {
