@@ -1,10 +1,11 @@
 //! The command line of qemu-storage-daemon: options in the order in which they are to be carried out.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
 
+use super::config::{self, Config};
 use super::qemu_nbd::OneDisk;
 use super::sandbox::Sandbox;
 
@@ -92,6 +93,12 @@ pub enum Parsed {
     Print(String),
 }
 
+/// The file that stands for a command line.
+const CONFIG: &str = "--config";
+
+/// Options without a value.
+const SWITCHES: [&str; 2] = ["--daemonize", "--forget"];
+
 /// Options with a value that make nothing.
 const OTHERS: [&str; 7] =
     ["--pidfile", "--state", "--journal", "--sandbox", "--sandbox-path", "--metrics", "--log-format"];
@@ -101,6 +108,8 @@ const OBJECTS: &str = "List of user creatable objects:\n  iothread\n  tls-creds-
 /// Reads the arguments behind the subcommand.
 pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
     let mut command_line = CommandLine::default();
+    let mut config: Option<Config> = None;
+    let mut given = Vec::new();
     let mut arguments = arguments.into_iter();
     while let Some(argument) = arguments.next() {
         let argument = argument.into_string().map_err(|raw| anyhow!("{}: it is not UTF-8", raw.display()))?;
@@ -125,7 +134,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
             _ => {}
         }
         let kind = Kind::ALL.into_iter().find(|kind| kind.as_str() == name);
-        if kind.is_none() && !OTHERS.contains(&name) {
+        if kind.is_none() && name != CONFIG && !OTHERS.contains(&name) {
             if name.starts_with('-') {
                 bail!("unrecognized option '{name}'; `infill daemon --help` lists those that are known");
             }
@@ -143,23 +152,29 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
         match kind {
             Some(Kind::Object) if text == "help" => return Ok(Parsed::Print(OBJECTS.into())),
             Some(kind) => command_line.options.push(Opt { kind, text }),
-            None if name == "--metrics" => command_line.metrics = Some(text),
-            None if name == "--log-format" => {
-                command_line.log_json = match text.as_str() {
-                    "json" => true,
-                    "text" => false,
-                    _ => bail!("--log-format {text}: it is text or json"),
-                };
+            None if name == CONFIG => {
+                let read = config::read(Path::new(&text), &OTHERS, &SWITCHES)?;
+                command_line.options.extend(read.options.iter().cloned());
+                if config.replace(read).is_some() {
+                    bail!("{CONFIG} is given twice: one file has all");
+                }
             }
-            None if name == "--state" => command_line.state = Some(text.into()),
-            None if name == "--sandbox" => command_line.sandbox = Sandbox::read(&text)?,
-            None if name == "--sandbox-path" => command_line.sandbox_paths.push(text.into()),
-            None if name == "--journal" => command_line.journal = Some(text.into()),
-            None => command_line.pidfile = Some(text.into()),
+            None => {
+                command_line.set(name, text)?;
+                given.push(name.to_owned());
+            }
         }
         if command_line.options.len() > OPTIONS_MAX {
             bail!("more than {OPTIONS_MAX} options are given: add the rest over a monitor");
         }
+    }
+    let config = config.unwrap_or_default();
+    command_line.daemonize |= config.switches.contains(&"--daemonize");
+    command_line.forget |= config.switches.contains(&"--forget");
+    // What the command line says itself is what counts.
+    for (name, text) in config.others.into_iter().filter(|(name, _)| !given.iter().any(|given| given == name))
+    {
+        command_line.set(name, text)?;
     }
     let terminal = |option: &Opt| option.kind == Kind::Chardev && option.text.contains("stdio");
     if command_line.daemonize && command_line.options.iter().any(terminal) {
@@ -169,6 +184,28 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
         bail!("--forget is only of use with --state DIR: without it nothing is kept");
     }
     Ok(Parsed::Run(Box::new(command_line)))
+}
+
+impl CommandLine {
+    /// Sets one of [`OTHERS`].
+    fn set(&mut self, name: &str, text: String) -> Result<()> {
+        match name {
+            "--metrics" => self.metrics = Some(text),
+            "--log-format" => {
+                self.log_json = match text.as_str() {
+                    "json" => true,
+                    "text" => false,
+                    _ => bail!("--log-format {text}: it is text or json"),
+                };
+            }
+            "--state" => self.state = Some(text.into()),
+            "--sandbox" => self.sandbox = Sandbox::read(&text)?,
+            "--sandbox-path" => self.sandbox_paths.push(text.into()),
+            "--journal" => self.journal = Some(text.into()),
+            _ => self.pidfile = Some(text.into()),
+        }
+        Ok(())
+    }
 }
 
 fn version() -> String {
@@ -197,6 +234,9 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
   --chardev socket,id=<id>,path=<path>[,server=on|off][,wait=on|off]
   --chardev socket,id=<id>,host=<host>,port=<port>[,server=on|off][,wait=on|off]
   --chardev socket,id=<id>,fd=<fd>,server=on[,wait=on|off]
+  --chardev ringbuf,id=<id>[,size=<size>]
+  --chardev file,id=<id>,path=<path>[,append=on|off]
+  --chardev null,id=<id>
                          add a character device
 
   --export [type=]nbd,id=<id>,node-name=<node-name>[,name=<export-name>]
@@ -221,6 +261,11 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
                          add an object: a name for exports, or the credentials in
                          <dir> (ca-cert.pem, ca-crl.pem, server-cert.pem,
                          server-key.pem, client-cert.pem, client-key.pem)
+
+  --config <file>        options from a TOML file: keys are options without dashes,
+                         what makes something is a table ([[blockdev]], [[export]],
+                         ...) with the members of the QMP command; other options of
+                         this command line win over the file's
 
   --pidfile <path>       write the process id to a file after startup
   --daemonize            end this process when another one, in the background,

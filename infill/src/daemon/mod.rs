@@ -26,6 +26,7 @@ mod bitmaps;
 mod chardev;
 mod chardevs;
 mod cmdline;
+mod config;
 mod control;
 mod copy;
 mod create;
@@ -63,6 +64,7 @@ use futures_util::future::{Either, select};
 use infill_io::{JournalDir, Reactor, Reactors, termination};
 use infill_qmp::{Members, QmpError};
 use infill_storage::rt;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use tracing_subscriber::EnvFilter;
 
@@ -109,6 +111,7 @@ fn start_with(parsed: Parsed) -> Result<ExitCode> {
             {
                 command_line.sandbox_paths.push(journal.path().to_owned());
             }
+            open_many_files();
             // Before there are threads: those that are made later are bound as this one is.
             command_line.sandbox.enter(&command_line.sandbox_paths)?;
             let count = std::thread::available_parallelism().map_or(1, usize::from).min(REACTORS_MAX);
@@ -117,6 +120,15 @@ fn start_with(parsed: Parsed) -> Result<ExitCode> {
             reactors.block_on(move || run(*command_line, ready, journal, all))?;
             Ok(ExitCode::SUCCESS)
         }
+    }
+}
+
+/// Each disk is a file that is open, each client a socket: as many as the system lets this process have.
+fn open_many_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit of open files stays at {:?}", limit.current);
     }
 }
 
