@@ -19,7 +19,7 @@ use crate::gate::NodeGate;
 use crate::latency::{LatencyBoard, LatencyKind};
 use crate::meter::Meter;
 use crate::stats::{RequestKind, Stats};
-use crate::{BackingRef, BackingSlot, Node, NodeInfo, Populated};
+use crate::{BackingRef, BackingSlot, Node, NodeInfo, Populated, Snapshot};
 
 type Answer<'a, T> = LocalBoxFuture<'a, IoResult<T>>;
 
@@ -43,6 +43,16 @@ trait DynNode: Send + Sync {
     fn set_fence<'a>(&'a self, cx: &'a Ctx, fenced: bool) -> Answer<'a, ()>;
     fn make_empty<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
     fn forget<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, ()>;
+    fn keeps_snapshots(&self) -> bool;
+    fn snapshots(&self) -> Vec<Snapshot>;
+    fn create_snapshot<'a>(&'a self, cx: &'a Ctx, wanted: Snapshot) -> Answer<'a, Snapshot>;
+    fn delete_snapshot<'a>(
+        &'a self,
+        cx: &'a Ctx,
+        id: Option<&'a str>,
+        name: Option<&'a str>,
+    ) -> Answer<'a, Option<Snapshot>>;
+    fn apply_snapshot<'a>(&'a self, cx: &'a Ctx, which: &'a str) -> Answer<'a, Option<Snapshot>>;
     fn check_persistent(&self, node: &str, name: &str, granularity: u64) -> IoResult<()>;
     fn outdate_bitmaps<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
     fn store_bitmaps<'a>(&'a self, cx: &'a Ctx, bitmaps: Vec<Arc<Bitmap>>) -> Answer<'a, ()>;
@@ -108,6 +118,26 @@ impl<N: Node> DynNode for N {
     }
     fn forget<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, ()> {
         Box::pin(Node::forget(self, cx, at, len))
+    }
+    fn keeps_snapshots(&self) -> bool {
+        Node::keeps_snapshots(self)
+    }
+    fn snapshots(&self) -> Vec<Snapshot> {
+        Node::snapshots(self)
+    }
+    fn create_snapshot<'a>(&'a self, cx: &'a Ctx, wanted: Snapshot) -> Answer<'a, Snapshot> {
+        Box::pin(Node::create_snapshot(self, cx, wanted))
+    }
+    fn delete_snapshot<'a>(
+        &'a self,
+        cx: &'a Ctx,
+        id: Option<&'a str>,
+        name: Option<&'a str>,
+    ) -> Answer<'a, Option<Snapshot>> {
+        Box::pin(Node::delete_snapshot(self, cx, id, name))
+    }
+    fn apply_snapshot<'a>(&'a self, cx: &'a Ctx, which: &'a str) -> Answer<'a, Option<Snapshot>> {
+        Box::pin(Node::apply_snapshot(self, cx, which))
     }
     fn check_persistent(&self, node: &str, name: &str, granularity: u64) -> IoResult<()> {
         Node::check_persistent(self, node, name, granularity)
@@ -395,6 +425,36 @@ impl NodeHandle {
         }
         slot.raise().await;
         self.0.driver.forget(cx, at, len).await
+    }
+
+    /// See [`Node::keeps_snapshots`].
+    pub fn keeps_snapshots(&self) -> bool {
+        self.0.driver.keeps_snapshots()
+    }
+
+    /// See [`Node::snapshots`].
+    pub fn snapshots(&self) -> Vec<Snapshot> {
+        self.0.driver.snapshots()
+    }
+
+    /// See [`Node::create_snapshot`].
+    pub async fn create_snapshot(&self, cx: &Ctx, wanted: Snapshot) -> IoResult<Snapshot> {
+        self.0.driver.create_snapshot(cx, wanted).await
+    }
+
+    /// See [`Node::delete_snapshot`].
+    pub async fn delete_snapshot(
+        &self,
+        cx: &Ctx,
+        id: Option<&str>,
+        name: Option<&str>,
+    ) -> IoResult<Option<Snapshot>> {
+        self.0.driver.delete_snapshot(cx, id, name).await
+    }
+
+    /// See [`Node::apply_snapshot`].
+    pub async fn apply_snapshot(&self, cx: &Ctx, which: &str) -> IoResult<Option<Snapshot>> {
+        self.0.driver.apply_snapshot(cx, which).await
     }
 
     /// See [`Node::resize`].

@@ -31,6 +31,7 @@ mod memory;
 mod meter;
 mod preallocate;
 mod raw;
+mod snapshot;
 mod stats;
 mod storage;
 mod throttle;
@@ -58,6 +59,7 @@ pub use memory::MemoryOverlay;
 pub use meter::{BUCKET_MICROS, CLASSES, Histogram, Meter};
 pub use preallocate::PreallocateNode;
 pub use raw::RawNode;
+pub use snapshot::Snapshot;
 pub use stats::{RequestCounts, RequestKind, Stats};
 pub use storage::NodeStorage;
 pub use throttle::{ThrottleGroup, ThrottleNode};
@@ -286,6 +288,42 @@ pub trait Node: Send + Sync + 'static {
     fn forget(&self, cx: &Ctx, at: u64, len: u64) -> impl Future<Output = IoResult<()>> {
         let _ = (cx, at, len);
         async { Err(unsupported(self.info().driver, "make a range absent again")) }
+    }
+
+    /// Whether the image can keep snapshots of its disk in itself.
+    fn keeps_snapshots(&self) -> bool {
+        false
+    }
+
+    /// The snapshots that the image keeps, the oldest first.
+    fn snapshots(&self) -> Vec<Snapshot> {
+        Vec::new()
+    }
+
+    /// Makes a snapshot of the disk as it is, stable when this returns; of `wanted` the name and the times count. The caller
+    /// holds all changes.
+    fn create_snapshot(&self, cx: &Ctx, wanted: Snapshot) -> impl Future<Output = IoResult<Snapshot>> {
+        let _ = (cx, wanted);
+        async { Err(unsupported(self.info().driver, "keep snapshots")) }
+    }
+
+    /// Deletes the first snapshot that has this id and this name, where they are given. `None`: there is none. The caller holds
+    /// all changes.
+    fn delete_snapshot(
+        &self,
+        cx: &Ctx,
+        id: Option<&str>,
+        name: Option<&str>,
+    ) -> impl Future<Output = IoResult<Option<Snapshot>>> {
+        let _ = (cx, id, name);
+        async { Err(unsupported(self.info().driver, "keep snapshots")) }
+    }
+
+    /// Makes the disk what it was at the first snapshot of this id, or else of this name. `None`: there is none. Nobody uses the
+    /// disk meanwhile.
+    fn apply_snapshot(&self, cx: &Ctx, which: &str) -> impl Future<Output = IoResult<Option<Snapshot>>> {
+        let _ = (cx, which);
+        async { Err(unsupported(self.info().driver, "keep snapshots")) }
     }
 
     /// The dirty bitmaps that the image keeps, as they were found at open. Asked once, by the handle, which shows them and

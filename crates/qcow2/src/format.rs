@@ -123,6 +123,9 @@ pub(crate) struct RawSnapshot {
 }
 const _: () = assert!(size_of::<RawSnapshot>() == 40);
 
+/// Longest extra data of a snapshot, in bytes (QEMU's limit, too).
+pub(crate) const SNAPSHOT_EXTRA_BYTES_MAX: u32 = 1024;
+
 /// Limits on what an image may ask for. Where QEMU has the same limit, so that no image is accepted by one only.
 pub mod limits {
     /// Least cluster size, as a power of two of bytes.

@@ -18,6 +18,7 @@ use crate::header::{Header, Purpose, WriteGate};
 use crate::in_flight::InFlight;
 use crate::l1::L1;
 use crate::metaio;
+use crate::snapshots::Snapshots;
 use crate::writer::Writer;
 
 /// Bytes of L2 slices that are cached by default: the map of 256 GiB at clusters of 64 KiB (QEMU's limit, too).
@@ -72,6 +73,7 @@ pub(crate) struct Image {
     pub(crate) backing: BackingSlot,
     pub(crate) in_flight: InFlight,
     pub(crate) bitmaps: Bitmaps,
+    pub(crate) snapshots: Snapshots,
     /// `None`: open read-only.
     pub(crate) writer: Option<Writer>,
     /// The compressed cluster that was unpacked last: neighbours are mostly read one after another. We write none, so
@@ -118,7 +120,8 @@ impl Image {
         options.read_only = read_only;
         let bitmaps = Bitmaps::load(cx, &storage, &header, read_only).await;
         let image = Image::build(cx, &storage, header, &options, journal).await?;
-        let image = Image { bitmaps, ..image };
+        let snapshots = Snapshots::load(cx, &storage, &image.header()).await;
+        let image = Image { bitmaps, snapshots, ..image };
         if !read_only {
             image.check_bitmaps(cx).await?;
         }
@@ -159,6 +162,7 @@ impl Image {
             backing: BackingSlot::new(None),
             in_flight: InFlight::default(),
             bitmaps: Bitmaps::default(),
+            snapshots: Snapshots::default(),
             writer,
             unpacked: Mutex::new(None),
             header: Mutex::new(header),

@@ -89,6 +89,11 @@ impl L1 {
         lock(&self.dirty).insert(u64::from(index.0) * TABLE_ENTRY_BYTES / self.piece_bytes);
     }
 
+    /// Takes an entry that the file has by now.
+    pub(crate) fn adopt(&self, index: L1Index, entry: L1Entry) {
+        self.slot(index.0).store(entry.0, Ordering::Release);
+    }
+
     /// Copies of all pieces that changed; what changes from now on is for the next freeze.
     pub(crate) fn freeze(&self) -> Vec<L1Copy> {
         let pieces = std::mem::take(&mut *lock(&self.dirty));

@@ -42,6 +42,7 @@ mod populate;
 mod read;
 mod refcount;
 mod runs;
+mod snapshots;
 mod write;
 mod write_back;
 mod writer;

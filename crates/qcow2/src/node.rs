@@ -5,7 +5,7 @@
 
 use bytes::{Bytes, BytesMut};
 use infill_base::{Ctx, DiscardMode, Extents, Gather, IoResult, Limits, OpenError, WriteFlags, ZeroFlags};
-use infill_node::{BackingRef, BackingSlot, Bitmap, InfoValue, Node, NodeInfo, Populated};
+use infill_node::{BackingRef, BackingSlot, Bitmap, InfoValue, Node, NodeInfo, Populated, Snapshot};
 use infill_storage::sync::Arc;
 use infill_storage::{StorageHandle, rt};
 
@@ -130,6 +130,34 @@ impl Node for Qcow2 {
     async fn forget(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
         self.0.forget(cx, at, len).await?;
         self.0.written_through().await
+    }
+
+    fn keeps_snapshots(&self) -> bool {
+        true
+    }
+
+    fn snapshots(&self) -> Vec<Snapshot> {
+        self.0.snapshots.told()
+    }
+
+    async fn create_snapshot(&self, _cx: &Ctx, wanted: Snapshot) -> IoResult<Snapshot> {
+        let image = self.0.clone();
+        rt::detached(async move { image.create_snapshot(wanted).await }).await
+    }
+
+    async fn delete_snapshot(
+        &self,
+        _cx: &Ctx,
+        id: Option<&str>,
+        name: Option<&str>,
+    ) -> IoResult<Option<Snapshot>> {
+        let (image, id, name) = (self.0.clone(), id.map(str::to_owned), name.map(str::to_owned));
+        rt::detached(async move { image.delete_snapshot(id.as_deref(), name.as_deref()).await }).await
+    }
+
+    async fn apply_snapshot(&self, _cx: &Ctx, which: &str) -> IoResult<Option<Snapshot>> {
+        let (image, which) = (self.0.clone(), which.to_owned());
+        rt::detached(async move { image.apply_snapshot(&which).await }).await
     }
 
     fn stored_bitmaps(&self) -> Vec<Bitmap> {

@@ -66,6 +66,7 @@ impl Image {
         generation: u64,
         done: &mut Populated,
     ) -> IoResult<()> {
+        let steady = Arc::new(self.writer()?.steady.shared(0, 1).await);
         let (mut fresh, mut partial) = (Vec::new(), Vec::new());
         for share in self.shares(cx, at, &data, done).await? {
             let whole = share.lo == 0 && share.data.len() as u64 == self.geometry.cluster_bytes();
@@ -79,10 +80,13 @@ impl Image {
             partial.extend(self.populate_fresh(cx, fresh, generation, done).await?);
         }
         for share in partial {
-            let (image, cx) = (self.clone(), *cx);
+            let (image, cx, steady) = (self.clone(), *cx, steady.clone());
             // A task of its own, as any write to a place that others may write to next.
-            let part =
-                rt::detached(async move { image.populate_partial(&cx, share, generation).await }).await?;
+            let part = rt::detached(async move {
+                let _steady = steady;
+                image.populate_partial(&cx, share, generation).await
+            })
+            .await?;
             done.linked += part.linked;
             done.lost += part.lost;
             done.stale += part.stale;
@@ -316,6 +320,7 @@ impl Image {
         let geometry = &self.geometry;
         let first = geometry.guest_cluster(GuestOffset(at));
         let last = geometry.guest_cluster(GuestOffset(end - 1));
+        let _steady = self.writer()?.steady.shared(0, 1).await;
         let (slice, index, _) = self.for_change(cx, first).await?;
         let _range = self.writer()?.ranges.exclusive(first.0, last.0 + 1).await;
         let Some(_link) = self.backing.begin_link(generation) else {

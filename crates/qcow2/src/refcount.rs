@@ -228,6 +228,30 @@ impl Refcounts {
         Ok(())
     }
 
+    /// Raises the refcount of every cluster of the run by one, in the cache. Fails with `Corrupt` at one that counts as free,
+    /// with `TooLarge` at one that cannot be counted higher; those of the blocks before have been raised then.
+    pub async fn raise(&self, cx: &Ctx, run: HostRun) -> IoResult<()> {
+        self.load_table(cx).await?;
+        let per_block = self.geometry.refcounts_per_block();
+        let (mut at, end) = (run.first.0, run.clusters().end);
+        while at < end {
+            let index = at / per_block;
+            let piece = at..end.min((index + 1) * per_block);
+            self.need_block(index, HostCluster(at))?;
+            let raised = lock(&self.cache).raise(&piece);
+            match raised {
+                Some(done) => done?,
+                None => {
+                    self.load_block(cx, index).await?;
+                    self.reserve_block(cx, index).await?;
+                    continue;
+                }
+            }
+            at = piece.end;
+        }
+        Ok(())
+    }
+
     /// The refcount of a cluster, as the cache has it.
     pub async fn refcount(&self, cx: &Ctx, cluster: HostCluster) -> IoResult<u64> {
         self.load_table(cx).await?;

@@ -233,6 +233,7 @@ impl Image {
         let last = self.geometry.guest_cluster(GuestOffset(end - 1)).0;
         loop {
             let edges = self.fetch_edges(cx, at, end).await?;
+            let steady = self.writer()?.steady.shared(0, 1).await;
             let range = self.writer()?.ranges.exclusive(first, last + 1).await;
             // What was absent may be present by now, and the reverse: look again.
             let Some((plans, link)) = self.plan(cx, at, &data, &edges).await? else { continue };
@@ -243,7 +244,7 @@ impl Image {
             // it would land behind their back. So it is a task of its own that holds the range to its end.
             let (image, cx) = (self.clone(), *cx);
             return rt::detached(async move {
-                let _held = (range, link);
+                let _held = (steady, range, link);
                 image.store(&cx, plans).await
             })
             .await;

@@ -50,6 +50,11 @@ pub(crate) struct Freed {
 }
 
 impl Freed {
+    /// Its clusters.
+    pub(crate) fn run(&self) -> HostRun {
+        self.run
+    }
+
     /// A cluster of data.
     pub(crate) fn data(cluster: HostCluster, punch: bool) -> Freed {
         Freed { run: HostRun { first: cluster, count: 1, zeroed: false }, table: false, punch }

@@ -37,6 +37,9 @@ pub(crate) struct Writer {
     pub(crate) freeing: RangeLock,
     /// Bitmaps are being stored.
     pub(crate) bitmaps: RangeLock,
+    /// Held, shared, by whoever changes the map, from before it looks up a table to change; alone by a snapshot, after which
+    /// the tables are other ones. Taken before any guest range.
+    pub(crate) steady: RangeLock,
     /// The image no longer claims what we do not keep up.
     prepared: AtomicBool,
     poisoned: AtomicBool,
@@ -54,6 +57,7 @@ impl Writer {
             freed: Mutex::default(),
             freeing: RangeLock::new(),
             bitmaps: RangeLock::new(),
+            steady: RangeLock::new(),
             prepared: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
         }

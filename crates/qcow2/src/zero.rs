@@ -199,6 +199,7 @@ impl Image {
         let geometry = &self.geometry;
         let first = geometry.guest_cluster(GuestOffset(at));
         let last = geometry.guest_cluster(GuestOffset(end - 1));
+        let _steady = self.writer()?.steady.shared(0, 1).await;
         // The table and its slice before the range: what is held then is memory.
         let (slice, index, _) = self.for_change(cx, first).await?;
         let _range = self.writer()?.ranges.exclusive(first.0, last.0 + 1).await;

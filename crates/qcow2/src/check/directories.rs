@@ -7,15 +7,13 @@ use zerocopy::FromBytes;
 use super::Pass;
 use super::walk::Tables;
 use crate::bitmaps::directory::{self, Bits};
-use crate::format::RawSnapshot;
 use crate::format::limits::{BITMAP_TABLE_BYTES_MAX, L1_BYTES_MAX, SNAPSHOT_TABLE_BYTES_MAX};
+use crate::format::{RawSnapshot, SNAPSHOT_EXTRA_BYTES_MAX};
 use crate::geometry::{HostOffset, TABLE_ENTRY_BYTES};
 use crate::header::{BitmapDirectory, TableRef};
 
 /// L1 tables of all snapshots together that are read, in bytes.
 const SNAPSHOT_L1_BYTES_MAX: u64 = 4 << 30;
-/// Longest extra data of a snapshot, in bytes (QEMU's limit, too).
-const SNAPSHOT_EXTRA_BYTES_MAX: u32 = 1024;
 
 impl Pass<'_> {
     /// Counts the snapshot table and the snapshots' L1 tables, and collects their L2 tables.

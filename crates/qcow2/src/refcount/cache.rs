@@ -376,6 +376,27 @@ impl Cache {
         Some(Ok(()))
     }
 
+    /// Raises the refcount of each of the clusters, all of one block and in use, by one. `None`: the block is not here.
+    pub(super) fn raise(&mut self, clusters: &Range<u64>) -> Option<IoResult<()>> {
+        let geometry = self.geometry;
+        let (index, first) = geometry.refcount_indices(HostCluster(clusters.start));
+        let range = first..first + (clusters.end - clusters.start);
+        let block = self.ready(index)?;
+        for nth in range.clone() {
+            let now = refcount_get(&block.bytes, nth, &geometry);
+            let cluster = clusters.start + (nth - first);
+            if now == geometry.refcount_max() {
+                let why = format!("cluster {cluster} is used {now} times, and its refcount takes no more");
+                return Some(Err(IoError::new(ErrorKind::TooLarge, why)));
+            }
+            if now == 0 {
+                return Some(Err(super::damaged(format!("cluster {cluster} is in use and counts as free"))));
+            }
+        }
+        self.set(index, range, |old| old + 1);
+        Some(Ok(()))
+    }
+
     /// Looks for a free run, and counts it as used.
     pub(super) fn pick(&mut self, want: u64, search: Search, budget: &mut u32, file_len: u64) -> Pick {
         let per_block = self.geometry.refcounts_per_block();
