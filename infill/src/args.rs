@@ -29,6 +29,8 @@ pub enum Command {
     Info(InfoArgs),
     /// Look for inconsistencies in an image, and repair them.
     Check(CheckArgs),
+    /// List, make, delete or go back to the snapshots that an image keeps in itself.
+    Snapshot(SnapshotArgs),
     /// Tell where the data of a disk lies, layer by layer.
     Map(MapArgs),
     /// Serve one disk over NBD, in the foreground.
@@ -153,6 +155,35 @@ pub struct InfoArgs {
     #[arg(long)]
     pub backing_chain: bool,
     /// Open it although another process writes to it. What is told may be out of date or contradict itself.
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+}
+
+/// `infill snapshot`.
+#[derive(Debug, Args)]
+#[command(after_help = "Dates are in UTC. Exit codes: 0 done, 1 failed.")]
+pub struct SnapshotArgs {
+    /// The image: a file name or a URI.
+    pub filename: String,
+    /// How it is opened.
+    #[command(flatten)]
+    pub image: ImageArgs,
+    /// List all snapshots (what is done where nothing else is asked for).
+    #[arg(short, long, group = "act")]
+    pub list: bool,
+    /// Make a snapshot of this name.
+    #[arg(short, long, value_name = "NAME", group = "act")]
+    pub create: Option<String>,
+    /// Make the disk what it was at this snapshot: an id, or a name. What came after is lost, where no other snapshot has it.
+    #[arg(short, long, value_name = "SNAPSHOT", group = "act")]
+    pub apply: Option<String>,
+    /// Delete the first snapshot of this name.
+    #[arg(short, long, value_name = "NAME", group = "act")]
+    pub delete: Option<String>,
+    /// Say nothing but errors.
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// List although another process writes to it.
     #[arg(short = 'U', long)]
     pub force_share: bool,
 }

@@ -90,6 +90,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Create(args) => commands::create::main(args),
         Command::Info(args) => commands::info::main(args),
         Command::Check(args) => commands::check::main(args),
+        Command::Snapshot(args) => commands::snapshot::main(args),
         Command::Map(args) => commands::map::main(args),
         Command::Serve(args) => commands::serve::main(args),
         Command::Stream(args) => commands::stream::main(args),

@@ -567,3 +567,50 @@ fn a_wrong_command_line_is_refused_with_the_same_words() {
         assert_eq!(ours, theirs, "{line:?}");
     }
 }
+
+#[test]
+fn internal_snapshots_are_made_and_deleted_the_same() {
+    let take = |device: &str, name: &str| json!({"device": device, "name": name});
+    let action = |name: &str| json!({"type": "blockdev-snapshot-internal-sync", "data": take("top", name)});
+    const TAKE: &str = "blockdev-snapshot-internal-sync";
+    const DELETE: &str = "blockdev-snapshot-delete-internal-sync";
+    let node = |name: &str, driver: &str, more: Value| {
+        let mut node = json!({"driver": driver, "node-name": name});
+        node.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        Ask("blockdev-add", node)
+    };
+    let script = vec![
+        Ask("blockdev-add", named("qcow2", json!({"node-name": "top"}))),
+        node("below", "null-co", json!({})),
+        node("raw", "raw", json!({"file": "below"})),
+        node("fixed", "raw", json!({"read-only": true, "file": {"driver": "null-co"}})),
+        Ask(TAKE, take("top", "one")),
+        Ask(TAKE, take("top", "one")),
+        Ask(TAKE, take("top", "")),
+        Ask(TAKE, take("raw", "x")),
+        Ask(TAKE, take("fixed", "x")),
+        Ask(TAKE, take("below", "x")),
+        Ask(TAKE, take("nobody", "x")),
+        Ask(TAKE, json!({"device": "top"})),
+        Ask(TAKE, take("top", "two")),
+        Ask("query-named-block-nodes", json!({"flat": true})),
+        Ask(DELETE, json!({"device": "top"})),
+        Ask(DELETE, take("top", "none")),
+        Ask(DELETE, json!({"device": "top", "id": "9"})),
+        Ask(DELETE, json!({"device": "top", "id": "1", "name": "two"})),
+        Ask(DELETE, take("nobody", "one")),
+        Ask(DELETE, take("below", "one")),
+        Ask(DELETE, take("raw", "one")),
+        Ask("transaction", json!({"actions": [action("three"), action("one")]})),
+        Ask("transaction", json!({"actions": [action("three"), {"type": "abort", "data": {}}]})),
+        Ask("transaction", json!({"actions": [action("three"), action("four")]})),
+        Ask(DELETE, take("top", "one")),
+        Ask(DELETE, json!({"device": "top", "id": "2"})),
+        Ask("query-named-block-nodes", json!({"flat": true})),
+        Ask("blockdev-del", json!({"node-name": "top"})),
+        Step::Run(&["qemu-img", "check", "-q", "DIR/overlay"]),
+        Ask("blockdev-add", named("qcow2", json!({"node-name": "top"}))),
+        Ask("query-named-block-nodes", json!({"flat": true})),
+    ];
+    same(&[], &script, |dir| overlay(dir, "qcow2"));
+}

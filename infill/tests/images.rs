@@ -277,3 +277,38 @@ fn an_image_that_moved_is_told_of_and_not_started() {
         assert!(said.contains("moved to another host") && said.contains("`infill reclaim`"), "{said}");
     }
 }
+
+#[test]
+fn snapshots_are_listed_made_deleted_and_gone_back_to_as_qemu_img_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("a.qcow2");
+    let image = text(&image);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", image, "1M"]);
+    let snapshot = |args: &[&str]| run(INFILL, &[&["snapshot"], args, &[image]].concat());
+    assert_eq!(snapshot(&[]), "");
+    qemu_io(image, "qcow2", &["write -P 1 0 128k"]);
+    snapshot(&["-c", "first"]);
+    qemu_io(image, "qcow2", &["write -P 2 64k 128k"]);
+    run("qemu-img", &["snapshot", "-c", "second", image]);
+    assert_eq!(snapshot(&["-l"]), run("qemu-img", &["snapshot", "-l", image]));
+    same(&["info", image]);
+    same(&["info", "--output=json", image]);
+    let content = || {
+        let raw = dir.path().join("raw");
+        run("qemu-img", &["convert", "-O", "raw", image, text(&raw)]);
+        std::fs::read(raw).unwrap()
+    };
+    snapshot(&["-a", "first"]);
+    assert!(content()[..128 << 10].iter().all(|byte| *byte == 1));
+    snapshot(&["-d", "first"]);
+    snapshot(&["-a", "2"]);
+    assert!(content()[64 << 10..192 << 10].iter().all(|byte| *byte == 2));
+    run("qemu-img", &["check", "-q", image]);
+    for (args, why) in [
+        (["-d", "first"], "Could not delete snapshot 'first': snapshot not found"),
+        (["-a", "first"], "Could not apply snapshot 'first'"),
+    ] {
+        let said = fails(INFILL, &[&["snapshot"], &args[..], &[image]].concat());
+        assert!(said.contains(why), "{said}");
+    }
+}

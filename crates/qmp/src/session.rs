@@ -118,9 +118,6 @@ impl Session {
                 return refused("Capabilities negotiation is already complete, command ignored".into());
             }
             (Known::No, true) => return refused(format!("The command {name} has not been found")),
-            (Known::Unbuilt, true) => {
-                return refused(format!("The command {name} is not supported yet: see query-commands"));
-            }
             (Known::Built, true) => {}
         }
         if out_of_band {
@@ -241,19 +238,5 @@ mod tests {
         told(&mut session, "{'execute':'qmp_capabilities'}");
         let refused = error("GenericError", "QMP input member 'exec-oob' is unexpected");
         assert_eq!(told(&mut session, "{'exec-oob':'query-jobs'}"), [refused]);
-    }
-
-    #[test]
-    fn a_command_that_is_not_built_is_refused_by_name() {
-        let mut session = Session::new(json!("v"));
-        told(&mut session, "{'execute':'qmp_capabilities'}");
-        let refused = &told(&mut session, "{'execute':'blockdev-snapshot-internal-sync'}")[0]["error"];
-        assert_eq!(refused["class"], "CommandNotFound");
-        assert!(
-            refused["desc"]
-                .as_str()
-                .unwrap()
-                .contains("blockdev-snapshot-internal-sync is not supported yet")
-        );
     }
 }

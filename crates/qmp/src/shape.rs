@@ -1,5 +1,5 @@
-//! Commands that make nodes and change how they lie: `blockdev-create`, `blockdev-snapshot-sync`, `blockdev-reopen`,
-//! `blockdev-set-active`, `block-job-change`; `drive-mirror` and `drive-backup` make what they copy to.
+//! Commands that make nodes and change how they lie: `blockdev-create`, `blockdev-snapshot-sync`,
+//! `blockdev-snapshot-internal-sync`, `blockdev-reopen`, `blockdev-set-active`, `block-job-change`; `drive-mirror` and `drive-backup` make what they copy to.
 
 use serde_json::{Map, Value};
 
@@ -55,6 +55,21 @@ impl SnapshotSync {
     }
 }
 
+/// `blockdev-snapshot-internal-sync`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InternalSnapshot {
+    /// The node whose image keeps it.
+    pub device: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl InternalSnapshot {
+    pub(crate) fn take(arguments: &mut Members) -> Result<InternalSnapshot, QmpError> {
+        Ok(InternalSnapshot { device: arguments.str("device")?, name: arguments.str("name")? })
+    }
+}
+
 /// What a node is to be like.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Reopened {
@@ -102,6 +117,8 @@ pub enum Shape {
     Create(Box<BlockdevCreate>),
     /// `blockdev-snapshot-sync`.
     SnapshotSync(SnapshotSync),
+    /// `blockdev-snapshot-internal-sync`.
+    InternalSnapshot(InternalSnapshot),
     /// `drive-mirror`.
     DriveMirror(Box<DriveMirror>),
     /// `drive-backup`.
@@ -130,6 +147,7 @@ impl Shape {
         Ok(Some(match name {
             "blockdev-create" => Shape::Create(Box::new(BlockdevCreate::take(arguments)?)),
             "blockdev-snapshot-sync" => Shape::SnapshotSync(SnapshotSync::take(arguments)?),
+            "blockdev-snapshot-internal-sync" => Shape::InternalSnapshot(InternalSnapshot::take(arguments)?),
             "blockdev-reopen" => {
                 let options =
                     arguments.opt_objects("options")?.ok_or_else(|| arguments.missing("options"))?;

@@ -5,7 +5,7 @@ use crate::bitmap::BitmapCommand;
 use crate::drive::DriveBackup;
 use crate::error::QmpError;
 use crate::members::{Members, Words};
-use crate::shape::SnapshotSync;
+use crate::shape::{InternalSnapshot, SnapshotSync};
 
 /// What one action does.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +27,8 @@ pub enum TransactionAction {
     },
     /// Makes an overlay and puts it on a node.
     SnapshotSync(SnapshotSync),
+    /// Makes a snapshot in an image.
+    InternalSnapshot(InternalSnapshot),
 }
 
 /// The names of actions.
@@ -38,7 +40,7 @@ enum Kind {
     DriveBackup,
     Snapshot,
     SnapshotSync,
-    Unbuilt(&'static str),
+    InternalSnapshot,
 }
 
 impl Words for Kind {
@@ -54,16 +56,9 @@ impl Words for Kind {
         ("drive-backup", Kind::DriveBackup),
         ("blockdev-snapshot", Kind::Snapshot),
         ("blockdev-snapshot-sync", Kind::SnapshotSync),
+        ("blockdev-snapshot-internal-sync", Kind::InternalSnapshot),
     ];
-
-    fn of(word: &str) -> Option<&'static Kind> {
-        Self::WORDS.iter().chain(UNBUILT).find(|(name, _)| *name == word).map(|(_, kind)| kind)
-    }
 }
-
-/// Actions of QEMU that are not built.
-const UNBUILT: &[(&str, Kind)] =
-    &[("blockdev-snapshot-internal-sync", Kind::Unbuilt("blockdev-snapshot-internal-sync"))];
 
 /// When jobs that one transaction starts complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -128,15 +123,11 @@ fn read_action(mut action: Members) -> Result<(&'static str, TransactionAction),
             TransactionAction::Snapshot { node: data.str("node")?, overlay: data.str("overlay")? }
         }
         Kind::SnapshotSync => TransactionAction::SnapshotSync(SnapshotSync::take(&mut data)?),
+        Kind::InternalSnapshot => TransactionAction::InternalSnapshot(InternalSnapshot::take(&mut data)?),
         Kind::Bitmap(name) => match BitmapCommand::read(name, &mut data)? {
             Some(command) => TransactionAction::Bitmap(command),
             None => return Err(QmpError::generic(format!("'{name}' is no command on bitmaps"))),
         },
-        Kind::Unbuilt(name) => {
-            return Err(QmpError::generic(format!(
-                "'{name}' is not supported in a transaction yet: use blockdev-snapshot or blockdev-backup"
-            )));
-        }
     };
     data.finish()?;
     Ok((name, action))

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::Result;
-use infill_node::{InfoValue, NodeInfo};
+use infill_node::{InfoValue, NodeInfo, Snapshot};
 use serde_json::{Map, Value, json};
 
 use super::name::resolve_backing;
@@ -14,6 +14,9 @@ use crate::size::human_size;
 
 /// Unit of lengths, in bytes, and of `st_blocks`.
 const SECTOR_BYTES: u64 = 512;
+
+/// Nanoseconds of a second.
+const SECOND_NSEC: u64 = 1_000_000_000;
 
 /// Space that a file takes in its file system, in bytes.
 pub fn actual_bytes(path: &Path) -> Option<u64> {
@@ -29,6 +32,7 @@ pub fn files(blockdevs: &Blockdevs, name: &str) -> Vec<String> {
 /// What is told of one node, without its children.
 struct Told {
     info: NodeInfo,
+    snapshots: Vec<Snapshot>,
     len: u64,
     actual: Option<u64>,
     /// Whether something at the bottom says what `dirty-flag` says (a network has nothing to say).
@@ -41,7 +45,13 @@ fn told(blockdevs: &Blockdevs, name: &str) -> Result<Told> {
     let info = node.info();
     // QEMU counts files in whole sectors.
     let len = if info.driver == "file" { node.len().next_multiple_of(SECTOR_BYTES) } else { node.len() };
-    Ok(Told { local: path.is_some(), len, actual: path.as_deref().and_then(actual_bytes), info })
+    Ok(Told {
+        local: path.is_some(),
+        snapshots: node.snapshots(),
+        len,
+        actual: path.as_deref().and_then(actual_bytes),
+        info,
+    })
 }
 
 /// QEMU's `ImageInfo` of a node. With `children`, its file children too, as `qemu-img info` tells them.
@@ -64,6 +74,9 @@ fn one_info(told: &Told, children: Option<Value>) -> Value {
     }
     if let Some(format) = info.backing.as_ref().and_then(|backing| backing.format.as_ref()) {
         out.insert("backing-filename-format".into(), json!(format));
+    }
+    if !told.snapshots.is_empty() {
+        out.insert("snapshots".into(), told.snapshots.iter().map(snapshot_info).collect());
     }
     out.insert("virtual-size".into(), json!(told.len));
     out.insert("filename".into(), json!(info.filename));
@@ -91,6 +104,73 @@ fn one_info(told: &Told, children: Option<Value>) -> Value {
         out.insert("dirty-flag".into(), json!(info.dirty));
     }
     Value::Object(out)
+}
+
+/// QEMU's `SnapshotInfo`.
+pub fn snapshot_info(snapshot: &Snapshot) -> Value {
+    let mut out = Map::new();
+    if let Some(icount) = snapshot.icount {
+        out.insert("icount".into(), json!(icount));
+    }
+    out.insert("vm-clock-nsec".into(), json!(snapshot.vm_clock_nsec % SECOND_NSEC));
+    out.insert("name".into(), json!(snapshot.name));
+    out.insert("date-sec".into(), json!(snapshot.date_sec));
+    out.insert("date-nsec".into(), json!(snapshot.date_nsec));
+    out.insert("vm-clock-sec".into(), json!(snapshot.vm_clock_nsec / SECOND_NSEC));
+    out.insert("id".into(), json!(snapshot.id));
+    out.insert("vm-state-size".into(), json!(snapshot.vm_state_bytes));
+    Value::Object(out)
+}
+
+/// The list of snapshots for people, as `qemu-img snapshot -l` prints it. Dates are in UTC.
+pub fn snapshots_text(snapshots: &[Snapshot]) -> String {
+    let mut out = String::from("Snapshot list:\n");
+    let line = |columns: [&str; 6]| {
+        let [id, tag, size, date, clock, icount] = columns;
+        format!("{id:<7} {tag:<16} {size:>8} {date:>19} {clock:>15} {icount:>10}\n")
+    };
+    out += &line(["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"]);
+    for snapshot in snapshots {
+        let clock = snapshot.vm_clock_nsec / SECOND_NSEC;
+        let clock = format!(
+            "{:04}:{:02}:{:02}.{:03}",
+            clock / 3600,
+            clock / 60 % 60,
+            clock % 60,
+            snapshot.vm_clock_nsec % SECOND_NSEC / 1_000_000
+        );
+        let icount = snapshot.icount.map_or_else(|| "--".into(), |icount| icount.to_string());
+        let size = human_size(snapshot.vm_state_bytes);
+        out += &line([
+            &snapshot.id,
+            &snapshot.name,
+            &size,
+            &date_text(u64::from(snapshot.date_sec)),
+            &clock,
+            &icount,
+        ]);
+    }
+    out
+}
+
+/// A second since 1970 as a date and a time.
+fn date_text(seconds: u64) -> String {
+    let (days, time) = (seconds / 86_400, seconds % 86_400);
+    // Years that begin in March, so that the day that comes and goes is the last one: of 400 years from the year 0 on.
+    let day = days + 719_468;
+    let (era, day) = (day / 146_097, day % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day_of_month = day - (153 * month + 2) / 5 + 1;
+    let (month, later) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+    let year = era * 400 + year + later;
+    format!(
+        "{year:04}-{month:02}-{day_of_month:02} {:02}:{:02}:{:02}",
+        time / 3600,
+        time / 60 % 60,
+        time % 60
+    )
 }
 
 fn to_json(value: &InfoValue) -> Value {
@@ -137,7 +217,7 @@ fn actual_text(actual: Option<u64>) -> String {
 
 /// The same for people, as `qemu-img info` prints it.
 pub fn info_text(blockdevs: &Blockdevs, name: &str) -> Result<String> {
-    let Told { info, len, actual, .. } = told(blockdevs, name)?;
+    let Told { info, snapshots, len, actual, .. } = told(blockdevs, name)?;
     let mut out = String::new();
     writeln!(out, "image: {}", info.filename)?;
     writeln!(out, "file format: {}", info.driver)?;
@@ -159,6 +239,9 @@ pub fn info_text(blockdevs: &Blockdevs, name: &str) -> Result<String> {
             writeln!(out, "backing file format: {format}")?;
         }
     }
+    if !snapshots.is_empty() {
+        out += &snapshots_text(&snapshots);
+    }
     if !info.format_specific.is_empty() {
         writeln!(out, "Format specific information:")?;
         for (key, value) in &info.format_specific {
@@ -176,4 +259,24 @@ pub fn info_text(blockdevs: &Blockdevs, name: &str) -> Result<String> {
         writeln!(out, "    disk size: {}", actual_text(actual))?;
     }
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::date_text;
+
+    #[test]
+    fn seconds_become_dates_over_leap_years() {
+        for (seconds, date) in [
+            (0, "1970-01-01 00:00:00"),
+            (951_782_399, "2000-02-28 23:59:59"),
+            (951_782_400, "2000-02-29 00:00:00"),
+            (1_078_099_200, "2004-03-01 00:00:00"),
+            (1_796_051_835, "2026-11-30 15:17:15"),
+            (4_107_542_400, "2100-03-01 00:00:00"),
+            (u64::from(u32::MAX), "2106-02-07 06:28:15"),
+        ] {
+            assert_eq!(date_text(seconds), date);
+        }
+    }
 }

@@ -48,7 +48,7 @@ pub use exchange::hold;
 pub use format::{FormatKind, probe_storage};
 pub use hold::Access;
 use hold::Holds;
-pub use info::{image_info, info_text};
+pub use info::{image_info, info_text, snapshot_info, snapshots_text};
 pub use journal::{hash, identity_of};
 pub use locate::{Located, locate};
 pub use name::resolve_backing;

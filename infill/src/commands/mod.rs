@@ -6,6 +6,7 @@ pub mod create;
 pub mod info;
 pub mod map;
 pub mod serve;
+pub mod snapshot;
 pub mod stream;
 pub mod top;
 

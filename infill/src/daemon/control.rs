@@ -252,6 +252,9 @@ impl Control {
             Command::QueryNamedBlockNodes { flat } => return self.query_named_block_nodes(flat),
             // Nodes are not attached to devices here.
             Command::QueryBlock => return Ok(json!([])),
+            Command::DeleteSnapshot { device, id, name } => {
+                return self.delete_snapshot(&device, id.as_deref(), name.as_deref()).await;
+            }
             Command::BlockdevBackup(backup) => self.blockdev_backup(*backup).await?,
             Command::Transaction(transaction) => self.transaction(transaction).await?,
             Command::Bitmap(command) => return self.bitmap_command(command).await,

@@ -49,6 +49,7 @@ mod reopen;
 mod sandbox;
 mod sha256;
 mod shape;
+mod snapshots;
 mod state;
 mod threshold;
 mod transaction;

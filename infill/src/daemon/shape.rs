@@ -19,6 +19,10 @@ impl Control {
                 let actions = vec![TransactionAction::SnapshotSync(sync)];
                 self.transaction(Transaction { actions, grouped: false }).await
             }
+            Shape::InternalSnapshot(snapshot) => {
+                let actions = vec![TransactionAction::InternalSnapshot(snapshot)];
+                self.transaction(Transaction { actions, grouped: false }).await
+            }
             Shape::DriveMirror(drive) => self.drive_mirror(*drive).await,
             Shape::DriveBackup(drive) => self.drive_backup(*drive).await,
             Shape::Reopen(options) => self.blockdev_reopen(options).await,

@@ -9,8 +9,10 @@
 
 use std::collections::BTreeMap;
 
+use infill_base::Ctx;
 use infill_job::{Group, Job};
-use infill_node::{BitmapUse, Held};
+use infill_node::{BitmapUse, Held, NodeHandle};
+use infill_qmp::shape::InternalSnapshot;
 use infill_qmp::transaction::{Transaction, TransactionAction};
 use infill_qmp::{BitmapCommand, QmpError};
 use infill_storage::RangeGuard;
@@ -27,12 +29,14 @@ enum Action {
     Bitmap(BitmapCommand),
     Backup(Box<Checked>),
     Snapshot { node: String, overlay: String },
+    InternalSnapshot(InternalSnapshot),
 }
 
 /// What takes a prepared action back.
 enum Back {
     Simple(Undo),
     Snapshot { node: String, overlay: String },
+    InternalSnapshot { node: NodeHandle, id: String },
 }
 
 /// What was prepared so far.
@@ -52,6 +56,7 @@ fn named(actions: &[TransactionAction]) -> Vec<String> {
         TransactionAction::DriveBackup(drive) => vec![drive.backup.device.as_str()],
         TransactionAction::Snapshot { node, overlay } => vec![node.as_str(), overlay.as_str()],
         TransactionAction::SnapshotSync(sync) => sync.node_name.iter().map(String::as_str).collect(),
+        TransactionAction::InternalSnapshot(snapshot) => vec![snapshot.device.as_str()],
     });
     named.map(ToOwned::to_owned).collect()
 }
@@ -97,6 +102,10 @@ impl Control {
                     Action::Backup(Box::new(self.keep_backup(checked).await))
                 }
                 TransactionAction::Snapshot { node, overlay } => Action::Snapshot { node, overlay },
+                TransactionAction::InternalSnapshot(snapshot) => {
+                    names.extend(self.image_below(&snapshot.device));
+                    Action::InternalSnapshot(snapshot)
+                }
                 TransactionAction::SnapshotSync(sync) => {
                     let (node, overlay) = self.make_overlay(graph, &sync).await?;
                     overlays.push(overlay.clone());
@@ -152,6 +161,11 @@ impl Control {
                 let missing = || QmpError::generic("the disk of a backup has gone");
                 let held = held.get(checked.device()).ok_or_else(missing)?;
                 done.backups.push(self.prepare_backup(*checked, held)?);
+                Ok(())
+            }
+            Action::InternalSnapshot(wanted) => {
+                let (node, id) = self.create_snapshot(&wanted, held).await?;
+                done.back.push(Back::InternalSnapshot { node, id });
                 Ok(())
             }
             Action::Snapshot { node, overlay } => {
@@ -213,6 +227,14 @@ impl Control {
         for back in done.back.into_iter().rev() {
             match back {
                 Back::Simple(undo) => undo(),
+                Back::InternalSnapshot { node, id } => {
+                    if let Err(error) = node.delete_snapshot(&Ctx::GUEST, Some(&id), None).await {
+                        tracing::error!(
+                            "a snapshot of {} could not be taken back: {error}",
+                            node.info().filename
+                        );
+                    }
+                }
                 Back::Snapshot { node, overlay } => {
                     if let Err(error) = self.blockdevs().take_snapshot_back(&node, &overlay).await {
                         tracing::error!("a snapshot of '{node}' could not be taken back: {error:#}");

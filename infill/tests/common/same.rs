@@ -50,7 +50,16 @@ pub fn comparable(value: Value, dir: &Path) -> Value {
                 members.remove("virtual-size");
             }
             let kept = members.into_iter().filter(|(key, _)| {
-                !key.starts_with("__infill") && !matches!(key.as_str(), "timestamp" | "actual-size")
+                !key.starts_with("__infill")
+                    && !matches!(
+                        key.as_str(),
+                        "timestamp"
+                            | "actual-size"
+                            | "date-sec"
+                            | "date-nsec"
+                            | "vm-clock-sec"
+                            | "vm-clock-nsec"
+                    )
             });
             Value::Object(kept.map(|(key, value)| (key, comparable(value, dir))).collect())
         }
