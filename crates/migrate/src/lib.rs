@@ -22,6 +22,7 @@ mod record;
 mod set;
 mod source;
 mod target;
+mod wire;
 mod writes;
 
 pub use durable::{Pending, Settled};
@@ -41,6 +42,7 @@ pub use record::{
 pub use set::BlockSet;
 pub use source::{Drain, Exports, Source, SourceAction, SourceInput};
 pub use target::{Demoted, Demotion, Ownership, Target, TargetAction, TargetInput};
+pub use wire::{FRAME_BYTES_MAX, Frame, SETS_BLOCKS_MAX, WIRE_VERSION, WireError};
 pub use writes::{Answer, NotDrained, Writes, Writing};
 
 /// The machine waits for the end of an operation: the input comes back, to be given again after it.

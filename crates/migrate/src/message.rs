@@ -4,12 +4,15 @@
 //! A received [`Message`] is only read. What is sent is an [`Outgoing`], and those that depend on a record are made by
 //! a proof that the record is stable (`durable`), and in no other way.
 
+use serde::{Deserialize, Serialize};
+
 use crate::ids::{BitmapId, MigrationId, Round, Side, Term};
 use crate::record::{Disk, SourceState, State, TargetState};
 use crate::set::BlockSet;
 
 /// A message between source and target.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Message {
     /// The migration.
     pub migration: MigrationId,
@@ -20,7 +23,8 @@ pub struct Message {
 }
 
 /// What a message says.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Body {
     /// S → D: make an overlay for these.
     Prepare {
@@ -38,6 +42,7 @@ pub enum Body {
         /// The round.
         round: Round,
         /// For each disk, what was written in the rounds before.
+        #[serde(with = "crate::wire::sets")]
         dirty: Vec<BlockSet>,
     },
     /// D → S: that is done, durably.
@@ -59,6 +64,7 @@ pub enum Body {
         /// The bitmaps of which the residual is made; blocks that were copied under others are stale.
         bitmap: Option<BitmapId>,
         /// For each disk, what was written since the last round.
+        #[serde(with = "crate::wire::sets")]
         residual: Vec<BlockSet>,
     },
     /// D → S: accepted, the residual is applied, durably.
@@ -125,7 +131,8 @@ pub struct Swap {
 }
 
 /// Where a side stands, from its durable record: what `whois` tells, and what a restarted peer is answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Standing {
     /// The state.
     pub state: State,

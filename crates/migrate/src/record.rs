@@ -43,7 +43,8 @@ pub struct Plan {
 }
 
 /// A disk of a migration.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Disk {
     /// Its name for life.
     pub id: DiskId,
@@ -102,7 +103,8 @@ pub enum TargetState {
 }
 
 /// The state of either.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum State {
     /// Of a source.
     Source(SourceState),

@@ -31,8 +31,12 @@ impl BlockSet {
 
     /// Puts those of a range in that the disk has.
     pub fn insert_range(&mut self, range: Range<u64>) {
-        for block in range.start..range.end.min(self.blocks) {
-            self.insert(block);
+        let (mut at, end) = (range.start, range.end.min(self.blocks));
+        while at < end {
+            let stop = ((at / 64 + 1) * 64).min(end);
+            let ones = u64::MAX >> (64 - (stop - at));
+            self.words[(at / 64) as usize] |= ones << (at % 64);
+            at = stop;
         }
     }
 
@@ -57,6 +61,32 @@ impl BlockSet {
         for (word, other) in self.words.iter_mut().zip(&other.words) {
             *word |= other;
         }
+    }
+
+    /// The runs of those that are in, ascending and apart.
+    pub fn runs(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let start = self.find(next, true)?;
+            let end = self.find(start, false).unwrap_or(self.blocks);
+            next = end;
+            Some(start..end)
+        })
+    }
+
+    /// The first block from `from` on that is in (or is not).
+    fn find(&self, from: u64, is_in: bool) -> Option<u64> {
+        let mut at = from;
+        while at < self.blocks {
+            let word = self.words[(at / 64) as usize];
+            let word = if is_in { word } else { !word } >> (at % 64);
+            if word != 0 {
+                let found = at + u64::from(word.trailing_zeros());
+                return (found < self.blocks).then_some(found);
+            }
+            at = (at / 64 + 1) * 64;
+        }
+        None
     }
 
     /// Those that are in, ascending.
@@ -91,5 +121,20 @@ mod tests {
         other.union(&set);
         assert_eq!(other.iter().collect::<Vec<_>>(), [0, 63, 64]);
         assert!(!other.is_empty() && BlockSet::empty(0).is_empty());
+    }
+
+    #[test]
+    fn runs_are_what_was_put_in() {
+        let cases: [&[(u64, u64)]; 5] =
+            [&[], &[(0, 1)], &[(0, 200)], &[(3, 64), (65, 130), (199, 200)], &[(63, 65), (127, 128)]];
+        for ranges in cases {
+            let (mut set, mut one_by_one) = (BlockSet::empty(200), BlockSet::empty(200));
+            for (start, end) in ranges {
+                set.insert_range(*start..*end);
+                (*start..*end).for_each(|block| one_by_one.insert(block));
+            }
+            assert_eq!(set, one_by_one);
+            assert_eq!(set.runs().map(|run| (run.start, run.end)).collect::<Vec<_>>(), ranges);
+        }
     }
 }

@@ -258,6 +258,16 @@ impl Source {
         }
     }
 
+    /// Whether the target has said that its overlays exist.
+    pub fn is_linked(&self) -> bool {
+        self.linked
+    }
+
+    /// The round that the target was told to read, if any.
+    pub fn round(&self) -> Option<Round> {
+        self.warming.as_ref().map(|warming| warming.round)
+    }
+
     /// What it is about.
     pub fn phase(&self) -> SourcePhase {
         self.phase

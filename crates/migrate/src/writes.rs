@@ -126,6 +126,15 @@ impl Writes {
         }
     }
 
+    /// How many blocks a round that is closed now would give; 0 without a bitmap.
+    pub fn dirty_blocks(&self) -> u64 {
+        self.bitmap.as_ref().map_or(0, |bitmap| {
+            let mut dirty = bitmap.recording.clone();
+            dirty.union(&bitmap.unapplied);
+            dirty.count()
+        })
+    }
+
     /// What the target may hold stale, once no write is in flight; empty without a bitmap, under which nothing was
     /// copied. The bitmap keeps it, and goes on recording: after a withdraw it is still true.
     pub fn residual(&self) -> Result<BlockSet, NotDrained> {
