@@ -55,6 +55,20 @@ pub enum Command {
     Complete(JobEndArgs),
     /// Show what the disks and jobs of a running daemon are doing.
     Top(TopArgs),
+    /// Move disks of a running daemon to another host: they change hands at once, their data follows.
+    Migrate(MigrateArgs),
+    /// List the migrations that a running daemon knows.
+    Migrations(MigrationsArgs),
+    /// Tell who owns a disk that changes hosts.
+    Whois(WhoisArgs),
+    /// Have the disks of a migration change hands now.
+    Switch(MigrationArgs),
+    /// End a migration: the disks stay where they are, or come back if they still can.
+    Abort(MigrationArgs),
+    /// Own disks whose source is dead, at the target.
+    Takeover(TakeoverArgs),
+    /// Take disks back whose target is dead, at the source.
+    Reclaim(ReclaimArgs),
     /// Serve many disks, controlled over QMP: the command line and protocol of qemu-storage-daemon.
     #[command(alias = "qemu-storage-daemon", disable_help_flag = true, disable_version_flag = true)]
     Daemon {
@@ -523,6 +537,106 @@ pub struct TopArgs {
     /// How the result is printed.
     #[arg(long, value_name = "OFMT", default_value = "human")]
     pub output: Output,
+}
+
+/// `infill migrate`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The disks change hands together. The same command again finds the migration that it began.\n\nExit codes: \
+    0 the disks are owned there (with --wait: all data is there), 1 they stay here."
+)]
+pub struct MigrateArgs {
+    /// The disks of one machine: the UUIDs under which they are exported.
+    #[arg(required = true, value_name = "UUID")]
+    pub disks: Vec<String>,
+    /// Where the other daemon takes disks (its --migration listen=): HOST:PORT, or a socket's path.
+    #[arg(long, value_name = "ADDRESS")]
+    pub to: String,
+    /// Copy nothing before the disks change hands.
+    #[arg(long, conflicts_with = "pre_copy")]
+    pub post_copy: bool,
+    /// Copy everything before the disks change hands.
+    #[arg(long)]
+    pub pre_copy: bool,
+    /// Stop before the disks change hands, until `infill switch`.
+    #[arg(long)]
+    pub hold: bool,
+    /// The UUID of the migration (default: a new one).
+    #[arg(long, value_name = "UUID")]
+    pub migration: Option<String>,
+    /// Wait until all data is there.
+    #[arg(long, conflicts_with = "detach")]
+    pub wait: bool,
+    /// Print the migration's UUID and do not wait for anything.
+    #[arg(long)]
+    pub detach: bool,
+    /// No progress.
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Which daemon.
+    #[command(flatten)]
+    pub daemon: SocketArgs,
+}
+
+/// `infill migrations`.
+#[derive(Debug, Args)]
+pub struct MigrationsArgs {
+    /// Which daemon.
+    #[command(flatten)]
+    pub daemon: SocketArgs,
+    /// How the result is printed.
+    #[arg(long, value_name = "OFMT", default_value = "human")]
+    pub output: Output,
+}
+
+/// `infill whois`.
+#[derive(Debug, Args)]
+pub struct WhoisArgs {
+    /// The disk.
+    #[arg(value_name = "UUID")]
+    pub disk: String,
+    /// Which daemon.
+    #[command(flatten)]
+    pub daemon: SocketArgs,
+    /// The monitor's socket of another daemon that is asked too; may be given several times.
+    #[arg(long, value_name = "PATH")]
+    pub peer: Vec<PathBuf>,
+    /// How the result is printed.
+    #[arg(long, value_name = "OFMT", default_value = "human")]
+    pub output: Output,
+}
+
+/// `infill switch`, `infill abort`.
+#[derive(Debug, Args)]
+pub struct MigrationArgs {
+    /// The migration; `infill migrations` lists them.
+    #[arg(value_name = "MIGRATION")]
+    pub migration: String,
+    /// Which daemon.
+    #[command(flatten)]
+    pub daemon: SocketArgs,
+}
+
+/// `infill takeover`.
+#[derive(Debug, Args)]
+pub struct TakeoverArgs {
+    /// What and where.
+    #[command(flatten)]
+    pub of: MigrationArgs,
+    /// The source is dead, and its machine does not run: nobody else writes to the disks.
+    #[arg(long)]
+    pub peer_dead: bool,
+}
+
+/// `infill reclaim`.
+#[derive(Debug, Args)]
+pub struct ReclaimArgs {
+    /// What and where.
+    #[command(flatten)]
+    pub of: MigrationArgs,
+    /// The target is dead, and what its machine has written is given up.
+    #[arg(long)]
+    pub accept_loss: bool,
 }
 
 /// `infill pause`, `infill resume`.

@@ -12,6 +12,7 @@ use crate::experimental::Experimental;
 use crate::export::{BlockExportOptions, NbdServerOptions, RemoveMode};
 use crate::inspect::Inspect;
 use crate::members::{Members, Words};
+use crate::migration::MigrationCommand;
 use crate::object::ObjectOptions;
 use crate::shape::Shape;
 use crate::transaction::Transaction;
@@ -205,6 +206,8 @@ pub enum Command {
     QueryState,
     /// `__infill_query-load`.
     QueryLoad,
+    /// Disks that change hosts.
+    Migration(MigrationCommand),
 }
 
 /// Commands that are built, `qmp_capabilities` among them.
@@ -287,6 +290,12 @@ pub const NAMES: &[&str] = &[
     "x-blockdev-set-iothread",
     "__infill_query-state",
     "__infill_query-load",
+    "__infill_migrate",
+    "__infill_query-migrations",
+    "__infill_migration-switch",
+    "__infill_migration-abort",
+    "__infill_migration-takeover",
+    "__infill_migration-reclaim",
 ];
 
 /// What is known of a name.
@@ -393,6 +402,9 @@ fn read_rest(name: &str, arguments: &mut Members) -> Result<Command, QmpError> {
     }
     if let Some(command) = Experimental::read(name, arguments)? {
         return Ok(Command::Experimental(command));
+    }
+    if let Some(command) = MigrationCommand::read(name, arguments)? {
+        return Ok(Command::Migration(command));
     }
     match Inspect::read(name, arguments)? {
         Some(inspect) => Ok(Command::Inspect(inspect)),

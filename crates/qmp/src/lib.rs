@@ -30,6 +30,7 @@ pub mod inspect;
 pub mod json;
 pub mod keyval;
 mod members;
+pub mod migration;
 pub mod names;
 mod object;
 mod output;

@@ -5,6 +5,7 @@ pub mod check;
 pub mod create;
 pub mod info;
 pub mod map;
+pub mod migrate;
 pub mod serve;
 pub mod snapshot;
 pub mod stream;

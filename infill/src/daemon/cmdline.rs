@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, anyhow, bail};
 
 use super::config::{self, Config};
+use super::migration;
 use super::qemu_nbd::OneDisk;
 use super::sandbox::Sandbox;
 
@@ -76,6 +77,8 @@ pub struct CommandLine {
     pub sandbox_paths: Vec<PathBuf>,
     /// Where changes of images are recorded that only memory has.
     pub journal: Option<PathBuf>,
+    /// Where disks come from other hosts and go to them.
+    pub migration: Option<migration::Options>,
     /// Whether it goes into the background.
     pub daemonize: bool,
     /// Whether standard error stays where it is then.
@@ -100,8 +103,16 @@ const CONFIG: &str = "--config";
 const SWITCHES: [&str; 2] = ["--daemonize", "--forget"];
 
 /// Options with a value that make nothing.
-const OTHERS: [&str; 7] =
-    ["--pidfile", "--state", "--journal", "--sandbox", "--sandbox-path", "--metrics", "--log-format"];
+const OTHERS: [&str; 8] = [
+    "--migration",
+    "--pidfile",
+    "--state",
+    "--journal",
+    "--sandbox",
+    "--sandbox-path",
+    "--metrics",
+    "--log-format",
+];
 
 const OBJECTS: &str = "List of user creatable objects:\n  iothread\n  tls-creds-x509\n";
 
@@ -199,6 +210,10 @@ impl CommandLine {
                 };
             }
             "--state" => self.state = Some(text.into()),
+            "--migration" => {
+                let options = migration::Options::read(&text);
+                self.migration = Some(options.map_err(|error| anyhow!("--migration {text}: {error:#}"))?);
+            }
             "--sandbox" => self.sandbox = Sandbox::read(&text)?,
             "--sandbox-path" => self.sandbox_paths.push(text.into()),
             "--journal" => self.journal = Some(text.into()),
@@ -283,6 +298,12 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
                          has acknowledged and not flushed is not lost with it
                          (default with --state: /run/infill/journal); where none
                          can be kept, every allocation is written through
+
+  --migration listen=<host>:<port>,data=<host>:<port>[,directory=<dir>]
+                         disks change hosts: other daemons bring theirs at the first
+                         address and read those that have left at the second (either
+                         may be the path of a socket); images of disks that come are
+                         made in <dir>; needs --state
 
   --sandbox on|off|auto  give up what a storage daemon never needs: running
                          programs, other users and processes, writing below /etc,

@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use super::chardevs::Devices;
 use super::exports::Exported;
 use super::maps::Maps;
+use super::migration::Migrations;
 use super::monitor::Monitors;
 use super::state::State;
 use super::threshold::Thresholds;
@@ -40,6 +41,8 @@ pub struct Control {
     pub(super) chardevs: RefCell<Devices>,
     /// Maps of copies that are to go on.
     pub(super) maps: Maps,
+    /// Disks that change hosts.
+    pub(super) migrations: Migrations,
     /// What is kept for the next daemon, where that was asked for.
     pub(super) state: Option<State>,
     /// Events that were not sent yet, in order: what they tell is kept first.
@@ -81,6 +84,7 @@ impl Control {
             reactors,
             monitors: Monitors::default(),
             thresholds: Thresholds::default(),
+            migrations: Migrations::default(),
             chardevs: RefCell::default(),
             maps: Maps::default(),
             state,
@@ -268,6 +272,7 @@ impl Control {
             Command::QueryBlockJobs => return Ok(self.query_block_jobs()),
             Command::QueryState => return self.query_state(),
             Command::QueryLoad => return Ok(self.query_load()),
+            Command::Migration(command) => return self.migration_command(command).await,
             Command::BlockdevAdd(options) => self.blockdev_add(*options).await?,
             Command::BlockdevDel { node_name } => self.blockdev_del(&node_name).await?,
             Command::BlockdevMirror(mirror) => self.blockdev_mirror(mirror).await?,

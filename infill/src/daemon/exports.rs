@@ -188,7 +188,7 @@ impl Control {
             writable: *writable,
             allocation_depth: options.allocation_depth,
             bitmaps: bitmaps.iter().map(|used| used.bitmap().clone()).collect(),
-            ..Export::new(name.clone(), edge.clone())
+            ..Export::new(name.clone(), self.migrations.before(&name, &edge))
         };
         if let Err(error) = self.exported.registry.add(export) {
             self.blockdevs().release(node_name, &user(id));
@@ -243,10 +243,42 @@ impl Control {
         Ok(used)
     }
 
+    /// The export of that name: its id, and its node.
+    pub(super) fn export_of(&self, name: &str) -> Option<(String, String)> {
+        let entries = self.exported.entries.borrow();
+        let (id, entry) = entries.iter().find(|(_, entry)| entry.name == name && !entry.shutting_down)?;
+        Some((id.clone(), self.blockdevs().graph().name_of(&entry.edge.node())?))
+    }
+
+    /// Whether clients that come from now on find the export of that name.
+    pub(super) fn admit_clients(&self, name: &str, new: bool) {
+        self.exported.registry.admit(name, new);
+    }
+
+    /// Takes an export away, with its clients, and waits until it is gone; it may be gone already.
+    pub(super) async fn end_export(&self, id: &str) -> Result<(), QmpError> {
+        if !self.exported.entries.borrow().contains_key(id) {
+            return Ok(());
+        }
+        if let Some(removal) = self.take_away(id, RemoveMode::Hard)? {
+            removal.gone().await;
+            self.export_is_gone(id);
+        }
+        Ok(())
+    }
+
     /// `block-export-del`.
     pub(super) fn block_export_del(self: &Rc<Self>, id: &str, mode: RemoveMode) -> Result<(), QmpError> {
         if !self.exported.entries.borrow().contains_key(id) {
             return Err(QmpError::generic(format!("Export '{id}' is not found")));
+        }
+        let moving = self.exported.entries.borrow().get(id).and_then(|entry| {
+            let node = self.blockdevs().graph().name_of(&entry.edge.node())?;
+            self.migrations.on_node(&node).filter(|_| self.migrations.names(&entry.name))
+        });
+        if let Some(migration) = moving {
+            let why = format!("Export '{id}' is in use: its disk is in migration {migration}");
+            return Err(QmpError::generic(why));
         }
         let Some(removal) = self.take_away(id, mode)? else {
             return Err(QmpError::generic(format!("Export '{id}' is already shutting down")));

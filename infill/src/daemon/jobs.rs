@@ -189,6 +189,12 @@ impl Control {
 
     /// `block-stream`. Answered once the job runs.
     pub(super) async fn block_stream(self: &Rc<Self>, options: BlockStream) -> Result<(), QmpError> {
+        self.not_moving(&options.device)?;
+        self.begin_stream(options).await
+    }
+
+    /// As [`Control::block_stream`], also of a disk that has come from another host.
+    pub(super) async fn begin_stream(self: &Rc<Self>, options: BlockStream) -> Result<(), QmpError> {
         let device = &options.device;
         if self.blockdevs().get(device).is_err() {
             return Err(QmpError::generic(format!("Cannot find device='{device}' nor node-name='{device}'")));
@@ -197,7 +203,7 @@ impl Control {
         let kept = self.kept_layer(&chain, &options.end)?;
         let filled = &chain[..kept.unwrap_or(chain.len())];
         for layer in filled {
-            self.not_busy(layer)?;
+            self.not_in_job(layer)?;
         }
         if options.backing_file.is_some() && kept.is_none() {
             return Err(QmpError::generic("backing file specified, but streaming the entire chain"));

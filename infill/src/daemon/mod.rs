@@ -39,6 +39,7 @@ mod jobs;
 mod load;
 mod maps;
 mod metrics;
+mod migration;
 mod monitor;
 mod nodes;
 mod objects;
@@ -168,6 +169,10 @@ async fn run(
         control.meter_nodes();
     }
     let mut chardevs = Chardevs::default();
+    if let Some(options) = &command_line.migration {
+        control.listen_for_peers(options)?;
+    }
+    control.load_migrations()?;
     let started = {
         let starting = std::pin::pin!(start(&control, &mut chardevs, &command_line));
         match select(starting, &mut terminated).await {
@@ -212,6 +217,7 @@ async fn start(
     chardevs: &mut Chardevs,
     command_line: &CommandLine,
 ) -> Result<Option<PidFile>> {
+    control.resume_migrations();
     control.restore().await;
     for option in &command_line.options {
         let outcome = carry_out(control, chardevs, option.kind, &option.text).await;
@@ -252,6 +258,7 @@ async fn option(
 /// Begins to serve clients and monitors.
 fn serve(control: &Rc<Control>, chardevs: Chardevs) {
     control.open_for_clients();
+    control.meet_peers();
     rt::spawn(control.clone().tell_events());
     let (devices, monitors) = chardevs.into_parts();
     *control.chardevs.borrow_mut() = devices;
@@ -278,6 +285,7 @@ async fn end(control: &Rc<Control>) -> Result<()> {
     });
     notify(&[NotifyState::Stopping]);
     control.begin_to_end();
+    control.leave_peers().await;
     control.close_exports().await;
     match &control.state {
         None => control.jobs().shut_down().await,

@@ -48,8 +48,25 @@ impl Control {
         QmpError::generic(format!("Node '{name}' is busy: block device is in use by block job: {kind}"))
     }
 
-    /// Refuses a node that a job works on.
+    /// Refuses a node that a job works on, or whose disk changes hosts.
     pub(super) fn not_busy(&self, name: &str) -> Result<(), QmpError> {
+        self.not_moving(name)?;
+        self.not_in_job(name)
+    }
+
+    /// Refuses a node whose disk changes hosts.
+    pub(super) fn not_moving(&self, name: &str) -> Result<(), QmpError> {
+        match self.migrations.on_node(name) {
+            Some(migration) => {
+                let why = format!("Node '{name}' is busy: its disk is in migration {migration}");
+                Err(QmpError::generic(why))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses a node that a job works on.
+    pub(super) fn not_in_job(&self, name: &str) -> Result<(), QmpError> {
         let users = self.blockdevs().graph().users(name);
         match users.iter().any(|user| user.starts_with("job '")) {
             true => Err(self.busy(name)),

@@ -131,6 +131,8 @@ struct Entry {
     /// order of all (SeqCst), or a last connection and a removal could each believe that the other tells.
     connections: AtomicUsize,
     closing: AtomicBool,
+    /// Whether new connections may choose it.
+    admitting: AtomicBool,
     told: AtomicBool,
     changed: Event,
 }
@@ -162,6 +164,7 @@ impl Exports {
             registry: self.0.clone(),
             connections: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
+            admitting: AtomicBool::new(true),
             told: AtomicBool::new(false),
             changed: Event::new(),
         };
@@ -188,6 +191,13 @@ impl Exports {
         Ok(Removal(entry))
     }
 
+    /// Whether connections that come from now on find the export of this name; those that it has stay.
+    pub fn admit(&self, name: &str, new: bool) {
+        if let Some(entry) = lock(&self.0.entries).get(name) {
+            entry.admitting.store(new, Ordering::SeqCst);
+        }
+    }
+
     /// Stops offering all of them, hard.
     pub fn remove_all(&self) -> Vec<Removal> {
         let names: Vec<String> = lock(&self.0.entries).keys().cloned().collect();
@@ -211,7 +221,7 @@ impl Exports {
     /// Counts a connection in, which the export stays for until it is dropped.
     pub(super) fn attach(&self, name: &str) -> Option<Attached> {
         let entries = lock(&self.0.entries);
-        let entry = entries.get(name)?;
+        let entry = entries.get(name).filter(|entry| entry.admitting.load(Ordering::SeqCst))?;
         entry.connections.fetch_add(1, Ordering::SeqCst);
         Some(Attached(entry.clone()))
     }

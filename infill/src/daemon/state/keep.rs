@@ -215,6 +215,37 @@ impl Control {
         }
     }
 
+    /// A disk that has come from another host is one like others from now on: its node and its export come back as these
+    /// describe them. On stable storage when this returns.
+    pub(in crate::daemon) async fn keep_disk(
+        &self,
+        node: &str,
+        node_given: Map<String, Value>,
+        export: &str,
+        export_given: Map<String, Value>,
+    ) -> anyhow::Result<()> {
+        let Some(state) = &self.state else { return Ok(()) };
+        self.keep_node(node, node_given);
+        let key = Key::new(Kind::Export, export);
+        let command = "block-export-add".into();
+        state.keep(Record { command, given: export_given, strings: false, now: None, job: None, key });
+        state.commit().await
+    }
+
+    /// A disk has left, or does not come: its export and its node go, with what is kept of them.
+    pub(in crate::daemon) async fn forget_disk(&self, export: &str, node: &str) -> anyhow::Result<()> {
+        let told = |error: QmpError| anyhow::anyhow!(error.desc);
+        self.end_export(export).await.map_err(told)?;
+        if let Some(state) = &self.state {
+            state.forget(&Key::new(Kind::Export, export));
+            state.forget(&Key::new(Kind::Node, node));
+        }
+        if self.blockdevs().get(node).is_ok() {
+            self.blockdevs().del(node).await?;
+        }
+        self.settle().await.map_err(told)
+    }
+
     /// The limits of the group `id` are these from now on.
     pub(in crate::daemon) fn note_limits(&self, id: &str, limits: Value) {
         if let Some(state) = &self.state {

@@ -219,6 +219,24 @@ impl State {
         }
     }
 
+    /// What is known of one side of a migration, on stable storage when this returns. Not beside another write: two syncs of
+    /// one file take as long as one after the other.
+    pub async fn write_migration(&self, key: String, bytes: Vec<u8>) -> Result<()> {
+        let _turn = self.committing.exclusive(0, 1).await;
+        let store = self.store.clone();
+        rt::offload(move || store.write_migration(&key, &bytes)).await
+    }
+
+    /// What is known of migrations.
+    pub fn migrations(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        self.store.migrations()
+    }
+
+    /// Held entries are tried again now.
+    pub fn try_held_again(&self) {
+        self.changed.notify(usize::MAX);
+    }
+
     /// Writes what has changed. On stable storage when it returns; after an error it is tried again with the next change.
     pub async fn commit(&self) -> Result<()> {
         let _turn = self.committing.exclusive(0, 1).await;

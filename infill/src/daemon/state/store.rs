@@ -23,6 +23,8 @@ use super::record::Record;
 const SCHEMA: u64 = 1;
 /// Records, in the order in which what they tell of was made.
 const RECORDS: TableDefinition<u64, &[u8]> = TableDefinition::new("records");
+/// Records of migrations, by migration and side. Absent in a database of a daemon that has never known one.
+const MIGRATIONS: TableDefinition<&str, &[u8]> = TableDefinition::new("migrations");
 /// What is said of the database itself.
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 /// In [`META`]: the schema.
@@ -109,6 +111,37 @@ impl Store {
 
     /// Makes all changes in one transaction. On stable storage when it returns.
     pub fn write(&self, changes: &[Change]) -> Result<()> {
+        self.transact(|database| write(database, changes))
+    }
+
+    /// Writes the record of one side of a migration. On stable storage when it returns.
+    pub fn write_migration(&self, key: &str, bytes: &[u8]) -> Result<()> {
+        self.transact(|database| {
+            let transaction = database.begin_write()?;
+            transaction.open_table(MIGRATIONS)?.insert(key, bytes)?;
+            transaction.commit()?;
+            Ok(())
+        })
+    }
+
+    /// The records of migrations.
+    pub fn migrations(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let slot = lock(&self.database);
+        let Some(database) = &*slot else { bail!("{} is not open", self.path.display()) };
+        guarded(|| {
+            let table = match database.begin_read()?.open_table(MIGRATIONS) {
+                Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+                table => table?,
+            };
+            let row = |row: Result<(redb::AccessGuard<'_, &str>, redb::AccessGuard<'_, &[u8]>), _>| {
+                let (key, bytes) = row?;
+                Ok((key.value().to_owned(), bytes.value().to_vec()))
+            };
+            table.iter()?.map(row).collect()
+        })
+    }
+
+    fn transact(&self, work: impl FnOnce(&Database) -> Result<()>) -> Result<()> {
         let mut slot = lock(&self.database);
         let database = match slot.take() {
             Some(database) => database,
@@ -116,7 +149,7 @@ impl Store {
         };
         // One that failed is not used again.
         let database = guarded(move || {
-            write(&database, changes)?;
+            work(&database)?;
             Ok(database)
         })
         .with_context(|| format!("writing {}", self.path.display()))?;
@@ -252,6 +285,21 @@ mod tests {
         drop(store);
         let (_store, records) = Store::open(dir).unwrap();
         assert_eq!(records, [(1, record("z")), (300, record("c"))]);
+    }
+
+    #[test]
+    fn records_of_migrations_are_kept_beside_the_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = Store::open(dir.path()).unwrap();
+        assert_eq!(store.migrations().unwrap(), []);
+        store.write_migration("m source", b"one").unwrap();
+        store.write_migration("m source", b"two").unwrap();
+        store.write_migration("l target", b"three").unwrap();
+        drop(store);
+        let (store, records) = Store::open(dir.path()).unwrap();
+        assert_eq!(records, []);
+        let kept = store.migrations().unwrap();
+        assert_eq!(kept, [("l target".into(), b"three".to_vec()), ("m source".into(), b"two".to_vec())]);
     }
 
     #[test]

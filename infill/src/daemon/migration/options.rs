@@ -1,0 +1,77 @@
+//! `--migration`: where disks come and go.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use infill_io::Address;
+
+/// What a daemon is told with `--migration`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Where other daemons bring disks.
+    pub(super) listen: Address,
+    /// Where other daemons read the data of disks that have left.
+    pub(super) data: Address,
+    /// Where images of disks are made that come.
+    pub(super) directory: Option<PathBuf>,
+}
+
+/// An address as people write it.
+pub(super) fn address(text: &str) -> Result<Address> {
+    match text.rsplit_once(':') {
+        _ if text.starts_with('/') => Ok(Address::Unix(text.into())),
+        Some((host, port)) if !host.is_empty() => {
+            let port = port.parse().with_context(|| format!("{text}: a port is a number up to 65535"))?;
+            let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+            Ok(Address::Tcp { host, port })
+        }
+        _ => bail!("{text}: give HOST:PORT, or a socket file by its whole path"),
+    }
+}
+
+impl Options {
+    /// Reads `listen=ADDRESS,data=ADDRESS[,directory=DIR]`.
+    pub fn read(text: &str) -> Result<Options> {
+        let (mut listen, mut data, mut directory) = (None, None, None);
+        for part in text.split(',') {
+            match part.split_once('=') {
+                Some(("listen", at)) => listen = Some(address(at)?),
+                Some(("data", at)) => data = Some(address(at)?),
+                Some(("directory", at)) => directory = Some(std::path::absolute(at)?),
+                Some((name, _)) => bail!("'{name}' is not known: there are listen, data and directory"),
+                None => bail!("'{part}' has no value: give listen=, data= and directory="),
+            }
+        }
+        let missing =
+            |what: &str| anyhow!("{what} is missing: HOST:PORT, or a socket file by its whole path");
+        Ok(Options {
+            listen: listen.ok_or_else(|| missing("listen="))?,
+            data: data.ok_or_else(|| missing("data="))?,
+            directory,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_option_names_where_peers_come_and_where_they_read() {
+        let read = Options::read("listen=127.0.0.1:10900,data=/run/d.sock,directory=/srv").unwrap();
+        assert_eq!(read.listen, Address::Tcp { host: "127.0.0.1".into(), port: 10900 });
+        assert_eq!(read.data, Address::Unix("/run/d.sock".into()));
+        assert_eq!(read.directory, Some("/srv".into()));
+        for (wrong, why) in [
+            ("listen=1.2.3.4:5", "data= is missing"),
+            ("data=/s", "listen= is missing"),
+            ("listen=x,data=/s", "give HOST:PORT"),
+            ("listen=h:70000,data=/s", "a port is a number"),
+            ("listen=/s,data=/t,more=1", "'more' is not known"),
+            ("listen=/s,data", "'data' has no value"),
+        ] {
+            let told = format!("{:#}", Options::read(wrong).unwrap_err());
+            assert!(told.contains(why), "{told}");
+        }
+    }
+}

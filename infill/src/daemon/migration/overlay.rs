@@ -1,0 +1,210 @@
+//! The overlays of disks that come: made, opened on an export of the source, exported, and dropped again.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use infill_base::Ctx;
+use infill_migrate::{DiskId, Gate, Plan};
+use infill_node::BackingRef;
+use infill_qmp::{BlockExportOptions, BlockdevOptions, Members};
+use infill_storage::{StorageHandle, rt};
+use serde_json::{Map, Value, json};
+
+use super::gate::DiskGate;
+use super::{Local, LocalDisk, live_name, node_name, sync_directory, uri_at};
+use crate::blockdev::{FormatKind, Image, Located, locate};
+use crate::daemon::control::Control;
+use crate::daemon::create::make_file;
+
+/// Clusters of overlays: with subclusters of 512 bytes, a guest's write of whole sectors needs nothing from the source.
+const CLUSTER_BYTES: u64 = 16 << 10;
+/// How often it is looked whether a job has ended.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Makes the overlays, on the source's live exports, and exports them: their gates let nothing in but reads of the source.
+pub(super) async fn prepare_disks(
+    control: &Rc<Control>,
+    plan: &Plan,
+    local: &Local,
+    made: &mut Vec<PathBuf>,
+) -> Result<()> {
+    for (disk, local_disk) in plan.disks.iter().zip(&local.disks) {
+        let live = uri_at(local.data.as_deref().unwrap_or_default(), &live_name(disk.id))?;
+        let path = &local_disk.path;
+        if path.exists() {
+            bail!("{} is there already: move it away", path.display());
+        }
+        made.push(path.clone());
+        let options = infill_qcow2::CreateOptions {
+            size: disk.bytes,
+            backing: Some(BackingRef { filename: live.clone(), format: Some("raw".into()) }),
+            cluster_bytes: CLUSTER_BYTES,
+            extended_l2: true,
+            ..infill_qcow2::CreateOptions::default()
+        };
+        let file = path.to_str().context("the path of the directory for images is not UTF-8")?;
+        let storage = make_file(file, 0).map_err(|error| anyhow!(error.desc))?;
+        let storage = StorageHandle::new(storage);
+        infill_qcow2::create(&Ctx::GUEST, &storage, &options).await?;
+        drop(storage);
+        sync_directory(path)?;
+        let below = open_source(control, &live, node_name('l', disk.id)).await?;
+        let found = control.blockdevs().get(&below)?.len();
+        if found != disk.bytes {
+            bail!("disk {} is to have {} bytes, and its export has {found}", disk.id, disk.bytes);
+        }
+        open_overlay(control, local_disk, Some(&below)).await?;
+        export(control, disk.id, local_disk, Some(&below))?;
+    }
+    Ok(())
+}
+
+/// Opens an export of the source, read-only.
+async fn open_source(control: &Rc<Control>, uri: &str, name: String) -> Result<String> {
+    if control.blockdevs().get(&name).is_ok() {
+        return Ok(name);
+    }
+    let Located::Protocol(options) = locate(uri)? else { bail!("{uri}: expected an NBD URI") };
+    let options = BlockdevOptions { node_name: Some(name), read_only: Some(true), ..options };
+    control.blockdevs().add(options).await
+}
+
+pub(super) fn overlay_description(local: &LocalDisk, below: Option<&str>) -> Map<String, Value> {
+    let description = json!({
+        "driver": "qcow2",
+        "node-name": local.node,
+        "discard": "unmap",
+        "file": { "driver": "file", "filename": local.path },
+        "backing": below,
+    });
+    match description {
+        Value::Object(description) => description,
+        _ => Map::new(),
+    }
+}
+
+async fn open_overlay(control: &Rc<Control>, local: &LocalDisk, below: Option<&str>) -> Result<()> {
+    if control.blockdevs().get(&local.node).is_ok() {
+        return Ok(());
+    }
+    let members = Members::of_json(overlay_description(local, below));
+    let options = BlockdevOptions::read(members).map_err(|error| anyhow!(error.desc))?;
+    control.blockdevs().add(options).await?;
+    Ok(())
+}
+
+pub(super) fn export_description(disk: DiskId, local: &LocalDisk) -> Map<String, Value> {
+    let description = json!({
+        "type": "nbd", "id": local.export, "node-name": local.node, "name": disk.to_string(), "writable": true,
+    });
+    match description {
+        Value::Object(description) => description,
+        _ => Map::new(),
+    }
+}
+
+/// Exports the overlay under the disk's name. Its gate is there before.
+fn export(control: &Rc<Control>, disk: DiskId, local: &LocalDisk, live: Option<&str>) -> Result<()> {
+    let gate = control.migrations.gate(&disk.to_string()).context("a disk's name is no UUID")?;
+    if let Some(live) = live {
+        gate.set(Gate::ReadSource, "the source");
+        gate.read_from(Some(control.blockdevs().get(live)?));
+    }
+    if control.export_of(&disk.to_string()).is_some() {
+        return Ok(());
+    }
+    let members = Members::of_json(export_description(disk, local));
+    let options = BlockExportOptions::read(members).map_err(|error| anyhow!(error.desc))?;
+    control.block_export_add(options).map_err(|error| anyhow!(error.desc))
+}
+
+/// The job that fills the disk's overlay.
+pub(super) fn job_of(disk: DiskId) -> String {
+    format!("migrate-{disk}")
+}
+
+/// Ends the job that fills the disk's overlay, if it runs.
+pub(super) async fn end_job(control: &Rc<Control>, disk: DiskId) {
+    while let Ok(job) = control.jobs().get(&job_of(disk)) {
+        // It may be about to end by itself.
+        let _ended = job.cancel();
+        rt::sleep(LOOK).await;
+    }
+}
+
+/// Takes away what was prepared for a disk that does not come.
+pub(super) async fn drop_disk(control: &Rc<Control>, disk: DiskId, local: &LocalDisk) {
+    let gone = async {
+        end_job(control, disk).await;
+        control.forget_disk(&local.export, &local.node).await?;
+        for prefix in ['l', 'b'] {
+            let name = node_name(prefix, disk);
+            if control.blockdevs().get(&name).is_ok() {
+                control.blockdevs().del(&name).await?;
+            }
+        }
+        match std::fs::remove_file(&local.path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+            _ => anyhow::Ok(()),
+        }
+    };
+    if let Err(error) = gone.await {
+        tracing::warn!("disk {disk}, which does not come: {error:#}");
+    }
+    if let Some(gate) = control.migrations.gate(&disk.to_string()) {
+        gate.read_from(None);
+    }
+}
+
+/// Opens the overlay, on that export of the source where anything is still missing, and serves it.
+pub(super) async fn lay_on(
+    control: &Rc<Control>,
+    data: &str,
+    id: DiskId,
+    local: &LocalDisk,
+    gate: &DiskGate,
+    export_name: &str,
+    prefix: char,
+) -> Result<()> {
+    let uri = uri_at(data, export_name)?;
+    let is_base = prefix == 'b';
+    if is_base
+        && control.blockdevs().get(&local.node).is_err()
+        && !lies_on_something(control, &local.path).await?
+    {
+        open_overlay(control, local, None).await?;
+        return export(control, id, local, None);
+    }
+    let below = open_source(control, &uri, node_name(prefix, id)).await?;
+    open_overlay(control, local, Some(&below)).await?;
+    export(control, id, local, (!is_base).then_some(below.as_str()))?;
+    if !is_base {
+        return Ok(());
+    }
+    let before = control.blockdevs().facts(&local.node)?.backing;
+    let node = control.blockdevs().get(&local.node)?;
+    if before.as_deref() != Some(below.as_str()) {
+        let turn = control.blockdevs().change_graph().await;
+        control.blockdevs().put_on(&turn, &local.node, Some(&below)).await?;
+    }
+    // By its path it is then what it is here, for whoever looks at it.
+    node.set_backing_ref(&Ctx::GUEST, Some(BackingRef { filename: uri, format: Some("raw".into()) })).await?;
+    gate.read_from(None);
+    let live = node_name('l', id);
+    if control.blockdevs().get(&live).is_ok() {
+        control.blockdevs().del(&live).await?;
+    }
+    Ok(())
+}
+
+/// Whether the header of an overlay names a backing.
+async fn lies_on_something(control: &Control, path: &Path) -> Result<bool> {
+    let path = path.to_str().context("its path is not UTF-8")?;
+    let image = Image { format: Some(FormatKind::Qcow2), alone: true, ..Image::read_only(path) };
+    let name = control.blockdevs().add_image(&image).await?;
+    let named = control.blockdevs().get(&name)?.info().backing.is_some();
+    control.blockdevs().del(&name).await?;
+    Ok(named)
+}

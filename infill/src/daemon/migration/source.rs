@@ -1,0 +1,644 @@
+//! The driver of a migration's source: freezes, fences, seals and serves what was frozen, as its machine says.
+//!
+//! Its gates are those of its disks' exports. What is sealed is held at the node ([`NodeHandle::hold_changes`]), below every
+//! server, so that a `.base` export cannot change. The fence is in the image's header; a daemon that starts again finds its
+//! nodes refused by it, and they come back when it is taken away.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use infill_base::{Ctx, DiscardMode, ErrorKind, IoError, IoResult};
+use infill_io::{FileOptions, FileStorage};
+use infill_migrate::{
+    BlockSet, Disk, DiskId, Drain, Epoch, Frame, MigrationId, Plan, Round, Side, Source, SourceAction,
+    SourceInput, SourcePhase, SourceState, State as RecordState,
+};
+use infill_nbd::{Export, RemoveMode};
+use infill_node::{Held, NodeHandle};
+use infill_qmp::migration::{Migrate, MigrationMode};
+use infill_storage::{StorageHandle, rt};
+use uuid::Uuid;
+
+use super::gate::DiskGate;
+use super::link::{Link, dial};
+use super::{
+    Driver, Inbox, Kept, Local, LocalDisk, Peers, RECONNECT_TIME, RESEND_TIME, RESEND_TIME_DONE, Told,
+    address, base_name, hello, live_name,
+};
+use crate::blockdev::{FormatKind, Image};
+use crate::daemon::control::Control;
+
+/// The longest freeze that is waited for: a guest stands still meanwhile.
+const FREEZE_TIME: Duration = Duration::from_millis(250);
+/// How long an offer may stand without an answer.
+const OFFER_TIME: Duration = Duration::from_secs(5);
+/// How long after a freeze that came to nothing another one is tried.
+const FREEZE_AGAIN: Duration = Duration::from_secs(1);
+/// Freezes that may come to nothing before an operator is needed.
+const FREEZES_MAX: u32 = 3;
+/// Rounds of copying before the switch.
+const ROUNDS: u8 = 4;
+/// So little that was written since a round began is left for after the switch, in bytes.
+const RESIDUAL_BYTES: u64 = 1 << 20;
+/// Least size of a block, in bytes, and the most blocks of all disks: a set of them is a bit each.
+const BLOCK_BYTES_MIN: u64 = 16 << 10;
+const BLOCKS_MAX: u64 = 1 << 26;
+
+/// What goes into the driver.
+pub(super) enum ToSource {
+    /// An input of the machine.
+    Input(SourceInput),
+    /// The peer asks where it stands.
+    Ask,
+    /// Change hands now.
+    Switch,
+    /// The freeze of that number takes too long.
+    Late(u32),
+    /// The target does not begin.
+    Refused(String),
+}
+
+struct SourceDisk {
+    id: DiskId,
+    gate: DiskGate,
+    local: LocalDisk,
+    /// The image, opened by its path because its node cannot be: its node's name.
+    frozen: Option<String>,
+}
+
+struct SourceDriver {
+    control: Rc<Control>,
+    peers: Rc<Peers>,
+    machine: Source,
+    local: Local,
+    disks: Vec<SourceDisk>,
+    link: Rc<Link>,
+    inbox: Rc<Inbox<ToSource>>,
+    told: Rc<Told>,
+    deferred: VecDeque<SourceInput>,
+    /// Names of exports that peers read.
+    published: Vec<String>,
+    /// What is sealed.
+    held: Vec<Held>,
+    /// An operator wants the disks to change hands.
+    switch: bool,
+    freezes: u32,
+    /// Numbers the freezes, so that what is late of one is not taken for the next one's.
+    drains: u32,
+    /// What is dirty now is left for after the switch.
+    rounds_over: bool,
+    /// Not before then.
+    freeze_at: Duration,
+    /// Since when it is offered.
+    offered_at: Option<Duration>,
+    /// Since when the peer is asked.
+    asked_at: Duration,
+}
+
+fn disk_ids(names: &[String]) -> Result<Vec<DiskId>> {
+    let id = |name: &String| {
+        name.parse::<DiskId>().map_err(|_| {
+            anyhow!(
+                "'{name}' is no UUID: a disk that changes hosts keeps its name for life, so export it by one (--export \
+                 nbd,…,name=UUID)"
+            )
+        })
+    };
+    names.iter().map(id).collect()
+}
+
+/// `__infill_migrate`: begins, or finds the one that was begun before.
+pub(super) async fn begin(control: &Rc<Control>, migrate: Migrate) -> Result<MigrationId> {
+    let peers = control.migrations.peers();
+    let peers = peers.context("this daemon moves no disks: it was started without --migration")?;
+    let _turn = control.migrations.beginning.exclusive(0, 1).await;
+    let ids = disk_ids(&migrate.disks)?;
+    let migration = match &migrate.migration {
+        Some(text) => text.parse::<MigrationId>().map_err(|why| anyhow!("migration: {why}"))?,
+        None => MigrationId(Uuid::new_v4()),
+    };
+    let peer = address(&migrate.to)?.to_string();
+    if let Some(found) = found_again(control, &migrate, migration, &ids, &peer)? {
+        return Ok(found);
+    }
+    control.check_disks_free(migration, &ids)?;
+    let mut plan_disks = Vec::new();
+    let mut disks = Vec::new();
+    for id in &ids {
+        let (disk, local) = local_disk(control, *id)?;
+        plan_disks.push(disk);
+        disks.push(local);
+    }
+    let block_bytes = block_bytes(&plan_disks);
+    let plan = Plan { migration, disks: plan_disks, block_bytes, peer, witness: None };
+    let post_copy = migrate.mode == MigrationMode::PostCopy;
+    let local = Local { post_copy, auto_switch: migrate.auto_switch, data: None, disks };
+    let (machine, actions) = Source::prepare(plan)?;
+    let mut driver = SourceDriver::new(control, peers, machine, local)?;
+    for disk in &driver.disks {
+        let bytes = driver.machine.record().plan().disks.iter().find(|other| other.id == disk.id);
+        disk.gate.count_in(bytes.map_or(0, |disk| disk.bytes), block_bytes.into()).await;
+    }
+    driver.carry_out(actions).await;
+    if driver.machine.phase() == SourcePhase::Failed {
+        bail!("the migration's record could not be written: nothing has begun");
+    }
+    driver.start();
+    Ok(migration)
+}
+
+/// The same call again.
+fn found_again(
+    control: &Control,
+    migrate: &Migrate,
+    migration: MigrationId,
+    ids: &[DiskId],
+    peer: &str,
+) -> Result<Option<MigrationId>> {
+    let kept = control.migrations.kept.borrow();
+    for kept in kept.values().filter(|kept| kept.record.side() == Side::Source) {
+        let plan = kept.record.plan();
+        let same_disks =
+            plan.disks.len() == ids.len() && plan.disks.iter().all(|disk| ids.contains(&disk.id));
+        let same = same_disks && plan.peer == peer;
+        if plan.migration == migration {
+            if !same {
+                bail!("migration {migration} is of other disks, or to another host");
+            }
+            return Ok(Some(migration));
+        }
+        if migrate.migration.is_none() && same && !kept.is_over() {
+            return Ok(Some(plan.migration));
+        }
+    }
+    Ok(None)
+}
+
+/// The disk that is exported under that name, if it can move.
+fn local_disk(control: &Control, id: DiskId) -> Result<(Disk, LocalDisk)> {
+    let name = id.to_string();
+    let (export, node) = control
+        .export_of(&name)
+        .with_context(|| format!("no disk {name} is exported here: `infill whois` asks other hosts"))?;
+    if let Some(latest) = control.migrations.latest(id)
+        && !latest_is_here(&latest)
+    {
+        bail!("disk {name} is not owned here: migrate it from where it is ({})", latest.record.plan().peer);
+    }
+    control.not_busy(&node).map_err(|error| anyhow!(error.desc))?;
+    let blockdevs = control.blockdevs();
+    let image = blockdevs.unfiltered(&node);
+    let facts = blockdevs.facts(&image)?;
+    if facts.driver != "qcow2" {
+        bail!(
+            "disk {name} is a {} image, which cannot be fenced: it could be started by its path after it has moved; convert \
+             it to qcow2",
+            facts.driver
+        );
+    }
+    let path = facts.file.as_deref().and_then(|file| blockdevs.path(file));
+    let path = path.with_context(|| format!("disk {name} does not lie in a file of this host"))?;
+    let epoch_before = control.migrations.latest(id).map_or(Epoch(0), |latest| {
+        let of = latest.record.plan().disks.iter().find(|disk| disk.id == id);
+        of.map_or(Epoch(0), |disk| latest.record.epoch(disk))
+    });
+    let bytes = blockdevs.get(&node)?.len();
+    Ok((Disk { id, bytes, epoch_before }, LocalDisk { export, node, path }))
+}
+
+/// Whether the record says that its disks are served here.
+fn latest_is_here(kept: &Kept) -> bool {
+    use infill_migrate::TargetState as T;
+    match kept.record.state() {
+        RecordState::Source(state) => state == SourceState::Serving,
+        RecordState::Target(state) => state == T::Local,
+    }
+}
+
+/// The unit in which blocks of these disks are counted.
+fn block_bytes(disks: &[Disk]) -> u32 {
+    let mut bytes = BLOCK_BYTES_MIN;
+    while disks.iter().map(|disk| disk.bytes.div_ceil(bytes)).sum::<u64>() > BLOCKS_MAX {
+        bytes *= 2;
+    }
+    u32::try_from(bytes).unwrap_or(u32::MAX)
+}
+
+/// Goes on with a migration that an earlier daemon began.
+pub(super) fn restart(control: &Rc<Control>, kept: Kept) -> Result<()> {
+    let peers = control.migrations.peers().context("--migration is not given")?;
+    let (machine, actions) = Source::restart(kept.record)?;
+    let mut driver = SourceDriver::new(control, peers, machine, kept.local)?;
+    let plan = driver.machine.record().plan().clone();
+    let handle = driver.handle();
+    let key = super::key(plan.migration, Side::Source);
+    control.migrations.drivers.borrow_mut().insert(key, handle);
+    rt::spawn(async move {
+        for (disk, planned) in driver.disks.iter().zip(&plan.disks) {
+            disk.gate.count_in(planned.bytes, plan.block_bytes.into()).await;
+        }
+        driver.carry_out(actions).await;
+        driver.run().await;
+    });
+    Ok(())
+}
+
+impl SourceDriver {
+    fn new(control: &Rc<Control>, peers: Rc<Peers>, machine: Source, local: Local) -> Result<SourceDriver> {
+        let plan = machine.record().plan();
+        let disks = plan.disks.iter().zip(&local.disks).map(|(disk, local)| {
+            let gate = control.migrations.gate(&disk.id.to_string());
+            let gate = gate.context("a disk's name is no UUID")?;
+            Ok(SourceDisk { id: disk.id, gate, local: local.clone(), frozen: None })
+        });
+        let disks = disks.collect::<Result<Vec<_>>>()?;
+        Ok(SourceDriver {
+            control: control.clone(),
+            peers,
+            switch: local.auto_switch,
+            local,
+            disks,
+            machine,
+            link: Rc::new(Link::default()),
+            inbox: Inbox::new(),
+            told: Rc::default(),
+            deferred: VecDeque::new(),
+            published: Vec::new(),
+            held: Vec::new(),
+            freezes: 0,
+            drains: 0,
+            rounds_over: false,
+            freeze_at: Duration::ZERO,
+            offered_at: None,
+            asked_at: rt::now(),
+        })
+    }
+
+    fn handle(&self) -> Driver {
+        Driver::Source { inbox: self.inbox.clone(), told: self.told.clone(), link: self.link.clone() }
+    }
+
+    fn migration(&self) -> MigrationId {
+        self.machine.record().plan().migration
+    }
+
+    fn state(&self) -> SourceState {
+        match self.machine.record().state() {
+            RecordState::Source(state) => state,
+            RecordState::Target(_) => SourceState::Superseded,
+        }
+    }
+
+    fn start(self) {
+        let key = super::key(self.migration(), Side::Source);
+        self.control.migrations.drivers.borrow_mut().insert(key, self.handle());
+        rt::spawn(self.run());
+    }
+
+    /// Drives the machine for as long as the daemon lives: a peer that comes late is still answered.
+    async fn run(mut self) {
+        let peer = match address(&self.machine.record().plan().peer) {
+            Ok(peer) => peer,
+            Err(error) => return tracing::error!("migration {}: {error:#}", self.migration()),
+        };
+        {
+            let (control, link) = (self.control.clone(), self.link.clone());
+            let heard = move |frame| control.hear(&link, frame);
+            rt::spawn(dial(self.link.clone(), peer, hello(Some(self.peers.data.clone())), heard));
+        }
+        for disk in &self.disks {
+            rt::spawn(watch_gate(disk.gate.clone(), self.inbox.clone()));
+        }
+        loop {
+            let done = matches!(
+                self.state(),
+                SourceState::Serving | SourceState::Released | SourceState::Superseded
+            ) && self.machine.phase() == SourcePhase::Settled;
+            let patience = if done { RESEND_TIME_DONE } else { RESEND_TIME };
+            let item = self.inbox.next(patience).await;
+            if self.control.is_ending() {
+                // What is kept goes on with the next daemon; nothing is to change under it now.
+                return self.link.close();
+            }
+            match item {
+                Some(item) => self.take(item).await,
+                None => self.step(SourceInput::Resend).await,
+            }
+            self.follow_policy().await;
+        }
+    }
+
+    async fn take(&mut self, item: ToSource) {
+        match item {
+            ToSource::Input(input) => self.step(input).await,
+            ToSource::Ask => {
+                if let Some(standing) = self.machine.standing() {
+                    self.link.say(&Frame::Standing { migration: self.migration(), standing });
+                }
+            }
+            ToSource::Switch => {
+                (self.switch, self.freezes, self.freeze_at) = (true, 0, Duration::ZERO);
+                self.local.auto_switch = true;
+            }
+            ToSource::Late(nth) if nth == self.drains && self.machine.phase() == SourcePhase::Draining => {
+                self.tell_error("the guest's requests did not end in time for the freeze: it goes on");
+                self.step(SourceInput::Timeout).await;
+            }
+            ToSource::Late(_) => {}
+            ToSource::Refused(why) => {
+                self.tell_error(&format!("the target does not take the disks: {why}"));
+                self.switch = false;
+                self.step(SourceInput::Abort).await;
+            }
+        }
+    }
+
+    fn tell_error(&self, why: &str) {
+        tracing::warn!("migration {}: {why}", self.migration());
+        self.told.error.replace(Some(why.to_owned()));
+    }
+
+    /// Gives the machine an input, and what had to wait for it.
+    async fn step(&mut self, input: SourceInput) {
+        match self.machine.handle(input) {
+            Ok(actions) => self.carry_out(actions).await,
+            Err(infill_migrate::Busy(input)) => self.deferred.push_back(input),
+        }
+        while !self.machine.busy()
+            && let Some(input) = self.deferred.pop_front()
+        {
+            match self.machine.handle(input) {
+                Ok(actions) => self.carry_out(actions).await,
+                Err(infill_migrate::Busy(input)) => self.deferred.push_front(input),
+            }
+        }
+    }
+
+    /// Carries actions out, and what follows from the ends of those that are awaited.
+    async fn carry_out(&mut self, actions: Vec<SourceAction>) {
+        let mut waiting = VecDeque::from(actions);
+        self.follow().await;
+        while let Some(action) = waiting.pop_front() {
+            let Some(end) = self.perform(action).await else { continue };
+            match self.machine.handle(end) {
+                Ok(actions) => {
+                    self.follow().await;
+                    waiting.extend(actions);
+                }
+                Err(infill_migrate::Busy(input)) => self.deferred.push_back(input),
+            }
+        }
+        self.follow().await;
+    }
+
+    /// Closes what is not to be read any more, sets the gates, and opens what is to be read.
+    async fn follow(&mut self) {
+        let exports = self.machine.exports();
+        let plan = self.machine.record().plan().clone();
+        let mut wanted = Vec::new();
+        for (index, disk) in plan.disks.iter().enumerate() {
+            if exports.live {
+                wanted.push((live_name(disk.id), index));
+            }
+            if let Some(term) = exports.base {
+                wanted.push((base_name(disk.id, Epoch(disk.epoch_before.0 + term.0)), index));
+            }
+        }
+        let gone: Vec<String> = self
+            .published
+            .iter()
+            .filter(|name| !wanted.iter().any(|(other, _)| other == *name))
+            .cloned()
+            .collect();
+        for name in gone {
+            if let Ok(removal) = self.peers.exports.remove(&name, RemoveMode::Hard) {
+                removal.gone().await;
+            }
+            self.published.retain(|other| *other != name);
+        }
+        let gate = self.machine.gate();
+        let admits = !matches!(
+            self.state(),
+            SourceState::HandedOver
+                | SourceState::Released
+                | SourceState::Superseded
+                | SourceState::Reclaiming
+        );
+        let decided =
+            |disk: &&SourceDisk| self.control.migrations.decides(disk.id, plan.migration, Side::Source);
+        for disk in self.disks.iter().filter(decided) {
+            disk.gate.set(gate, &plan.peer);
+            self.control.admit_clients(&disk.id.to_string(), admits);
+        }
+        for (name, index) in wanted {
+            if self.published.contains(&name) {
+                continue;
+            }
+            match self.readable(index, exports.live).await {
+                Ok(node) => match self.peers.exports.add(Export::new(name.clone(), node)) {
+                    Ok(()) => self.published.push(name),
+                    Err(error) => self.tell_error(&error.to_string()),
+                },
+                // It is tried again with the next step.
+                Err(error) => tracing::debug!("{name} cannot be offered yet: {error:#}"),
+            }
+        }
+        *self.told.phase.borrow_mut() = format!("{:?}", self.machine.phase());
+        self.told.rounds.set(self.machine.round().map_or(0, |round| round.0));
+        self.offered_at = match self.state() {
+            SourceState::Offered => self.offered_at.or_else(|| Some(rt::now())),
+            _ => None,
+        };
+    }
+
+    /// The disk's node, or, of a frozen one, its image where the node cannot be opened because it is fenced.
+    async fn readable(&mut self, index: usize, live: bool) -> Result<NodeHandle> {
+        let disk = &mut self.disks[index];
+        if let Ok(node) = self.control.blockdevs().get(&disk.local.node) {
+            return Ok(node);
+        }
+        if live {
+            bail!("the node '{}' is not there yet", disk.local.node);
+        }
+        if disk.frozen.is_none() {
+            let path = disk.local.path.to_str().context("its path is not UTF-8")?;
+            let image = Image {
+                format: Some(FormatKind::Qcow2),
+                discard: DiscardMode::Ignore,
+                fenced: true,
+                ..Image::read_only(path)
+            };
+            disk.frozen = Some(self.control.blockdevs().add_image(&image).await?);
+        }
+        self.control.blockdevs().get(disk.frozen.as_deref().unwrap_or_default())
+    }
+
+    /// What the machine wants done; its end, where it is awaited.
+    async fn perform(&mut self, action: SourceAction) -> Option<SourceInput> {
+        match action {
+            SourceAction::Persist(pending) => {
+                let kept = Kept { record: pending.record().clone(), local: self.local.clone() };
+                let outcome = self.control.keep_migration(kept).await;
+                let outcome = outcome.map_err(|error| IoError::new(ErrorKind::Io, format!("{error:#}")));
+                return Some(SourceInput::Settled(pending.settled(outcome)));
+            }
+            SourceAction::Send(message) => self.link.say(&Frame::Message(message.into_message())),
+            SourceAction::Drain(drain) => self.drain(drain),
+            SourceAction::SetFence => return Some(SourceInput::FenceSet(self.set_fences(true).await)),
+            SourceAction::Seal => return Some(SourceInput::Sealed(self.seal().await)),
+            SourceAction::Thaw => return Some(SourceInput::Thawed(self.thaw().await)),
+            SourceAction::Applied(round) => self.disks.iter().for_each(|disk| disk.gate.applied(round)),
+            SourceAction::RoundRead(round) => return self.after_round(round),
+            SourceAction::StopBitmaps => self.disks.iter().for_each(|disk| disk.gate.stop_bitmap()),
+            SourceAction::AskPeer => self.link.say(&Frame::Ask(self.migration())),
+            // There is no witness: it is never asked for.
+            SourceAction::Swap(_) | SourceAction::AskWitness => {}
+            SourceAction::Release => self.release().await,
+            SourceAction::Refuse(why) => self.tell_error(why),
+            SourceAction::Fail(why) => self.tell_error(&format!("{why}; the disk is held until a restart")),
+        }
+        None
+    }
+
+    /// Waits, beside everything else, until the guest's requests are over.
+    fn drain(&mut self, drain: Drain) {
+        self.drains += 1;
+        let nth = self.drains;
+        let gates: Vec<DiskGate> = self.disks.iter().map(|disk| disk.gate.clone()).collect();
+        let inbox = self.inbox.clone();
+        rt::spawn(async move {
+            let all = async {
+                for gate in &gates {
+                    gate.drained().await;
+                }
+            };
+            match rt::timeout(FREEZE_TIME, all).await {
+                Some(()) => inbox.push(ToSource::Input(SourceInput::Drained(drain))),
+                None => inbox.push(ToSource::Late(nth)),
+            }
+        });
+    }
+
+    async fn set_fences(&self, fenced: bool) -> IoResult<()> {
+        for disk in &self.disks {
+            let image = self.control.blockdevs().unfiltered(&disk.local.node);
+            match self.control.blockdevs().get(&image) {
+                Ok(node) => node.set_fence(&Ctx::GUEST, fenced).await?,
+                Err(_) => set_fence_of_file(&disk.local.path, fenced).await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing changes the images from here on, everything in them is stable, and what the target may have stale is known.
+    async fn seal(&mut self) -> IoResult<Vec<BlockSet>> {
+        let mut residual = Vec::new();
+        for disk in &self.disks {
+            let gone = |error: anyhow::Error| IoError::new(ErrorKind::NotFound, format!("{error:#}"));
+            let node = self.control.blockdevs().get(&disk.local.node).map_err(gone)?;
+            let late = || IoError::new(ErrorKind::TimedOut, "something else writes to the disk");
+            let held = rt::timeout(FREEZE_TIME, node.hold_changes()).await.ok_or_else(late)?;
+            self.held.push(held);
+            node.sync(&Ctx::GUEST).await?;
+            let busy = |_| IoError::new(ErrorKind::Busy, "a write of the guest is in flight");
+            residual.push(disk.gate.residual().map_err(busy)?);
+        }
+        Ok(residual)
+    }
+
+    /// Undoes freeze, seal and fence. The exports of what was frozen are closed by now.
+    async fn thaw(&mut self) -> IoResult<()> {
+        self.held.clear();
+        for disk in &mut self.disks {
+            if let Some(frozen) = disk.frozen.take() {
+                let closed = self.control.blockdevs().del(&frozen).await;
+                closed.map_err(|error| IoError::new(ErrorKind::Busy, format!("{error:#}")))?;
+            }
+        }
+        self.set_fences(false).await?;
+        if let Some(state) = &self.control.state {
+            // Nodes that the fence has kept out.
+            state.try_held_again();
+        }
+        Ok(())
+    }
+
+    /// The disk is the target's for good. The image stays where it is, fenced, for its owner to delete.
+    async fn release(&mut self) {
+        for index in 0..self.disks.len() {
+            let LocalDisk { export, node, .. } = self.disks[index].local.clone();
+            if let Err(error) = self.control.forget_disk(&export, &node).await {
+                tracing::warn!("migration {}: {error:#}", self.migration());
+            }
+        }
+    }
+
+    /// The target has read a round: another one, or the switch.
+    fn after_round(&mut self, round: Round) -> Option<SourceInput> {
+        let dirty: u64 = self.disks.iter().map(|disk| disk.gate.dirty_bytes()).sum();
+        if dirty <= RESIDUAL_BYTES || round.0 >= ROUNDS {
+            self.rounds_over = true;
+            return None;
+        }
+        let sets: Option<Vec<BlockSet>> = self.disks.iter().map(|disk| disk.gate.close_round()).collect();
+        sets.map(SourceInput::NextRound)
+    }
+
+    /// What comes next where the machine waits for a decision.
+    async fn follow_policy(&mut self) {
+        let now = rt::now();
+        if self.machine.phase() == SourcePhase::Unasked && now - self.asked_at > RECONNECT_TIME {
+            return self.step(SourceInput::PeerSilent).await;
+        }
+        if self.offered_at.is_some_and(|since| now - since > OFFER_TIME) {
+            self.tell_error("the target did not answer the offer in time: the disk stays here");
+            self.freeze_at = now + FREEZE_AGAIN;
+            return self.step(SourceInput::Timeout).await;
+        }
+        let ready = self.state() == SourceState::Prepared
+            && self.machine.phase() == SourcePhase::Settled
+            && self.machine.is_linked()
+            && !self.machine.busy();
+        if !ready || !self.published_live() {
+            return;
+        }
+        if !self.local.post_copy && self.machine.round().is_none() {
+            self.rounds_over = false;
+            self.disks.iter().for_each(|disk| disk.gate.start_bitmap());
+            return self.step(SourceInput::Warm).await;
+        }
+        if self.switch && (self.local.post_copy || self.rounds_over) && now >= self.freeze_at {
+            if self.freezes >= FREEZES_MAX {
+                self.switch = false;
+                return self.tell_error("the disk could not be frozen: `infill switch` tries it again");
+            }
+            (self.freezes, self.freeze_at) = (self.freezes + 1, now + FREEZE_AGAIN);
+            self.step(SourceInput::Freeze).await;
+        }
+    }
+
+    fn published_live(&self) -> bool {
+        self.disks.iter().all(|disk| self.published.contains(&live_name(disk.id)))
+    }
+}
+
+/// Tells the driver of requests that wait at a gate.
+async fn watch_gate(gate: DiskGate, inbox: Rc<Inbox<ToSource>>) {
+    while Rc::strong_count(&inbox) > 1 {
+        let asking = gate.asking();
+        if gate.asked().old_session {
+            inbox.push(ToSource::Input(SourceInput::OldSession));
+        }
+        rt::timeout(RESEND_TIME_DONE, asking).await;
+    }
+}
+
+async fn set_fence_of_file(path: &Path, fenced: bool) -> IoResult<()> {
+    let refused =
+        |error: infill_base::OpenError| IoError::new(ErrorKind::Io, format!("{}: {error}", path.display()));
+    let storage = FileStorage::open(path, FileOptions::default()).map_err(refused)?;
+    infill_qcow2::set_fence(&Ctx::GUEST, &StorageHandle::new(storage), fenced).await.map_err(refused)
+}

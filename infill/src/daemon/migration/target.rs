@@ -1,0 +1,569 @@
+//! The driver of a migration's target: makes overlays, warms them, and owns the disks once its machine says so.
+//!
+//! An overlay lies on the source's live export while it is warmed, and on the frozen one (`UUID.eN.base`) from the switch
+//! on; what is *absent* in it is the map of what is still at the source. Making blocks absent again raises the generation
+//! of that edge first, so that what was fetched before cannot link afterwards. The rest is a stream over an ordinary overlay.
+
+use std::cell::Cell;
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use infill_base::{Ctx, ErrorKind, IoError, IoResult};
+use infill_migrate::{
+    BlockMap, BlockSet, Body, Demotion, DiskId, Epoch, Filling, Frame, Gate, Message, MigrationId, Plan,
+    Round, Side, State as RecordState, Target, TargetAction, TargetInput, TargetState,
+};
+use infill_node::{COPY_ON_READ_BYTES_MAX, CopyOnRead, NodeHandle};
+use infill_qmp::command::{BlockStream, OnError, StreamEnd};
+use infill_storage::rt;
+
+use super::gate::DiskGate;
+use super::link::Link;
+use super::overlay::{
+    drop_disk, end_job, export_description, job_of, lay_on, overlay_description, prepare_disks,
+};
+use super::warm::copy_absent;
+use super::{
+    Driver, Inbox, Kept, Local, LocalDisk, RECONNECT_TIME, RESEND_TIME, RESEND_TIME_DONE, Told, base_name,
+    live_name, node_name,
+};
+use crate::daemon::control::Control;
+
+/// Written in so many rounds, a block is left for after the switch.
+const HOT_ROUNDS: u8 = 2;
+/// How long something of the source's that failed is left alone.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// What goes into the driver.
+pub(super) enum ToTarget {
+    /// An input of the machine.
+    Input(TargetInput),
+    /// The peer asks where it stands.
+    Ask,
+    /// The overlays lie on what was frozen.
+    Attached,
+    /// The job that fills an overlay has ended.
+    JobEnded,
+}
+
+struct TargetDisk {
+    id: DiskId,
+    bytes: u64,
+    gate: DiskGate,
+    local: LocalDisk,
+    /// In how many rounds a block was written.
+    hot: HashMap<u64, u8>,
+}
+
+struct TargetDriver {
+    control: Rc<Control>,
+    machine: Target,
+    local: Local,
+    disks: Vec<TargetDisk>,
+    link: Rc<std::cell::RefCell<Rc<Link>>>,
+    inbox: Rc<Inbox<ToTarget>>,
+    told: Rc<Told>,
+    deferred: VecDeque<TargetInput>,
+    /// The round that is being read, until it is told to stop.
+    reading: Option<Rc<Cell<bool>>>,
+    /// Whether the overlays lie on what the disks' owner needs.
+    attached: bool,
+    attaching: bool,
+    asked_at: Duration,
+}
+
+/// A message of a migration that is not known here: the first one is `Prepare`.
+pub(super) async fn prepare(control: &Rc<Control>, link: &Rc<Link>, message: Message) {
+    let migration = message.migration;
+    let _turn = control.migrations.beginning.exclusive(0, 1).await;
+    if let Some(Driver::Target { inbox, .. }) = control.migrations.driver(migration, Side::Target) {
+        return inbox.push(ToTarget::Input(TargetInput::Message(message)));
+    }
+    let Body::Prepare { disks, block_bytes } = message.body else {
+        return tracing::debug!("a message of migration {migration}, which is not known here");
+    };
+    let data = link.data();
+    let plan = Plan { migration, disks, block_bytes, peer: data.clone().unwrap_or_default(), witness: None };
+    if let Err(error) = begin(control, link, plan, data).await {
+        tracing::warn!("migration {migration} is refused: {error:#}");
+        link.say(&Frame::Refused { migration, why: format!("{error:#}") });
+    }
+}
+
+async fn begin(control: &Rc<Control>, link: &Rc<Link>, plan: Plan, data: Option<String>) -> Result<()> {
+    plan.check()?;
+    let peers = control.migrations.peers().context("this daemon takes no disks")?;
+    let directory = peers.directory.clone().context(
+        "this daemon takes no disks: it was started without a directory for their images (--migration …,directory=DIR)",
+    )?;
+    let data = data.context("the source does not say where its exports are")?;
+    let ids: Vec<DiskId> = plan.disks.iter().map(|disk| disk.id).collect();
+    control.check_disks_free(plan.migration, &ids)?;
+    let mut disks = Vec::new();
+    for disk in &plan.disks {
+        let name = disk.id.to_string();
+        if let Some((export, _)) = control.export_of(&name) {
+            bail!("a disk {name} is exported here already (export '{export}')");
+        }
+        if let Some(latest) = control.migrations.latest(disk.id) {
+            let of = latest.record.plan().disks.iter().find(|other| other.id == disk.id);
+            let seen = of.map_or(Epoch(0), |of| latest.record.epoch(of));
+            if seen > disk.epoch_before {
+                bail!(
+                    "disk {name} comes in epoch {}, and was seen here in epoch {}: the source is not its owner",
+                    disk.epoch_before.0,
+                    seen.0
+                );
+            }
+        }
+        let short = &plan.migration.to_string()[..8];
+        let path = directory.join(format!("{name}-{short}.qcow2"));
+        disks.push(LocalDisk { export: format!("disk-{name}"), node: node_name('d', disk.id), path });
+    }
+    let local = Local { post_copy: false, auto_switch: false, data: Some(data), disks };
+    let mut made = Vec::new();
+    let begun = prepare_disks(control, &plan, &local, &mut made).await;
+    let begun = match begun {
+        Ok(()) => Target::prepare(plan.clone()).map_err(anyhow::Error::new),
+        Err(error) => Err(error),
+    };
+    let (machine, actions) = match begun {
+        Ok(begun) => begun,
+        Err(error) => {
+            for (disk, local) in
+                plan.disks.iter().zip(&local.disks).filter(|(_, local)| made.contains(&local.path))
+            {
+                drop_disk(control, disk.id, local).await;
+            }
+            return Err(error);
+        }
+    };
+    let mut driver = TargetDriver::new(control, link.clone(), machine, local)?;
+    driver.attached = true;
+    driver.enter();
+    driver.carry_out(actions).await;
+    rt::spawn(driver.run());
+    Ok(())
+}
+
+/// Goes on with a migration that an earlier daemon was in.
+pub(super) fn restart(control: &Rc<Control>, kept: Kept) -> Result<()> {
+    let (machine, actions) = Target::restart(kept.record)?;
+    let mut driver = TargetDriver::new(control, Rc::default(), machine, kept.local)?;
+    driver.enter();
+    rt::spawn(async move {
+        driver.carry_out(actions).await;
+        driver.attach();
+        driver.run().await;
+    });
+    Ok(())
+}
+
+impl TargetDriver {
+    fn new(control: &Rc<Control>, link: Rc<Link>, machine: Target, local: Local) -> Result<TargetDriver> {
+        let plan = machine.record().plan();
+        let disks = plan.disks.iter().zip(&local.disks).map(|(disk, local)| {
+            let gate = control.migrations.gate(&disk.id.to_string());
+            let gate = gate.context("a disk's name is no UUID")?;
+            Ok(TargetDisk { id: disk.id, bytes: disk.bytes, gate, local: local.clone(), hot: HashMap::new() })
+        });
+        let disks = disks.collect::<Result<Vec<_>>>()?;
+        Ok(TargetDriver {
+            control: control.clone(),
+            machine,
+            local,
+            disks,
+            link: Rc::new(std::cell::RefCell::new(link)),
+            inbox: Inbox::new(),
+            told: Rc::default(),
+            deferred: VecDeque::new(),
+            reading: None,
+            attached: false,
+            attaching: false,
+            asked_at: rt::now(),
+        })
+    }
+
+    fn migration(&self) -> MigrationId {
+        self.machine.record().plan().migration
+    }
+
+    fn state(&self) -> TargetState {
+        match self.machine.record().state() {
+            RecordState::Target(state) => state,
+            RecordState::Source(_) => TargetState::Superseded,
+        }
+    }
+
+    /// From here on messages reach it.
+    fn enter(&self) {
+        let key = super::key(self.migration(), Side::Target);
+        let handle =
+            Driver::Target { inbox: self.inbox.clone(), told: self.told.clone(), link: self.link.clone() };
+        self.control.migrations.drivers.borrow_mut().insert(key, handle);
+    }
+
+    async fn run(mut self) {
+        for disk in &self.disks {
+            rt::spawn(watch_gate(disk.gate.clone(), self.inbox.clone()));
+        }
+        loop {
+            let done = matches!(
+                self.state(),
+                TargetState::Local | TargetState::Aborted | TargetState::GaveBack | TargetState::Superseded
+            );
+            let patience = if done { RESEND_TIME_DONE } else { RESEND_TIME };
+            let item = self.inbox.next(patience).await;
+            if self.control.is_ending() {
+                self.stop_reading();
+                return self.link.borrow().close();
+            }
+            match item {
+                // It is said again.
+                Some(ToTarget::Input(TargetInput::Message(message))) if self.is_early(&message) => {}
+                Some(ToTarget::Input(input)) => self.step(input).await,
+                Some(ToTarget::Ask) => {
+                    if let Some(standing) = self.machine.standing() {
+                        self.say(&Frame::Standing { migration: self.migration(), standing });
+                    }
+                }
+                Some(ToTarget::Attached) => {
+                    (self.attached, self.attaching) = (true, false);
+                    self.follow();
+                    self.fill().await;
+                }
+                Some(ToTarget::JobEnded) => self.fill().await,
+                None => self.step(TargetInput::Resend).await,
+            }
+            if matches!(self.state(), TargetState::GivingBack | TargetState::Superseded) {
+                // What lies there is the source's to change.
+                for disk in &self.disks {
+                    end_job(&self.control, disk.id).await;
+                }
+            }
+            if self.machine.asks_peer() && rt::now() - self.asked_at > RECONNECT_TIME {
+                self.step(TargetInput::PeerSilent).await;
+            }
+        }
+    }
+
+    /// Whether a message wants blocks demoted of overlays that are not open yet.
+    fn is_early(&self, message: &Message) -> bool {
+        !self.attached && matches!(message.body, Body::Round { .. } | Body::Offer { .. })
+    }
+
+    fn say(&self, frame: &Frame) {
+        self.link.borrow().say(frame);
+    }
+
+    fn tell_error(&self, why: &str) {
+        tracing::warn!("migration {}: {why}", self.migration());
+        self.told.error.replace(Some(why.to_owned()));
+    }
+
+    async fn step(&mut self, input: TargetInput) {
+        match self.machine.handle(input) {
+            Ok(actions) => self.carry_out(actions).await,
+            Err(infill_migrate::Busy(input)) => self.deferred.push_back(input),
+        }
+        while !self.machine.busy()
+            && let Some(input) = self.deferred.pop_front()
+        {
+            match self.machine.handle(input) {
+                Ok(actions) => self.carry_out(actions).await,
+                Err(infill_migrate::Busy(input)) => self.deferred.push_front(input),
+            }
+        }
+    }
+
+    async fn carry_out(&mut self, actions: Vec<TargetAction>) {
+        let mut waiting = VecDeque::from(actions);
+        self.follow();
+        while let Some(action) = waiting.pop_front() {
+            let Some(end) = self.perform(action).await else { continue };
+            match self.machine.handle(end) {
+                Ok(actions) => {
+                    self.follow();
+                    waiting.extend(actions);
+                }
+                Err(infill_migrate::Busy(input)) => self.deferred.push_back(input),
+            }
+        }
+        self.follow();
+    }
+
+    /// The gates follow the machine; what it owns is served once the overlays lie on what was frozen.
+    fn follow(&mut self) {
+        let mut gate = self.machine.gate();
+        // A disk that is an ordinary one again is made by the daemon's state.
+        if gate.runs() && !self.attached && self.state() != TargetState::Local {
+            gate = Gate::Hold;
+        }
+        let (owner, migration) = (self.machine.record().plan().peer.clone(), self.migration());
+        let decided = |disk: &&TargetDisk| self.control.migrations.decides(disk.id, migration, Side::Target);
+        for disk in self.disks.iter().filter(decided) {
+            disk.gate.set(gate, &owner);
+        }
+        if self.machine.reading().is_none() {
+            self.stop_reading();
+        }
+        let phase = match (self.attached, self.machine.asks_peer(), self.reading.is_some()) {
+            (_, true, _) => "asks its peer",
+            (false, ..) => "waits for the source's export",
+            (_, _, true) => "copies",
+            _ => "settled",
+        };
+        phase.clone_into(&mut self.told.phase.borrow_mut());
+        self.told.rounds.set(self.machine.reading().map_or(self.told.rounds.get(), |round| round.0));
+    }
+
+    fn stop_reading(&mut self) {
+        if let Some(reading) = self.reading.take() {
+            reading.set(true);
+        }
+    }
+
+    async fn perform(&mut self, action: TargetAction) -> Option<TargetInput> {
+        match action {
+            TargetAction::Persist(pending) => {
+                let record = pending.record().clone();
+                let outcome = self.keep(record).await;
+                let outcome = outcome.map_err(|error| IoError::new(ErrorKind::Io, format!("{error:#}")));
+                return Some(TargetInput::Settled(pending.settled(outcome)));
+            }
+            TargetAction::Demote(demotion) => {
+                let outcome = self.demote(&demotion).await;
+                return Some(TargetInput::Demoted(demotion.settled(outcome)));
+            }
+            TargetAction::Send(message) => self.say(&Frame::Message(message.into_message())),
+            TargetAction::ReadRound(round) => self.read_round(round),
+            TargetAction::Own => {
+                self.attached = false;
+                self.follow();
+                self.attach();
+            }
+            TargetAction::AskPeer => self.say(&Frame::Ask(self.migration())),
+            // There is no witness: it is never asked for.
+            TargetAction::Swap(_) | TargetAction::AskWitness => {}
+            TargetAction::DropOverlay => {
+                for disk in &self.disks {
+                    drop_disk(&self.control, disk.id, &disk.local).await;
+                }
+            }
+            TargetAction::Refuse(why) => self.tell_error(why),
+            TargetAction::Fail(why) => self.tell_error(&format!("{why}; the disk is held until a restart")),
+        }
+        None
+    }
+
+    /// Keeps a record. A disk that is an ordinary one from then on is kept as one before that.
+    async fn keep(&self, record: infill_migrate::Record) -> Result<()> {
+        if record.state() == RecordState::Target(TargetState::Local) {
+            for disk in &self.disks {
+                self.control
+                    .keep_disk(
+                        &disk.local.node,
+                        overlay_description(&disk.local, None),
+                        &disk.local.export,
+                        export_description(disk.id, &disk.local),
+                    )
+                    .await?;
+            }
+        }
+        self.control.keep_migration(Kept { record, local: self.local.clone() }).await
+    }
+
+    /// Makes stale blocks absent, durably.
+    async fn demote(&mut self, demotion: &Demotion) -> IoResult<()> {
+        self.stop_reading();
+        let block_bytes = u64::from(self.machine.record().plan().block_bytes);
+        for (index, disk) in self.disks.iter_mut().enumerate() {
+            let gone = |error: anyhow::Error| IoError::new(ErrorKind::NotFound, format!("{error:#}"));
+            let node = self.control.blockdevs().get(&disk.local.node).map_err(gone)?;
+            if let Some(slot) = node.backing() {
+                slot.raise().await;
+            }
+            match demotion.sets().and_then(|sets| sets.get(index)) {
+                Some(set) => {
+                    for run in set.runs() {
+                        let (from, to) = (run.start * block_bytes, (run.end * block_bytes).min(disk.bytes));
+                        node.forget(&Ctx::GUEST, from, to.saturating_sub(from)).await?;
+                    }
+                    for block in set.iter() {
+                        let rounds = disk.hot.entry(block).or_insert(0);
+                        *rounds = rounds.saturating_add(1);
+                    }
+                }
+                None => {
+                    disk.hot.clear();
+                    node.forget(&Ctx::GUEST, 0, disk.bytes).await?;
+                }
+            }
+            node.sync(&Ctx::GUEST).await?;
+        }
+        Ok(())
+    }
+
+    /// Copies what is absent, beside everything else, but for what is written again and again.
+    fn read_round(&mut self, round: Round) {
+        self.stop_reading();
+        let stop = Rc::new(Cell::new(false));
+        self.reading = Some(stop.clone());
+        let block_bytes = u64::from(self.machine.record().plan().block_bytes);
+        let mut disks = Vec::new();
+        for disk in &self.disks {
+            let mut hot = BlockSet::empty(disk.bytes.div_ceil(block_bytes));
+            disk.hot
+                .iter()
+                .filter(|(_, rounds)| **rounds >= HOT_ROUNDS)
+                .for_each(|(block, _)| hot.insert(*block));
+            disks.push((disk.local.node.clone(), hot));
+        }
+        let (control, inbox) = (self.control.clone(), self.inbox.clone());
+        rt::spawn(async move {
+            for (name, hot) in disks {
+                while !stop.get() {
+                    let Ok(node) = control.blockdevs().get(&name) else { return };
+                    match copy_absent(&node, &hot, block_bytes, &stop).await {
+                        Ok(()) => break,
+                        Err(error) => {
+                            tracing::info!(%error, "the warming of a disk is interrupted");
+                            rt::sleep(AGAIN).await;
+                        }
+                    }
+                }
+            }
+            if !stop.get() {
+                inbox.push(ToTarget::Input(TargetInput::RoundRead(round)));
+            }
+        });
+    }
+
+    /// Has the overlays lie on what the source has frozen; until then the gates hold.
+    fn attach(&mut self) {
+        let state = self.state();
+        let owns = matches!(state, TargetState::Owner | TargetState::Complete);
+        if self.attaching
+            || self.attached
+            || !(owns || matches!(state, TargetState::Prepared | TargetState::Accepted))
+        {
+            return;
+        }
+        self.attaching = true;
+        let data = self.local.data.clone().unwrap_or_default();
+        let record = self.machine.record().clone();
+        let disks: Vec<(DiskId, LocalDisk, DiskGate, Epoch)> = self
+            .disks
+            .iter()
+            .zip(&record.plan().disks)
+            .map(|(disk, planned)| (disk.id, disk.local.clone(), disk.gate.clone(), record.epoch(planned)))
+            .collect();
+        let (control, inbox, told) = (self.control.clone(), self.inbox.clone(), self.told.clone());
+        rt::spawn(async move {
+            for (id, local, gate, epoch) in disks {
+                let export = if owns { base_name(id, epoch) } else { live_name(id) };
+                let prefix = if owns { 'b' } else { 'l' };
+                while let Err(error) = lay_on(&control, &data, id, &local, &gate, &export, prefix).await {
+                    told.error.replace(Some(format!("the source's export {export}: {error:#}")));
+                    rt::sleep(AGAIN).await;
+                }
+            }
+            told.error.replace(None);
+            inbox.push(ToTarget::Attached);
+        });
+    }
+
+    /// What is missing comes by a stream of each overlay; when none is missing any more, the machine is told.
+    async fn fill(&mut self) {
+        if self.state() != TargetState::Owner || !self.attached {
+            return;
+        }
+        let mut overlays = Vec::new();
+        let mut missing = false;
+        for disk in &self.disks {
+            let Ok(node) = self.control.blockdevs().get(&disk.local.node) else { return };
+            if node.backing().is_some_and(|slot| slot.is_some()) {
+                missing = true;
+                self.stream(disk, &node).await;
+            }
+            overlays.push((node, disk.bytes));
+        }
+        if missing {
+            return;
+        }
+        self.told.missing_bytes.set(0);
+        let Some(ownership) = self.machine.ownership() else { return };
+        // Nothing lies below the overlays any more, by their own headers: no block is at the source.
+        let block_bytes = u64::from(self.machine.record().plan().block_bytes);
+        let maps: Vec<BlockMap> = overlays
+            .iter()
+            .map(|(_, bytes)| {
+                let mut all = BlockSet::empty(bytes.div_ceil(block_bytes));
+                all.insert_range(0..all.blocks());
+                BlockMap::rebuild(&all, Some(&ownership))
+            })
+            .collect();
+        let Some(filling) = Filling::of(&maps) else { return };
+        let mut synced = Ok(());
+        for (node, _) in &overlays {
+            synced = synced.and(node.sync(&Ctx::GUEST).await);
+        }
+        if let Some(filled) = filling.settled(synced) {
+            self.step(TargetInput::Filled(filled)).await;
+        }
+    }
+
+    /// Begins to fill an overlay, if nobody does.
+    async fn stream(&self, disk: &TargetDisk, node: &NodeHandle) {
+        let job_id = job_of(disk.id);
+        if self.control.jobs().get(&job_id).is_ok() {
+            return;
+        }
+        if let Some(slot) = node.backing() {
+            slot.set_copy_on_read(Some(CopyOnRead::new(node, COPY_ON_READ_BYTES_MAX)));
+        }
+        let begun = self
+            .control
+            .begin_stream(BlockStream {
+                job_id: job_id.clone(),
+                device: disk.local.node.clone(),
+                end: StreamEnd::All,
+                backing_file: None,
+                backing_mask_protocol: false,
+                speed: 0,
+                on_error: OnError::Stop,
+                auto_finalize: true,
+                auto_dismiss: true,
+            })
+            .await;
+        if let Err(error) = begun {
+            let why = format!("the disk's data does not follow: {}", error.desc);
+            if self.told.error.borrow().as_ref() != Some(&why) {
+                self.tell_error(&why);
+            }
+        }
+        let (control, inbox, told) = (self.control.clone(), self.inbox.clone(), self.told.clone());
+        rt::spawn(async move {
+            while let Ok(job) = control.jobs().get(&job_id) {
+                let info = job.info();
+                told.missing_bytes.set(info.total_progress.saturating_sub(info.current_progress));
+                rt::sleep(AGAIN / 5).await;
+            }
+            rt::sleep(AGAIN / 5).await;
+            inbox.push(ToTarget::JobEnded);
+        });
+    }
+}
+
+/// Tells the driver of a first write that waits at a gate.
+async fn watch_gate(gate: DiskGate, inbox: Rc<Inbox<ToTarget>>) {
+    while Rc::strong_count(&inbox) > 1 {
+        let asking = gate.asking();
+        if gate.asked().guest_writes {
+            inbox.push(ToTarget::Input(TargetInput::GuestWrites));
+        }
+        rt::timeout(RESEND_TIME_DONE, asking).await;
+    }
+}

@@ -1,0 +1,93 @@
+//! Warming: copying what is absent in an overlay while the source's guest goes on writing.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use infill_base::{Ctx, IoResult};
+use infill_migrate::BlockSet;
+use infill_node::NodeHandle;
+use infill_node::generic::{FillPiece, StreamCursor};
+
+/// Bytes of one request, and how many are in flight.
+const PIECE_BYTES: u64 = 256 << 10;
+const PIECES: usize = 16;
+
+/// Fills what is absent in the overlay and not `hot`, once over the disk. Ends early when told to stop.
+pub(super) async fn copy_absent(
+    node: &NodeHandle,
+    hot: &BlockSet,
+    block_bytes: u64,
+    stop: &Rc<Cell<bool>>,
+) -> IoResult<()> {
+    let cx = Ctx::FILL;
+    // From before the first look at what is zero at the source: that may be stale once blocks were demoted.
+    let Some(generation) = node.backing().map(|slot| slot.generation()) else { return Ok(()) };
+    let mut cursor = StreamCursor::new(node, true);
+    let mut flying = FuturesUnordered::new();
+    loop {
+        while flying.len() < PIECES && !stop.get() {
+            let Some(piece) = cursor.next(&cx, PIECE_BYTES).await? else { break };
+            let (at, len, zero) = match piece {
+                FillPiece::Copy { at, len } => (at, len, false),
+                FillPiece::Zero { at, len } => (at, len, true),
+            };
+            for (from, to) in cold(hot, block_bytes, at, at + len) {
+                flying.push(copy_piece(node, from, to - from, zero.then_some(generation)));
+            }
+        }
+        match flying.next().await {
+            Some(done) => done?,
+            None => return Ok(()),
+        }
+    }
+}
+
+/// Copies a piece; one that is zero under a generation of the edge is not asked for.
+async fn copy_piece(node: &NodeHandle, at: u64, len: u64, zero: Option<u64>) -> IoResult<()> {
+    let cx = Ctx::FILL;
+    let Some(slot) = node.backing() else { return Ok(()) };
+    let populated = match zero {
+        Some(generation) => node.populate_zero(&cx, at, len, generation).await?,
+        None => {
+            let fetched = slot.fetch(&cx, at, len).await?;
+            node.populate(&cx, at, fetched.data, fetched.generation).await?
+        }
+    };
+    // What was demoted meanwhile is of a later round.
+    tracing::trace!(at, len, ?populated, "warmed");
+    Ok(())
+}
+
+/// The parts of a range that are in no hot block.
+fn cold(hot: &BlockSet, block_bytes: u64, from: u64, to: u64) -> Vec<(u64, u64)> {
+    let (mut parts, mut at) = (Vec::new(), from);
+    while at < to {
+        let block = at / block_bytes;
+        let end = ((block + 1) * block_bytes).min(to);
+        if !hot.contains(block) {
+            match parts.last_mut() {
+                Some((_, last)) if *last == at => *last = end,
+                _ => parts.push((at, end)),
+            }
+        }
+        at = end;
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hot_blocks_are_left_out_of_a_copy() {
+        let mut hot = BlockSet::empty(8);
+        assert_eq!(cold(&hot, 10, 5, 42), [(5, 42)]);
+        hot.insert(1);
+        hot.insert(3);
+        assert_eq!(cold(&hot, 10, 5, 42), [(5, 10), (20, 30), (40, 42)]);
+        assert_eq!(cold(&hot, 10, 12, 18), []);
+    }
+}

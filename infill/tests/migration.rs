@@ -1,0 +1,660 @@
+//! Disks that change hosts: two daemons, a guest that writes numbered records, and a hypervisor of this test's own that
+//! stops it at one host and lets it go on where the disk is.
+
+mod common;
+#[path = "common/qmp.rs"]
+mod qmp;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use bytes::{Bytes, BytesMut};
+use common::{INFILL, fails, output, run, text, wait_until};
+use infill_base::{Ctx, IoResult, WriteFlags};
+use infill_io::{Address, Reactors, connector};
+use infill_nbd::{ClientOptions, NbdStorage, OnLost};
+use infill_storage::Storage as _;
+use qmp::{Daemon, Program, Qmp};
+use serde_json::{Value, json};
+
+/// The disk's name for life.
+const DISK: &str = "6f1c2f0e-4d8a-4a63-9d0b-5a4f0f7f7c11";
+const DISK_BYTES: u64 = 24 << 20;
+const BLOCK_BYTES: u64 = 4096;
+const BLOCKS: u64 = DISK_BYTES / BLOCK_BYTES;
+/// Migrations under which daemons are killed.
+const ROUNDS: usize = 6;
+
+/// Numbers that look random, the same in every run of a seed.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+}
+
+/// A seed that is told, so that a failure can be repeated with `INFILL_SEED`.
+fn seed() -> u64 {
+    let given = std::env::var("INFILL_SEED").ok().map(|seed| seed.parse().expect("a number"));
+    let seed = given.unwrap_or_else(|| u64::from(std::process::id()) * 2_654_435_761 + 1);
+    println!("INFILL_SEED={seed}");
+    seed
+}
+
+/// The record that is written to a block for the `stamp`th time; 0 is what was there before, a third of it zeroes.
+fn record(block: u64, stamp: u64) -> Vec<u8> {
+    if stamp == 0 && block.is_multiple_of(3) {
+        return vec![0; BLOCK_BYTES as usize];
+    }
+    let mut random = Random((block * 0x9e37_79b9 + stamp * 0x85eb_ca6b) | 1);
+    (0..BLOCK_BYTES / 8).flat_map(|_| random.next().to_le_bytes()).collect()
+}
+
+/// A host: a daemon with its state, and where others find it.
+struct Host {
+    dir: PathBuf,
+    daemon: Option<Daemon>,
+    journal: tempfile::TempDir,
+}
+
+impl Host {
+    fn new(dir: &Path, name: &str) -> Host {
+        let dir = dir.join(name);
+        std::fs::create_dir(&dir).unwrap();
+        let journal = tempfile::tempdir_in("/dev/shm").expect("a tmpfs at /dev/shm");
+        let mut host = Host { dir, daemon: None, journal };
+        host.start();
+        host.qmp().run(
+            "nbd-server-start",
+            json!({"addr": {"type": "unix", "data": {"path": host.dir.join("nbd.sock")}}}),
+        );
+        host
+    }
+
+    /// Where others bring disks.
+    fn address(&self) -> String {
+        text(&self.dir.join("peers.sock")).to_owned()
+    }
+
+    fn start(&mut self) {
+        let path = |name: &str| text(&self.dir.join(name)).to_owned();
+        let migration =
+            format!("listen={},data={},directory={}", self.address(), path("data.sock"), text(&self.dir));
+        let state = path("state");
+        let journal = text(self.journal.path()).to_owned();
+        let options = ["--state", &state, "--journal", &journal, "--migration", &migration];
+        self.daemon = Some(Daemon::start(Program::Infill, &self.dir, &options));
+    }
+
+    fn kill(&mut self) {
+        self.daemon.take().expect("it runs").process.kill();
+    }
+
+    fn qmp(&self) -> Qmp {
+        self.daemon.as_ref().expect("it runs").connect()
+    }
+
+    /// The disk is here first.
+    fn has_disk(&self) {
+        self.has_disk_over(|image| image);
+    }
+
+    /// As [`Host::has_disk`], and reading all of it takes some seconds.
+    fn has_slow_disk(&self) {
+        let limits = json!({"bps-read": 8 << 20});
+        self.qmp().run("object-add", json!({"qom-type": "throttle-group", "id": "g", "limits": limits}));
+        self.has_disk_over(|image| json!({"driver": "throttle", "throttle-group": "g", "file": image}));
+    }
+
+    fn has_disk_over(&self, filter: impl Fn(Value) -> Value) {
+        let (raw, image) = (self.dir.join("raw"), self.dir.join("disk.qcow2"));
+        std::fs::write(&raw, (0..BLOCKS).flat_map(|block| record(block, 0)).collect::<Vec<_>>()).unwrap();
+        run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", text(&raw), text(&image)]);
+        std::fs::remove_file(&raw).unwrap();
+        let mut qmp = self.qmp();
+        let mut node = filter(json!({"driver": "qcow2", "file": {"driver": "file", "filename": image}}));
+        node["node-name"] = json!("disk");
+        qmp.run("blockdev-add", node);
+        let export = json!({"type": "nbd", "id": "e", "node-name": "disk", "name": DISK, "writable": true});
+        qmp.run("block-export-add", export);
+    }
+
+    /// What it knows of its one migration.
+    fn migration(&self) -> Value {
+        let all = self.qmp().run("__infill_query-migrations", json!({}));
+        all.as_array().unwrap().first().cloned().unwrap_or(Value::Null)
+    }
+
+    fn state(&self) -> String {
+        self.migration()["state"].as_str().unwrap_or("none").to_owned()
+    }
+
+    /// What it knows of that migration.
+    fn migration_of(&self, id: &str) -> Value {
+        let all = self.qmp().run("__infill_query-migrations", json!({}));
+        all.as_array().unwrap().iter().find(|one| one["migration"] == *id).cloned().unwrap_or(Value::Null)
+    }
+
+    fn state_of(&self, id: &str) -> String {
+        self.migration_of(id)["state"].as_str().unwrap_or("none").to_owned()
+    }
+
+    fn owner_of(&self, id: &str) -> bool {
+        self.migration_of(id)["owner"] == true
+    }
+
+    /// Whether its export is offered: an image that was fenced comes back a moment later than its owner's word.
+    fn export_is_there(&self) -> bool {
+        let exports = self.qmp().run("query-block-exports", json!({}));
+        exports.as_array().unwrap().iter().any(|export| export.get("__infill_held").is_none())
+    }
+
+    fn wait_for(&self, state: &str) {
+        let mut last = Value::Null;
+        let waiting = std::panic::AssertUnwindSafe(|| {
+            wait_until(state, || {
+                last = self.migration();
+                last["state"] == state
+            })
+        });
+        if let Err(panic) = std::panic::catch_unwind(waiting) {
+            println!("{} stands at {last}", self.dir.display());
+            std::panic::resume_unwind(panic);
+        }
+    }
+
+    /// Whether the disk is served here.
+    fn owns(&self) -> bool {
+        self.migration()["owner"] == true
+    }
+}
+
+/// What the guest knows of its disk: for each block the number of its newest record, and the one that may not have landed.
+struct Guest {
+    newest: Vec<u64>,
+    unsure: Option<(u64, u64)>,
+    stamp: u64,
+    random: Random,
+}
+
+impl Guest {
+    fn new(seed: u64) -> Guest {
+        Guest { newest: vec![0; BLOCKS as usize], unsure: None, stamp: 0, random: Random(seed | 1) }
+    }
+
+    fn check(&self, block: u64, found: &[u8]) {
+        let newest = self.newest[block as usize];
+        let unsure = self.unsure.filter(|(other, _)| *other == block).map(|(_, stamp)| stamp);
+        let fits =
+            record(block, newest) == found || unsure.is_some_and(|stamp| record(block, stamp) == found);
+        if !fits {
+            let was = (0..=self.stamp).rev().find(|stamp| record(block, *stamp) == found);
+            panic!("block {block} is not record {newest} (nor {unsure:?}) but {was:?}");
+        }
+    }
+
+    /// One record more, or a look at one.
+    async fn step(&mut self, disk: &NbdStorage) -> IoResult<()> {
+        let block = self.random.below(BLOCKS);
+        match self.random.below(8) {
+            0 => disk.sync(&Ctx::GUEST).await,
+            1..=3 => {
+                let buf = BytesMut::zeroed(BLOCK_BYTES as usize);
+                let found = disk.read(&Ctx::GUEST, block * BLOCK_BYTES, buf).await?;
+                self.check(block, &found);
+                if let Some((_, stamp)) = self.unsure.filter(|(other, _)| *other == block) {
+                    self.newest[block as usize] =
+                        if record(block, stamp) == found { stamp } else { self.newest[block as usize] };
+                    self.unsure = None;
+                }
+                Ok(())
+            }
+            _ if self.unsure.is_some_and(|(other, _)| other != block) => Ok(()),
+            _ => {
+                self.stamp += 1;
+                self.unsure = Some((block, self.stamp));
+                let data = Bytes::from(record(block, self.stamp)).into();
+                disk.write(&Ctx::GUEST, block * BLOCK_BYTES, data, WriteFlags::empty()).await?;
+                self.newest[block as usize] = self.stamp;
+                self.unsure = None;
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A guest that runs at a host until it is stopped, as a hypervisor stops it: with nothing in flight, flushed.
+struct Running {
+    stop: Arc<AtomicBool>,
+    steps: Arc<std::sync::atomic::AtomicU64>,
+    thread: std::thread::JoinHandle<IoResult<()>>,
+}
+
+fn run_guest(host: &Host, guest: &Arc<Mutex<Guest>>) -> Running {
+    let stop = Arc::new(AtomicBool::new(false));
+    let steps = Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let address = Address::Unix(host.dir.join("nbd.sock"));
+    let (guest, told, counted) = (guest.clone(), stop.clone(), steps.clone());
+    let thread = std::thread::spawn(move || {
+        Reactors::start(1).unwrap().block_on(move || async move {
+            let options = ClientOptions {
+                export: DISK.into(),
+                read_only: false,
+                on_lost: OnLost::Fail,
+                unsynced_bytes_max: 0,
+                ..ClientOptions::default()
+            };
+            let disk = NbdStorage::connect(connector(&address), options).await.expect("the disk is exported");
+            while !told.load(Ordering::SeqCst) {
+                step(&guest, &disk).await?;
+                counted.fetch_add(1, Ordering::SeqCst);
+            }
+            disk.sync(&Ctx::GUEST).await
+        })
+    });
+    Running { stop, steps, thread }
+}
+
+#[expect(clippy::await_holding_lock, reason = "there is one guest, and nobody else asks for it meanwhile")]
+async fn step(guest: &Mutex<Guest>, disk: &NbdStorage) -> IoResult<()> {
+    guest.lock().unwrap().step(disk).await
+}
+
+impl Running {
+    fn steps(&self) -> u64 {
+        self.steps.load(Ordering::SeqCst)
+    }
+
+    fn wait_for_steps(&self, more: u64) {
+        let until = self.steps() + more;
+        wait_until("the guest gets on", || self.steps() >= until || self.thread.is_finished());
+    }
+
+    fn stop(self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.thread.join().unwrap().unwrap();
+    }
+}
+
+/// Everything that the guest has written is on the disk, as the host serves it.
+fn judge(host: &Host, guest: &Guest) {
+    let raw = host.dir.join("judged");
+    let uri = format!("nbd+unix:///{DISK}?socket={}", text(&host.dir.join("nbd.sock")));
+    run("qemu-img", &["convert", "-f", "raw", "-O", "raw", &uri, text(&raw)]);
+    let disk = std::fs::read(&raw).unwrap();
+    assert_eq!(disk.len() as u64, DISK_BYTES);
+    for (block, found) in disk.chunks(BLOCK_BYTES as usize).enumerate() {
+        guest.check(block as u64, found);
+    }
+    std::fs::remove_file(&raw).unwrap();
+}
+
+/// The image of the disk at its new host stands alone and is sound.
+fn image_is_whole(host: &Host) {
+    let path = host.migration()["disks"][0]["filename"].as_str().unwrap().to_owned();
+    let info: Value =
+        serde_json::from_str(&run("qemu-img", &["info", "-U", "--output=json", &path])).unwrap();
+    assert_eq!(info.get("backing-filename"), None, "{info}");
+}
+
+fn migrate(from: &Host, to: &Host, mode: &str, auto_switch: bool) -> String {
+    let answer = from.qmp().run(
+        "__infill_migrate",
+        json!({"disks": [{"name": DISK}], "to": to.address(), "mode": mode, "auto-switch": auto_switch}),
+    );
+    answer["migration"].as_str().unwrap().to_owned()
+}
+
+fn changes_hosts(mode: &str) {
+    let seed = seed();
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (Host::new(dir.path(), "a"), Host::new(dir.path(), "b"));
+    a.has_disk();
+    let guest = Arc::new(Mutex::new(Guest::new(seed)));
+    let running = run_guest(&a, &guest);
+    running.wait_for_steps(200);
+    let migration = migrate(&a, &b, mode, false);
+    assert_eq!(migrate(&a, &b, mode, false), migration, "the same call is the same migration");
+    b.wait_for("prepared");
+    if mode == "hybrid" {
+        wait_until("a round is read", || a.migration()["rounds"].as_u64() > Some(0));
+    }
+    running.wait_for_steps(200);
+    // Who may not write there is told so, and may read.
+    let uri = format!("nbd+unix:///{DISK}?socket={}", text(&b.dir.join("nbd.sock")));
+    run("qemu-io", &["-f", "raw", "-r", "-c", "read 0 64k", &uri]);
+    let refused = output("qemu-io", &["-f", "raw", "-c", "write 0 64k", &uri]);
+    let told =
+        String::from_utf8_lossy(&refused.stdout).into_owned() + &String::from_utf8_lossy(&refused.stderr);
+    assert!(told.contains("Operation not permitted"), "{told}");
+    running.stop();
+    a.qmp().run("__infill_migration-switch", json!({"migration": migration}));
+    wait_until("the disk has changed hands", || b.owns());
+    assert!(!a.owns());
+    let running = run_guest(&b, &guest);
+    running.wait_for_steps(300);
+    b.wait_for("local");
+    a.wait_for("released");
+    running.wait_for_steps(100);
+    running.stop();
+    judge(&b, &guest.lock().unwrap());
+    image_is_whole(&b);
+    // By its path nobody starts what is left at the first host.
+    let left = a.dir.join("disk.qcow2");
+    let told = fails("qemu-img", &["info", text(&left)]);
+    assert!(told.contains("moved to another host"), "{told}");
+    let mut qmp = b.qmp();
+    b.daemon.unwrap().quit(&mut qmp);
+}
+
+#[test]
+fn a_disk_changes_hosts_under_a_guest_and_its_data_follows() {
+    changes_hosts("post-copy");
+}
+
+#[test]
+fn most_of_a_disk_is_there_before_it_changes_hosts() {
+    changes_hosts("hybrid");
+}
+
+#[test]
+fn the_commands_move_a_disk_and_tell_where_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (Host::new(dir.path(), "a"), Host::new(dir.path(), "b"));
+    a.has_disk();
+    let sockets = [&a, &b].map(|host| text(&host.daemon.as_ref().unwrap().socket).to_owned());
+    let to = b.address();
+    let ask = |args: &[&str]| run(INFILL, &[args, &["--socket", &sockets[0]]].concat());
+    let not = |args: &[&str]| fails(INFILL, &[args, &["--socket", &sockets[0]]].concat());
+    assert!(not(&["whois", DISK]).contains("has never changed hosts"));
+    assert!(not(&["migrate", DISK, "--to", &to, "--pre-copy"]).contains("not built yet"));
+    assert!(not(&["migrate", "disk", "--to", &to]).contains("is no UUID"));
+    let migration = ask(&["migrate", DISK, "--to", &to, "--hold", "--detach"]).trim().to_owned();
+    assert!(ask(&["migrations"]).starts_with(&format!("{migration}\tsource\t")));
+    assert!(ask(&["whois", DISK, "--peer", &sockets[1]]).contains("owner\tsource of migration"));
+    assert!(not(&["reclaim", &migration]).contains("--accept-loss"));
+    // It is what the machine refuses: nothing has been handed over.
+    ask(&["reclaim", &migration, "--accept-loss"]);
+    wait_until("it is told", || {
+        a.migration()["error"].as_str().is_some_and(|why| why.contains("handed over"))
+    });
+    ask(&["switch", &migration]);
+    ask(&["migrate", DISK, "--to", &to, "--wait", "--quiet", "--migration", &migration]);
+    let told = ask(&["whois", DISK, "--peer", &sockets[1], "--output", "json"]);
+    let told: Value = serde_json::from_str(&told).unwrap();
+    let owners: Vec<_> = told.as_array().unwrap().iter().filter(|one| one["owner"] == true).collect();
+    assert_eq!(owners.len(), 1, "{told}");
+    assert_eq!((owners[0]["side"].as_str(), owners[0]["epoch"].as_u64()), (Some("target"), Some(1)));
+    assert!(not(&["migrate", DISK, "--to", &to]).contains("is exported here"));
+    assert!(not(&["abort", "6f1c2f0e-4d8a-4a63-9d0b-5a4f0f7f7c11"]).contains("no migration"));
+}
+
+#[test]
+fn a_disk_goes_there_and_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, mut b) = (Host::new(dir.path(), "a"), Host::new(dir.path(), "b"));
+    a.has_disk();
+    let guest = Arc::new(Mutex::new(Guest::new(seed())));
+    let running = run_guest(&a, &guest);
+    running.wait_for_steps(100);
+    running.stop();
+    migrate(&a, &b, "hybrid", true);
+    b.wait_for("local");
+    a.wait_for("released");
+    let running = run_guest(&b, &guest);
+    running.wait_for_steps(100);
+    running.stop();
+    // A daemon that starts again serves it as one of its own.
+    b.kill();
+    b.start();
+    wait_until("it is served again", || b.owns());
+    judge(&b, &guest.lock().unwrap());
+    let back = b
+        .qmp()
+        .run("__infill_migrate", json!({"disks": [{"name": DISK}], "to": a.address(), "mode": "post-copy"}));
+    let back = back["migration"].as_str().unwrap().to_owned();
+    wait_until("it is back", || a.state_of(&back) == "local");
+    let running = run_guest(&a, &guest);
+    running.wait_for_steps(100);
+    running.stop();
+    judge(&a, &guest.lock().unwrap());
+    assert_eq!(
+        (a.migration_of(&back)["disks"][0]["epoch"].as_u64(), a.migration_of(&back)["side"].as_str()),
+        (Some(2), Some("target"))
+    );
+}
+
+/// A machine that cannot start at the target goes on at the source, if it has written nothing there.
+#[test]
+fn a_disk_is_handed_back_unless_it_was_written_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (Host::new(dir.path(), "a"), Host::new(dir.path(), "b"));
+    a.has_slow_disk();
+    let guest = Arc::new(Mutex::new(Guest::new(seed())));
+    let running = run_guest(&a, &guest);
+    running.wait_for_steps(100);
+    running.stop();
+    let migration = migrate(&a, &b, "post-copy", true);
+    wait_until("the disk has changed hands", || b.owns());
+    let uri = format!("nbd+unix:///{DISK}?socket={}", text(&b.dir.join("nbd.sock")));
+    run("qemu-io", &["-f", "raw", "-r", "-c", "read 1M 64k", &uri]);
+    a.qmp().run("__infill_migration-abort", json!({"migration": migration}));
+    wait_until("it is back", || a.owns());
+    b.wait_for("gave_back");
+    assert!(!b.owns());
+    let running = run_guest(&a, &guest);
+    running.wait_for_steps(100);
+    running.stop();
+    judge(&a, &guest.lock().unwrap());
+    assert_eq!(a.migration()["disks"][0]["epoch"], 2);
+    run("qemu-img", &["check", "-q", "-U", text(&a.dir.join("disk.qcow2"))]);
+    // Once it was written to at the target it is not given back.
+    let again = migrate(&a, &b, "post-copy", true);
+    wait_until("it has changed hands again", || b.owner_of(&again));
+    let running = run_guest(&b, &guest);
+    running.wait_for_steps(20);
+    a.qmp().run("__infill_migration-abort", json!({"migration": again}));
+    wait_until("it is all there", || b.state_of(&again) == "local");
+    running.stop();
+    judge(&b, &guest.lock().unwrap());
+    assert!(!a.owner_of(&again));
+}
+
+/// The target is lost: its operator says so, and what was written there is given up. When it comes back it serves nothing.
+#[test]
+fn a_disk_is_reclaimed_from_a_target_that_is_dead() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, mut b) = (Host::new(dir.path(), "a"), Host::new(dir.path(), "b"));
+    a.has_slow_disk();
+    let guest = Arc::new(Mutex::new(Guest::new(seed())));
+    let running = run_guest(&a, &guest);
+    running.wait_for_steps(100);
+    running.stop();
+    let migration = migrate(&a, &b, "post-copy", true);
+    wait_until("the disk has changed hands", || b.owns());
+    b.kill();
+    assert_eq!((a.state().as_str(), a.owns()), ("handed_over", false));
+    // Also over a restart, after which the fence keeps the node away.
+    a.kill();
+    a.start();
+    assert!(!a.owns() && !a.export_is_there());
+    a.qmp().run("__infill_migration-reclaim", json!({"migration": migration}));
+    wait_until("it is served again", || a.owns() && a.export_is_there());
+    let running = run_guest(&a, &guest);
+    running.wait_for_steps(100);
+    running.stop();
+    b.start();
+    b.wait_for("superseded");
+    assert!(a.owns() && !b.owns());
+    judge(&a, &guest.lock().unwrap());
+}
+
+/// All disks of a machine go together: where one of them cannot, none does.
+#[test]
+fn disks_of_a_machine_change_hands_together() {
+    const OTHER: &str = "0c7d9f8a-52d3-4d3c-8d2f-3f1a5b6c7d8e";
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (Host::new(dir.path(), "a"), Host::new(dir.path(), "b"));
+    a.has_disk();
+    let image = a.dir.join("other.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", text(&image), "3M"]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 0x5a 1M 64k", text(&image)]);
+    let mut qmp = a.qmp();
+    let node =
+        json!({"driver": "qcow2", "node-name": "other", "file": {"driver": "file", "filename": image}});
+    qmp.run("blockdev-add", node);
+    let export = json!({"type": "nbd", "id": "e2", "node-name": "other", "name": OTHER, "writable": true});
+    qmp.run("block-export-add", export);
+    let disks = json!([{"name": DISK}, {"name": OTHER}]);
+    let taken = b.dir.join("taken");
+    std::fs::write(&taken, vec![0; 65536]).unwrap();
+    let mut at_b = b.qmp();
+    let node = json!({"driver": "file", "node-name": "taken", "filename": taken});
+    at_b.run("blockdev-add", node);
+    at_b.run("block-export-add", json!({"type": "nbd", "id": "t", "node-name": "taken", "name": OTHER}));
+    qmp.run("__infill_migrate", json!({"disks": disks, "to": b.address()}));
+    a.wait_for("serving");
+    let told = a.migration()["error"].as_str().unwrap_or_default().to_owned();
+    assert!(told.contains("is exported here already"), "{told}");
+    assert_eq!(at_b.run("query-block-exports", json!({})).as_array().unwrap().len(), 1);
+    at_b.run("block-export-del", json!({"id": "t"}));
+    let moved = qmp.run("__infill_migrate", json!({"disks": disks, "to": b.address()}));
+    wait_until("both are there", || b.state_of(moved["migration"].as_str().unwrap()) == "local");
+    judge(&b, &Guest::new(1));
+    let uri = format!("nbd+unix:///{OTHER}?socket={}", text(&b.dir.join("nbd.sock")));
+    run("qemu-io", &["-f", "raw", "-c", "read -P 0x5a 1M 64k", "-c", "write -P 1 0 64k", &uri]);
+}
+
+/// Kills daemons at random points of a migration, which goes on until the disk is at one of the hosts for good.
+#[test]
+fn whichever_daemon_dies_and_whenever_one_host_has_the_disk_and_nothing_is_lost() {
+    let seed = seed();
+    let mut random = Random(seed | 1);
+    let dir = tempfile::tempdir().unwrap();
+    let (mut moved, mut kills) = (0, 0);
+    for round in 0..ROUNDS {
+        let place = dir.path().join(round.to_string());
+        std::fs::create_dir(&place).unwrap();
+        let (mut a, mut b) = (Host::new(&place, "a"), Host::new(&place, "b"));
+        a.has_disk();
+        let guest = Arc::new(Mutex::new(Guest::new(random.next())));
+        let running = run_guest(&a, &guest);
+        running.wait_for_steps(50);
+        let mode = if round % 2 == 0 { "hybrid" } else { "post-copy" };
+        migrate(&a, &b, mode, false);
+        running.stop();
+        let migration = a.migration()["migration"].as_str().unwrap().to_owned();
+        // Early and late deaths, of either, and of both.
+        for _ in 0..1 + random.below(3) {
+            std::thread::sleep(std::time::Duration::from_millis(random.below(120)));
+            if random.below(2) == 0 {
+                a.qmp().run("__infill_migration-switch", json!({"migration": migration}));
+                std::thread::sleep(std::time::Duration::from_millis(random.below(60)));
+            }
+            let which = random.below(3);
+            if which != 1 {
+                a.kill();
+            }
+            if which != 0 {
+                b.kill();
+            }
+            kills += 1;
+            assert!(!(a.daemon.is_some() && b.daemon.is_some() && a.owns() && b.owns()));
+            if a.daemon.is_none() {
+                a.start();
+            }
+            if b.daemon.is_none() {
+                b.start();
+            }
+            assert!(!(a.owns() && b.owns()), "{} {}", a.migration(), b.migration());
+        }
+        a.qmp().ask("__infill_migration-switch", json!({"migration": migration}));
+        wait_until("one host has it", || a.owns() || b.owns());
+        b.wait_for("local");
+        a.wait_for("released");
+        moved += 1;
+        let running = run_guest(&b, &guest);
+        running.wait_for_steps(50);
+        running.stop();
+        judge(&b, &guest.lock().unwrap());
+        image_is_whole(&b);
+        std::fs::remove_dir_all(&place).unwrap();
+    }
+    println!("{moved} disks moved, {kills} times a daemon or both died");
+}
+
+#[test]
+fn what_cannot_move_is_refused_before_the_freeze() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (Host::new(dir.path(), "a"), Host::new(dir.path(), "b"));
+    a.has_disk();
+    let mut qmp = a.qmp();
+    let mut refused = |arguments: Value, why: &str| {
+        let error = qmp.refused("__infill_migrate", arguments.clone());
+        assert_eq!(error["class"], "GenericError");
+        let told = error["desc"].as_str().unwrap();
+        assert!(told.contains(why), "{arguments}: {told}");
+    };
+    let to = b.address();
+    refused(json!({"disks": [{"name": "disk"}], "to": to}), "is no UUID");
+    refused(json!({"disks": [{"name": DISK.replace('6', "7")}], "to": to}), "is exported here");
+    refused(json!({"disks": [], "to": to}), "expected 1 to 64 disks");
+    refused(json!({"disks": [{"name": DISK}, {"name": DISK}], "to": to}), "named twice");
+    refused(json!({"disks": [{"name": DISK}], "to": "nowhere"}), "give HOST:PORT");
+    refused(json!({"disks": [{"name": DISK}], "to": to, "migration": "7"}), "expected a UUID");
+    refused(json!({"disks": [{"name": DISK}], "to": to, "mode": "pre-copy"}), "mode");
+    drop(qmp);
+    // The target does not take it: it stays, and is served as before.
+    let taken = b.dir.join("disk.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", text(&taken), "24M"]);
+    let mut qmp = b.qmp();
+    qmp.run(
+        "blockdev-add",
+        json!({"driver": "qcow2", "node-name": "disk", "file": {"driver": "file", "filename": taken}}),
+    );
+    let export = json!({"type": "nbd", "id": "e", "node-name": "disk", "name": DISK, "writable": true});
+    qmp.run("block-export-add", export);
+    let migration = migrate(&a, &b, "hybrid", true);
+    a.wait_for("serving");
+    let told = a.migration()["error"].as_str().unwrap_or_default().to_owned();
+    assert!(told.contains("is exported here already"), "{told}");
+    wait_until("it is served", || a.owns());
+    let guest = Arc::new(Mutex::new(Guest::new(7)));
+    let running = run_guest(&a, &guest);
+    running.wait_for_steps(50);
+    running.stop();
+    // While it is in a migration nothing else works on it, and no other one begins.
+    qmp.run("block-export-del", json!({"id": "e"}));
+    let second = migrate(&a, &b, "hybrid", false);
+    assert_ne!(second, migration);
+    let mut qmp = a.qmp();
+    for (command, arguments) in [
+        ("block-stream", json!({"job-id": "j", "device": "disk"})),
+        ("block-export-del", json!({"id": "e", "mode": "hard"})),
+        ("block_resize", json!({"node-name": "disk", "size": 2 * DISK_BYTES})),
+    ] {
+        let error = qmp.refused(command, arguments);
+        let told = error["desc"].as_str().unwrap();
+        assert!(told.contains(&second), "{command}: {told}");
+    }
+    let elsewhere = json!({"disks": [{"name": DISK}], "to": "/nowhere.sock"});
+    let told = qmp.refused("__infill_migrate", elsewhere)["desc"].as_str().unwrap().to_owned();
+    assert!(told.contains("is in migration"), "{told}");
+    wait_until("the target has made an overlay", || b.state_of(&second) == "prepared");
+    qmp.run("__infill_migration-abort", json!({"migration": second}));
+    wait_until("the target drops it", || b.state_of(&second) == "aborted");
+    wait_until("its overlay goes", || {
+        let left = std::fs::read_dir(&b.dir).unwrap();
+        !left.flatten().any(|entry| entry.file_name().to_string_lossy().contains(DISK))
+    });
+    judge(&a, &guest.lock().unwrap());
+}
