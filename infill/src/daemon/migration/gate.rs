@@ -420,6 +420,8 @@ mod tests {
             assert_eq!(gate.asked(), Asked { old_session: false, guest_writes: true });
             gate.set(Gate::Run, "");
             assert_eq!(gate.asked(), Asked::default());
+            // It has its turn before the disk leaves.
+            rt::sleep(Duration::from_secs(1)).await;
             gate.set(Gate::AskBack, "");
             let asking = gate.asking();
             let reader = node.clone();
