@@ -545,3 +545,53 @@ fn a_mirror_of_what_is_written_from_now_on_goes_on_or_fails() {
         }
     }
 }
+
+#[test]
+fn an_end_in_order_stores_persistent_bitmaps_with_every_write_while_jobs_run() {
+    let mut random = Random(seed() | 1);
+    let dir = tempfile::tempdir().unwrap();
+    for (nth, kind) in [KINDS[0], Kind::Backup].into_iter().enumerate() {
+        let place = Place::new(dir.path(), &format!("disk{nth}"), kind, "qcow2");
+        let guest = Arc::new(Mutex::new(Guest::new(random.next())));
+        let (daemon, mut qmp) = place.start();
+        place.begin(&mut qmp, kind);
+        let bitmap = json!({"node": "top", "name": "b", "persistent": true, "granularity": BLOCK_BYTES});
+        qmp.run("block-dirty-bitmap-add", bitmap);
+        let mut daemon = Some(daemon);
+        for round in 0..2 {
+            let ending = daemon.take();
+            work(&place.dir, &place.reactors, &guest, 100 + random.below(500), || {
+                let mut daemon = ending.unwrap();
+                daemon.process.signal("TERM");
+                daemon.process.wait_for_success();
+            });
+            answered_is_kept(&guest);
+            let info = run("qemu-img", &["info", "--output=json", text(&place.dir.join("top"))]);
+            let info: Value = serde_json::from_str(&info).unwrap();
+            let stored = json!([{"name": "b", "flags": ["auto"], "granularity": BLOCK_BYTES}]);
+            assert_eq!(info["format-specific"]["data"]["bitmaps"], stored, "{kind:?}, end {round}");
+            let (next, mut qmp) = place.start();
+            daemon = Some(next);
+            assert!(job(&mut qmp).is_some(), "{kind:?}: it goes on");
+            let told = json!({"type": "nbd", "id": "told", "node-name": "top", "name": "told", "writable": true, "bitmaps": ["b"]});
+            qmp.run("block-export-add", told);
+            let uri = format!("nbd+unix:///told?socket={}", text(&place.dir.join("nbd.sock")));
+            let map = run("nbdinfo", &["--json", "--map=qemu:dirty-bitmap:b", &uri]);
+            let map: Vec<Value> = serde_json::from_str(&map).unwrap();
+            let dirty = |at: u64| {
+                map.iter().any(|run| {
+                    let (start, len) = (run["offset"].as_u64().unwrap(), run["length"].as_u64().unwrap());
+                    run["type"] == json!(1) && (start..start + len).contains(&at)
+                })
+            };
+            let guest = guest.lock().unwrap();
+            let written: Vec<u64> =
+                (0..BLOCKS).filter(|block| guest.allowed[*block as usize][0] != 0).collect();
+            assert!(!written.is_empty());
+            for block in written {
+                assert!(dirty(block * BLOCK_BYTES), "{kind:?}, end {round}: block {block} was written");
+            }
+            qmp.run("block-export-del", json!({"id": "told"}));
+        }
+    }
+}

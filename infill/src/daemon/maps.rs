@@ -98,17 +98,20 @@ impl Control {
     /// The map of a copy that goes on, if what it says can be relied on; the error says why not.
     async fn map_that_goes_on(&self, copy: &Copied<'_>, name: MapName) -> Result<Kept, String> {
         let guarded = self.maps.0.borrow_mut().remove(copy.id);
-        if self.map_name(copy, name.generation).as_ref() != Some(&name) {
-            return Err("source or target is another one".into());
-        }
+        let is_same = |node: &WeakNode| node.upgrade().is_some_and(|node| node.is_same(copy.node));
+        let node = guarded.as_ref().map(|guarded| guarded.node.clone());
+        // From here on: where it is not used, it is removed.
         let kept = match guarded {
-            Some(guarded) if guarded.node.upgrade().is_some_and(|node| node.is_same(copy.node)) => {
-                KeptCopy::guarded(guarded.map, guarded.watching)
-            }
-            Some(_) => return Err("the source was opened anew".into()),
+            Some(guarded) => KeptCopy::guarded(guarded.map, guarded.watching),
             None if name.watched.is_some() => return Err("its source was not watched".into()),
             None => KeptCopy::new(self.find_map(copy.id, &name).await?),
         };
+        if self.map_name(copy, name.generation).as_ref() != Some(&name) {
+            return Err("source or target is another one".into());
+        }
+        if node.is_some_and(|node| !is_same(&node)) {
+            return Err("the source was opened anew".into());
+        }
         match kept.map().is_live() {
             true => Ok((kept, name)),
             false => Err("its source was written to".into()),
@@ -193,6 +196,16 @@ impl Control {
                         tracing::error!("{}", error.desc);
                     }
                 }
+            }
+        }
+    }
+
+    /// Maps whose disks are not there say nothing any more.
+    pub(super) fn forget_maps_without_guard(&self) {
+        let Some(state) = &self.state else { return };
+        for (id, _, name) in state.held_maps() {
+            if name.watched.is_some() && !self.maps.0.borrow().contains_key(&id) {
+                state.forget_map(&id);
             }
         }
     }

@@ -141,6 +141,10 @@ impl Control {
                 }
             }
             _ => {
+                if key.kind == Kind::Node {
+                    // Its disk may be opened by another name now, where nobody would see what is written to it.
+                    self.forget_maps_without_guard();
+                }
                 state.forget(key);
                 match key.kind {
                     Kind::Server => state.forget_all(Kind::Export),

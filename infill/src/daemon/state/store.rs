@@ -19,8 +19,11 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::record::Record;
 
-/// The layout of the database that this program writes.
-const SCHEMA: u64 = 1;
+/// The layout of the database that this program writes. A daemon that knew the first one alone would begin a copy anew and leave
+/// the map that its record names as it is, so it must not read what this one has written.
+const SCHEMA: u64 = 2;
+/// The oldest layout that is read.
+const SCHEMA_OLDEST: u64 = 1;
 /// Records, in the order in which what they tell of was made.
 const RECORDS: TableDefinition<u64, &[u8]> = TableDefinition::new("records");
 /// Records of migrations, by migration and side. Absent in a database of a daemon that has never known one.
@@ -221,7 +224,7 @@ fn read(database: &Database) -> Result<Vec<(u64, Record)>> {
     let transaction = database.begin_read()?;
     let schema = transaction.open_table(META)?.get(SCHEMA_KEY)?.map(|schema| schema.value());
     match schema {
-        Some(SCHEMA) => {}
+        Some(SCHEMA_OLDEST..=SCHEMA) => {}
         Some(other) => bail!(UnknownSchema(other)),
         None => bail!("it does not say its schema"),
     }
@@ -238,6 +241,7 @@ fn read(database: &Database) -> Result<Vec<(u64, Record)>> {
 fn write(database: &Database, changes: &[Change]) -> Result<()> {
     let transaction = database.begin_write()?;
     {
+        transaction.open_table(META)?.insert(SCHEMA_KEY, SCHEMA)?;
         let mut records = transaction.open_table(RECORDS)?;
         for (at, record) in changes {
             match record {
@@ -287,6 +291,13 @@ mod tests {
         assert_eq!(records, [(1, record("z")), (300, record("c"))]);
     }
 
+    fn set_schema(dir: &Path, schema: u64) {
+        let database = Database::open(dir.join("state.redb")).unwrap();
+        let transaction = database.begin_write().unwrap();
+        transaction.open_table(META).unwrap().insert(SCHEMA_KEY, schema).unwrap();
+        transaction.commit().unwrap();
+    }
+
     #[test]
     fn records_of_migrations_are_kept_beside_the_others() {
         let dir = tempfile::tempdir().unwrap();
@@ -306,13 +317,22 @@ mod tests {
     fn a_schema_that_is_not_known_is_refused_by_its_number() {
         let dir = tempfile::tempdir().unwrap();
         drop(Store::open(dir.path()).unwrap());
-        let database = Database::open(dir.path().join("state.redb")).unwrap();
-        let transaction = database.begin_write().unwrap();
-        transaction.open_table(META).unwrap().insert(SCHEMA_KEY, 7).unwrap();
-        transaction.commit().unwrap();
-        drop(database);
+        set_schema(dir.path(), 7);
         let why = refused(dir.path());
-        assert!(why.contains("has schema 7") && why.contains("knows schema 1"), "{why}");
+        assert!(why.contains("has schema 7") && why.contains("knows schema 2"), "{why}");
+    }
+
+    #[test]
+    fn what_is_written_to_an_older_schema_is_of_the_newest() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Store::open(dir.path()).unwrap());
+        set_schema(dir.path(), 1);
+        let (store, _) = Store::open(dir.path()).unwrap();
+        store.write(&[(1, bytes(&record("a")))]).unwrap();
+        drop(store);
+        let database = Database::open(dir.path().join("state.redb")).unwrap();
+        let meta = database.begin_read().unwrap().open_table(META).unwrap();
+        assert_eq!(meta.get(SCHEMA_KEY).unwrap().unwrap().value(), SCHEMA);
     }
 
     #[test]
