@@ -5,8 +5,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use infill_base::Ctx;
 use infill_node::{Held, NodeHandle};
-use infill_storage::rt;
 use infill_storage::sync::lock;
+use infill_storage::{RangeGuard, rt};
 
 use super::{Access, Blockdevs, unknown};
 
@@ -111,6 +111,9 @@ impl Blockdevs {
         for pair in chain.windows(2) {
             let user = format!("node '{}'", pair[0]);
             let mut entries = lock(&self.0.entries);
+            if entries.get(&pair[0]).is_some_and(|overlay| overlay.beside) {
+                continue;
+            }
             let entry = entries.get_mut(&pair[1]).ok_or_else(|| unknown(&pair[1]))?;
             if entry.holds.of(&user) != Some(Access::Reader) {
                 continue;
@@ -201,6 +204,35 @@ impl Blockdevs {
         self.replace(overlay, name, &[])?;
         slot.replace(None).await;
         Ok(())
+    }
+
+    /// Puts `overlay`, which lies on nothing yet and shows nothing to anybody, on `below`, which others may write to meanwhile: what
+    /// it takes from there it takes at that moment. The caller changes the graph alone.
+    pub async fn lay_beside(&self, _turn: &RangeGuard, overlay: &str, below: &str) -> Result<()> {
+        let (top, node) = (self.0.graph.get(overlay)?, self.0.graph.get(below)?);
+        let Some(slot) = top.backing() else { bail!("'{overlay}' is no overlay") };
+        slot.replace(Some(node)).await;
+        let noted = self.back(overlay, below, Access::Reader);
+        if noted.is_err() {
+            slot.replace(None).await;
+        } else if let Some(entry) = lock(&self.0.entries).get_mut(overlay) {
+            entry.beside = true;
+        }
+        noted
+    }
+
+    /// Whoever used `overlay`, which lies beside others, uses it no more: the node below is free of it, before it is closed.
+    pub fn leave_beside(&self, overlay: &str) {
+        let below = {
+            let mut entries = lock(&self.0.entries);
+            let beside = entries.get_mut(overlay).filter(|entry| entry.beside);
+            let Some(below) = beside.and_then(|entry| entry.facts.backing.take()) else { return };
+            if let Some(entry) = entries.get_mut(&below) {
+                entry.holds.give_back(&format!("node '{overlay}'"), entry.file.as_deref());
+            }
+            below
+        };
+        self.0.graph.detach(overlay, &below);
     }
 
     /// Notes in the graph that `overlay` lies on `below` from now on, and whether it relies on nobody writing there.

@@ -134,6 +134,8 @@ struct Entry {
     _credentials: Option<Arc<Credentials>>,
     /// How it was opened, where it can be opened again in another way.
     recipe: Option<Recipe>,
+    /// Whether it lies on a node that others write to, and is to ([`Blockdevs::lay_beside`]).
+    beside: bool,
     holds: Holds,
 }
 
@@ -148,6 +150,7 @@ impl Entry {
             watch: None,
             _credentials: None,
             recipe: None,
+            beside: false,
             holds: Holds::default(),
         }
     }

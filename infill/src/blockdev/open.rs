@@ -310,6 +310,7 @@ impl<'a> Opening<'a> {
             watch,
             _credentials: credentials,
             recipe,
+            beside: false,
             holds,
         };
         self.pending.push(Pending { name: name.clone(), node: NodeHandle::new(node), entry, edge: None });

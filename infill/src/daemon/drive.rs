@@ -37,6 +37,7 @@ impl Drop for Target {
         if self.stays {
             return;
         }
+        self.blockdevs.leave_beside(&self.name);
         let (blockdevs, name) = (self.blockdevs.clone(), self.name.clone());
         rt::spawn(async move {
             if let Err(error) = blockdevs.del(&name).await
@@ -111,14 +112,15 @@ impl Control {
         Some(now)
     }
 
-    /// Makes (or takes) the file of a copy of `device` and opens it, on the node `over` if `opened_on_it`, which the header of
-    /// a new image names. `graph`: the caller changes the graph already.
+    /// Makes (or takes) the file of a copy of `device` and opens it on the node `over`, which the header of a new image names. A
+    /// write of a part of a cluster takes the rest from there: without that it would be zero. `is_written`: others write to that
+    /// node meanwhile. `graph`: the caller changes the graph already.
     async fn make_target(
         &self,
         device: &str,
         target: &NewTarget,
         over: Option<&str>,
-        opened_on_it: bool,
+        is_written: bool,
         graph: Option<&RangeGuard>,
     ) -> Result<Target, QmpError> {
         let facts = self.source_facts(device)?;
@@ -158,17 +160,27 @@ impl Control {
         let mut description = description(&file, format.as_str(), target.node_name.as_deref(), &like);
         if format != FormatKind::Raw {
             let below =
-                over.filter(|_| opened_on_it).map_or(Value::Null, |over| Value::String(over.to_owned()));
+                over.filter(|_| !is_written).map_or(Value::Null, |over| Value::String(over.to_owned()));
             description.insert("backing".into(), below);
         }
         let options = BlockdevOptions::read(Members::of_json(description.clone()))?;
-        let added = match graph {
-            Some(graph) => self.blockdevs().add_in(graph, options).await,
-            None => self.blockdevs().add(options).await,
+        let own;
+        let graph = match graph {
+            Some(graph) => graph,
+            None => {
+                own = self.blockdevs().change_graph().await;
+                &own
+            }
         };
+        let added = self.blockdevs().add_in(graph, options).await;
         let name = added.map_err(|error| could_not_open(&target.file, &error))?;
         self.meter_new_nodes();
-        Ok(Target { blockdevs: self.blockdevs().clone(), name, description, stays: false })
+        let target = Target { blockdevs: self.blockdevs().clone(), name, description, stays: false };
+        if let Some(over) = over.filter(|_| is_written) {
+            let laid = self.blockdevs().lay_beside(graph, &target.name, over).await;
+            laid.map_err(|error| refused(&error))?;
+        }
+        Ok(target)
     }
 
     /// `drive-mirror`. Answered once the job runs.
@@ -192,7 +204,7 @@ impl Control {
                 "with --state, the target of a mirror needs a name for what is kept: give node-name",
             ));
         }
-        let target = self.make_target(&mirror.device, &target, over, true, None).await?;
+        let target = self.make_target(&mirror.device, &target, over, false, None).await?;
         mirror.target.clone_from(&target.name);
         self.start_mirror(mirror, Some(target)).await
     }
@@ -208,7 +220,8 @@ impl Control {
     }
 
     /// Makes what a backup goes to, and refuses what cannot be before guests wait for anything. With `sync: none` the file is
-    /// an overlay of the disk itself, which keeps what the disk held before it was overwritten: so it is opened without that.
+    /// an overlay of the disk itself, which keeps what the disk held before it was overwritten. What else its clusters hold is
+    /// the disk as it is, of which everything that will be overwritten is written there first.
     pub(super) async fn check_drive_backup(
         &self,
         drive: DriveBackup,
@@ -221,7 +234,8 @@ impl Control {
             BackupSync::None => Some(backup.device.as_str()),
             BackupSync::Full | BackupSync::Bitmap => None,
         };
-        let target = self.make_target(&backup.device, &target, over, false, graph).await?;
+        let target =
+            self.make_target(&backup.device, &target, over, backup.sync == BackupSync::None, graph).await?;
         backup.target.clone_from(&target.name);
         Ok(self.check_backup(backup)?.into(target))
     }
