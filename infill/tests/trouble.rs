@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use bytes::BytesMut;
-use common::{INFILL, Process, fails, run, text, wait_for_socket, wait_until};
+use common::{INFILL, Process, fails, output, run, text, wait_for_socket, wait_until};
 use infill_nbd::proto::{
     Chunk, ClientFlags, ExportInfo, Greeting, HandshakeFlags, Info, Mode, OptionError, OptionHeader,
     OptionReply, OptionRequest, ProtocolError, ReplyFlags, ReplyHeader, RequestHeader, TransmissionFlags,
@@ -402,4 +402,44 @@ fn with_the_option_to_fail_a_read_without_its_source_is_an_error_and_the_rest_wo
     );
     serve.signal("TERM");
     serve.wait_for_success();
+}
+
+/// An L2 table that lies where none can: the request fails, and the manager is told once, of the node that it is about.
+#[test]
+fn a_manager_is_told_once_of_an_image_that_contradicts_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| text(&dir.path().join(name)).to_owned();
+    let (base, top) = (path("base.qcow2"), path("top.qcow2"));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", &base, "1M"]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 7 0 64k", &base]);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", &top]);
+    let mut bytes = std::fs::read(&base).unwrap();
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().unwrap()) as usize;
+    bytes[l1..l1 + 8].copy_from_slice(&0x2a2a_2a00_u64.to_be_bytes());
+    std::fs::write(&base, &bytes).unwrap();
+    let daemon = qmp::Daemon::start(Program::Infill, dir.path(), &[]);
+    let mut qmp = daemon.connect();
+    let file = |name: &str| json!({"driver": "file", "filename": name});
+    let below = json!({"driver": "qcow2", "node-name": "below", "read-only": true, "file": file(&base)});
+    qmp.run("blockdev-add", below);
+    let above = json!({"driver": "qcow2", "node-name": "above", "backing": "below", "file": file(&top)});
+    qmp.run("blockdev-add", above);
+    let socket = path("nbd.sock");
+    qmp.run("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": socket}}}));
+    qmp.run("block-export-add", json!({"type": "nbd", "id": "e", "node-name": "above", "name": "disk"}));
+    let uri = format!("nbd+unix:///disk?socket={socket}");
+    for _ in 0..2 {
+        let read = output("qemu-io", &["-r", "-f", "raw", "-c", "read 0 4k", &uri]);
+        assert!(String::from_utf8_lossy(&read.stdout).contains("Input/output error"), "{read:?}");
+    }
+    let event = qmp.wait_for("BLOCK_IMAGE_CORRUPTED");
+    let data = &event["data"];
+    assert_eq!(
+        (&data["node-name"], &data["device"], &data["fatal"]),
+        (&json!("below"), &json!(""), &json!(false)),
+        "{data}"
+    );
+    qmp.run("query-block", json!({}));
+    let told = qmp.seen.iter().filter(|event| event["event"] == "BLOCK_IMAGE_CORRUPTED").count();
+    assert_eq!(told, 1, "{:?}", qmp.seen);
 }

@@ -125,6 +125,11 @@ impl IoError {
         self.0.kind
     }
 
+    /// The node or file where it happened, as [`IoError::in_node`] was told.
+    pub fn node(&self) -> Option<&str> {
+        self.0.node.as_deref()
+    }
+
     /// The message without place and cause.
     pub fn message(&self) -> &str {
         &self.0.message

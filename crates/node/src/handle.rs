@@ -14,6 +14,7 @@ use infill_storage::{StorageHandle, rt};
 
 use crate::bitmaps::{Bitmap, Bitmaps};
 use crate::changes::{self, Change, ChangeKind, Changes, Held, InFlight, Watcher, Watching};
+use crate::corruption::Corruption;
 use crate::fetch::FetchTable;
 use crate::gate::NodeGate;
 use crate::latency::{LatencyBoard, LatencyKind};
@@ -166,6 +167,7 @@ struct Cell<D: ?Sized> {
     stats: Stats,
     changes: Changes,
     bitmaps: Bitmaps,
+    corruption: Corruption,
     detect_zeroes: AtomicU8,
     driver: D,
 }
@@ -202,6 +204,7 @@ impl NodeHandle {
             stats: Stats::default(),
             changes: Changes::default(),
             bitmaps: Bitmaps::default(),
+            corruption: Corruption::default(),
             detect_zeroes: AtomicU8::new(0),
             driver: node,
         }));
@@ -373,6 +376,11 @@ impl NodeHandle {
         self.hold_changes().await.watch(watcher)
     }
 
+    /// Has `listener` told, once, when a request finds that this node's image contradicts itself (not one that lies below).
+    pub fn on_corruption(&self, listener: impl Fn(&IoError) + Send + Sync + 'static) {
+        self.0.corruption.listen(listener);
+    }
+
     /// See [`Node::sync`].
     pub async fn sync(&self, cx: &Ctx) -> IoResult<()> {
         let request = Request { kind: RequestKind::Flush, latency: Some(LatencyKind::Sync), at: 0, len: 0 };
@@ -510,6 +518,12 @@ impl NodeHandle {
         let end = rt::clock();
         let took = end.saturating_sub(begin);
         self.0.stats.count(request.kind, request.at, request.len, took, result.as_ref().err());
+        if let Err(error) = &result
+            && error.kind() == ErrorKind::Corrupt
+            && error.node() == Some(self.info().filename.as_str())
+        {
+            self.0.corruption.tell(error);
+        }
         if let Some(kind) = request.latency
             && cx.class == infill_base::Class::Guest
             && self.0.latency.is_listening()

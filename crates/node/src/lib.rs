@@ -17,6 +17,7 @@ mod bitmaps;
 mod blkdebug;
 mod changes;
 mod copy_on_read;
+mod corruption;
 mod dirty;
 mod edge;
 mod fetch;

@@ -50,6 +50,17 @@ const PERMISSION: Form = Word(&["consistent-read", "write", "write-unchanged", "
 /// What events tell.
 pub(crate) const EVENTS: &[(&str, Form)] = &[
     ("BLOCK_EXPORT_DELETED", Object(&[("id", Str)])),
+    (
+        "BLOCK_IMAGE_CORRUPTED",
+        Object(&[
+            ("device", Str),
+            ("*node-name", Str),
+            ("msg", Str),
+            ("*offset", Int),
+            ("*size", Int),
+            ("fatal", Bool),
+        ]),
+    ),
     ("BLOCK_JOB_CANCELLED", PROGRESS),
     (
         "BLOCK_JOB_COMPLETED",

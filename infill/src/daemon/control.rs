@@ -19,6 +19,7 @@ use infill_storage::{RangeLock, rt};
 use serde_json::{Value, json};
 
 use super::chardevs::Devices;
+use super::corrupt::Corruptions;
 use super::exports::Exported;
 use super::maps::Maps;
 use super::migration::Migrations;
@@ -37,6 +38,8 @@ pub struct Control {
     pub(super) reactors: Vec<Reactor>,
     monitors: Monitors,
     pub(super) thresholds: Thresholds,
+    /// Images that were found corrupt.
+    pub(super) corruptions: Corruptions,
     /// Character devices.
     pub(super) chardevs: RefCell<Devices>,
     /// Maps of copies that are to go on.
@@ -84,6 +87,7 @@ impl Control {
             reactors,
             monitors: Monitors::default(),
             thresholds: Thresholds::default(),
+            corruptions: Corruptions::default(),
             migrations: Migrations::default(),
             chardevs: RefCell::default(),
             maps: Maps::default(),
@@ -313,7 +317,7 @@ impl Control {
             return Err(QmpError::generic("'node-name' must be specified for the root node"));
         }
         let added = self.blockdevs.add(options).await.map(drop).map_err(|error| refused(&error));
-        self.meter_new_nodes();
+        self.greet_new_nodes();
         for (node, watch) in self.blockdevs.take_source_watches() {
             rt::spawn(self.clone().tell_source(node, watch));
         }
@@ -323,8 +327,9 @@ impl Control {
         added
     }
 
-    /// Nodes that were opened count for metrics, where that is asked for.
-    pub(super) fn meter_new_nodes(&self) {
+    /// Nodes that were opened tell what is wrong with them, and count for metrics where that is asked for.
+    pub(super) fn greet_new_nodes(&self) {
+        self.listen_to_new_nodes();
         if self.metered.get() {
             self.meter_nodes();
         }

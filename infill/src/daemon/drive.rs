@@ -174,7 +174,7 @@ impl Control {
         };
         let added = self.blockdevs().add_in(graph, options).await;
         let name = added.map_err(|error| could_not_open(&target.file, &error))?;
-        self.meter_new_nodes();
+        self.greet_new_nodes();
         let target = Target { blockdevs: self.blockdevs().clone(), name, description, stays: false };
         if let Some(over) = over.filter(|_| is_written) {
             let laid = self.blockdevs().lay_beside(graph, &target.name, over).await;

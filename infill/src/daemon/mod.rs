@@ -29,6 +29,7 @@ mod cmdline;
 mod config;
 mod control;
 mod copy;
+mod corrupt;
 mod create;
 mod detach;
 mod drive;
@@ -260,6 +261,7 @@ fn serve(control: &Rc<Control>, chardevs: Chardevs) {
     control.open_for_clients();
     control.meet_peers();
     rt::spawn(control.clone().tell_events());
+    rt::spawn(control.clone().tell_corruption());
     let (devices, monitors) = chardevs.into_parts();
     *control.chardevs.borrow_mut() = devices;
     for monitor in monitors {

@@ -139,7 +139,7 @@ impl Control {
         let options = BlockdevOptions::read(Members::of_json(described.clone()))?;
         let added = self.blockdevs().add_in(turn, options).await;
         added.map_err(|error| could_not_open(&sync.file, &error))?;
-        self.meter_new_nodes();
+        self.greet_new_nodes();
         self.keep_node(overlay, described);
         Ok((name, overlay.clone()))
     }
