@@ -212,3 +212,29 @@ fn clients_are_told_what_a_bitmap_says_and_nobody_changes_it_meanwhile() {
         assert!(!listed.contains("dirty-bitmap"), "{listed}");
     });
 }
+
+/// What is written to a part of a cluster of an increment must not hide the rest of what the increment lies on later.
+#[test]
+fn an_increment_of_blocks_smaller_than_its_clusters_is_the_disk_on_its_base() {
+    for program in [Program::Infill, Program::Qemu] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| text(&dir.path().join(name)).to_owned();
+        std::fs::write(path("disk"), vec![1; 4 << 20]).unwrap();
+        std::fs::write(path("full"), vec![1; 4 << 20]).unwrap();
+        let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", &path("full")];
+        run("qemu-img", &[&create[..], &["-o", "cluster_size=2M", &path("inc")]].concat());
+        let mut told = Told::start(program, dir.path(), "raw");
+        let bitmap = json!({"node": "d", "name": "b", "granularity": 4096});
+        told.qmp.run("block-dirty-bitmap-add", bitmap);
+        told.guest(&["write -P 9 708k 4k", "write -P 9 3200k 12k"]);
+        let file = json!({"driver": "file", "filename": path("inc")});
+        let target = json!({"driver": "qcow2", "node-name": "t", "backing": null, "file": file});
+        told.qmp.run("blockdev-add", target);
+        let backup =
+            json!({"job-id": "j", "device": "d", "target": "t", "sync": "incremental", "bitmap": "b"});
+        told.qmp.run("blockdev-backup", backup);
+        told.qmp.wait_for("BLOCK_JOB_COMPLETED");
+        told.quit();
+        run("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", &path("disk"), &path("inc")]);
+    }
+}

@@ -14,8 +14,8 @@
 
 use std::any::Any;
 
-use infill_base::{Ctx, IoResult};
-use infill_node::{BitmapUse, DirtyMap, Held, NodeHandle, Watching};
+use infill_base::{Ctx, IoResult, align_down};
+use infill_node::{BackingSlot, BitmapUse, DirtyMap, Held, NodeHandle, Watching};
 use infill_storage::sync::Arc;
 
 use super::keep::KeepOld;
@@ -149,7 +149,10 @@ pub fn prepare(
     match (goes_on, sync, &bitmap) {
         (Some(map), ..) if !map.is_live() => return Err(JobError::generic(PASSED)),
         (Some(map), ..) => map.copy_into(&old),
-        (None, BackupSync::Bitmap, Some(bitmap)) => old.merge(bitmap.bitmap.bitmap().map()),
+        (None, BackupSync::Bitmap, Some(bitmap)) => {
+            old.merge(bitmap.bitmap.bitmap().map());
+            fill_clusters(&old, &target);
+        }
         (None, BackupSync::Bitmap, None) => return Err(JobError::generic("a bitmap is needed")),
         (None, ..) => old.mark(0, source.len()),
     }
@@ -186,6 +189,22 @@ pub fn prepare(
         _claim: claim,
     };
     Ok(Prepared { job, work })
+}
+
+/// Marks the rest of each of the target's clusters of which a part is marked. A target that is open without what it is to lie on
+/// later would hold zeroes there, and hide that.
+fn fill_clusters(marked: &DirtyMap, target: &NodeHandle) {
+    let cluster = target.info().cluster_bytes.unwrap_or(0);
+    if cluster <= BLOCK_BYTES || target.backing().and_then(BackingSlot::node).is_some() {
+        return;
+    }
+    let mut at = 0;
+    while let Some(run) = marked.next_dirty(at, u64::MAX) {
+        let end = run.end.next_multiple_of(cluster).min(target.len());
+        let start = align_down(run.start, cluster);
+        marked.mark(start, end - start);
+        at = end;
+    }
 }
 
 /// A bitmap, and what was written since the job began.
