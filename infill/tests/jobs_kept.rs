@@ -9,6 +9,7 @@ mod stamped;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
 
 use common::{run, text, wait_until};
 use infill_io::Reactors;
@@ -181,6 +182,7 @@ fn copied(kind: Kind, guest: Guest) -> Guest {
 
 /// Marks the blocks of a raw copy that are as they are to be, so that whoever writes them is seen.
 fn plant(path: &Path, guest: &Guest) -> Vec<bool> {
+    let time = std::fs::metadata(path).unwrap().modified().unwrap();
     let mut copy = std::fs::read(path).unwrap();
     let mut planted = Vec::new();
     for (block, found) in copy.chunks_mut(BLOCK_BYTES as usize).enumerate() {
@@ -190,7 +192,13 @@ fn plant(path: &Path, guest: &Guest) -> Vec<bool> {
         planted.push(is_there);
     }
     std::fs::write(path, copy).unwrap();
+    touch(path, time);
     planted
+}
+
+/// The file was written to last at that time.
+fn touch(path: &Path, time: SystemTime) {
+    std::fs::File::options().write(true).open(path).unwrap().set_modified(time).unwrap();
 }
 
 /// Checks a raw copy; gives the bytes of planted blocks that were written again.
@@ -339,6 +347,36 @@ fn without_its_map_everything_is_copied_again() {
         let again = judge(&place.dir.join(kind.target()), &guest, &planted);
         let there = planted.iter().filter(|planted| **planted).count() as u64 * BLOCK_BYTES;
         assert_eq!(again, there, "{what}: all is copied again");
+    }
+}
+
+#[test]
+fn what_somebody_else_has_written_meanwhile_is_copied_or_ends_a_backup() {
+    let mut random = Random(seed() | 1);
+    let dir = tempfile::tempdir().unwrap();
+    for (nth, (kind, file)) in [
+        (KINDS[0], "top"),
+        (KINDS[1], "copy"),
+        (Kind::Commit, "base"),
+        (Kind::DriveMirror, "copy"),
+        (Kind::Backup, "top"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let place = Place::new(dir.path(), &format!("disk{nth}"), kind, "raw");
+        let (guest, planted) = die_ready(&place, kind, &mut random);
+        touch(&place.dir.join(file), SystemTime::now() + Duration::from_secs(60));
+        if kind.is_of_the_past() {
+            is_told_to_be_lost(&place, "written by somebody else");
+            continue;
+        }
+        let (daemon, mut qmp) = place.start();
+        wait_copied(&mut qmp, kind);
+        end(daemon, qmp, kind, "block-job-cancel");
+        let again = judge(&place.dir.join(kind.target()), &guest, &planted);
+        let there = planted.iter().filter(|planted| **planted).count() as u64 * BLOCK_BYTES;
+        assert_eq!(again, there, "{kind:?}: all is copied again");
     }
 }
 

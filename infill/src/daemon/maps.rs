@@ -5,17 +5,23 @@
 //! a change is used. From the moment when a restarted daemon has opened a disk, before anybody can write to it, until the
 //! job of its map watches the disk itself, a guard does; where there is none the map is not used.
 //!
+//! Nor is one used after somebody else has written to a file of the copy: a file that was written to after the last daemon was
+//! known to live ([`Control::tick_maps`]) was.
+//!
 //! Source and target lie on local files or block devices: what was written there is there after any death of the process. The
 //! server of an NBD export may die with this daemon and what it was told, so that a copy from or to one begins anew.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use infill_io::JournalDir;
 use infill_job::copy::{KeptCopy, KeptMap, MapGuard, MapOwner};
-use infill_job::{JobType, MapName};
+use infill_job::{JobStatus, JobType, MapName};
 use infill_node::{NodeHandle, Watching, WeakNode};
 use infill_storage::journal::JournalMemory;
 use infill_storage::rt;
@@ -26,16 +32,38 @@ use crate::blockdev::{hash, identity_of};
 /// Why a job that has no map in its record cannot go on.
 pub(super) const NO_MAP: &str = "there is no map of what was copied";
 
+/// How often it is noted that the daemon lives.
+const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
+/// What is written to a file so long after the last such note may be the daemon's own.
+const ALIVE_SLACK: Duration = Duration::from_secs(5);
+
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// When files of a copy may have been written to last, in seconds since 1970, where nobody else has written to them.
+fn written_until(map: &KeptMap) -> u64 {
+    map.alive() + ALIVE_SLACK.as_secs()
+}
+
 /// A map that is kept true until its job begins again.
 struct Guarded {
     map: Arc<KeptMap>,
     node: WeakNode,
     watching: Watching,
+    until: u64,
 }
 
-/// Maps whose jobs have not begun again, by the jobs' ids.
+/// Maps of copies, by their jobs' ids.
 #[derive(Default)]
-pub(super) struct Maps(RefCell<BTreeMap<String, Guarded>>);
+pub(super) struct Maps {
+    /// Those whose jobs have not begun again.
+    guarded: RefCell<BTreeMap<String, Guarded>>,
+    /// Those whose jobs run.
+    running: RefCell<BTreeMap<String, Arc<KeptMap>>>,
+    /// When files were written to last, as this daemon has found them: in seconds since 1970, by their identity.
+    written: RefCell<BTreeMap<String, u64>>,
+}
 
 /// A copy that is about to begin.
 pub(super) struct Copied<'a> {
@@ -78,7 +106,23 @@ impl Control {
 
     async fn find_map(&self, id: &str, name: &MapName) -> Result<Arc<KeptMap>, String> {
         let (memory, owner) = self.map_memory(id, name)?;
-        rt::offload(move || KeptMap::find(memory, owner)).await.map(Arc::new)
+        let map = rt::offload(move || KeptMap::find(memory, owner)).await?;
+        Ok(Arc::new(map))
+    }
+
+    /// Refuses a map where a file of its copy was written to after `until`, or is not known (of those there are, `all` or some).
+    fn check_files(&self, name: &MapName, until: u64, all: bool) -> Result<(), String> {
+        let written = self.maps.written.borrow();
+        let files = written.iter().filter(|(file, _)| name.identity.contains(file.as_str()));
+        let times: Vec<u64> = files.map(|(_, time)| *time).collect();
+        if times.iter().any(|time| *time > until) {
+            return Err("a file of it was written to after the last daemon had ended".into());
+        }
+        match times.len() {
+            2 => Ok(()),
+            0 | 1 if !all => Ok(()),
+            _ => Err("when its files were written to last is not known".into()),
+        }
     }
 
     /// How a copy is named in its record; `None` where what is left to do of it is not kept.
@@ -97,15 +141,20 @@ impl Control {
 
     /// The map of a copy that goes on, if what it says can be relied on; the error says why not.
     async fn map_that_goes_on(&self, copy: &Copied<'_>, name: MapName) -> Result<Kept, String> {
-        let guarded = self.maps.0.borrow_mut().remove(copy.id);
+        let guarded = self.maps.guarded.borrow_mut().remove(copy.id);
         let is_same = |node: &WeakNode| node.upgrade().is_some_and(|node| node.is_same(copy.node));
         let node = guarded.as_ref().map(|guarded| guarded.node.clone());
         // From here on: where it is not used, it is removed.
-        let kept = match guarded {
-            Some(guarded) => KeptCopy::guarded(guarded.map, guarded.watching),
+        let (kept, until) = match guarded {
+            Some(guarded) => (KeptCopy::guarded(guarded.map, guarded.watching), guarded.until),
             None if name.watched.is_some() => return Err("its source was not watched".into()),
-            None => KeptCopy::new(self.find_map(copy.id, &name).await?),
+            None => {
+                let found = self.find_map(copy.id, &name).await?;
+                let until = written_until(&found);
+                (KeptCopy::new(found), until)
+            }
         };
+        self.check_files(&name, until, true)?;
         if self.map_name(copy, name.generation).as_ref() != Some(&name) {
             return Err("source or target is another one".into());
         }
@@ -113,7 +162,10 @@ impl Control {
             return Err("the source was opened anew".into());
         }
         match kept.map().is_live() {
-            true => Ok((kept, name)),
+            true => {
+                self.maps.running.borrow_mut().insert(copy.id.to_owned(), kept.map().clone());
+                Ok((kept, name))
+            }
             false => Err("its source was written to".into()),
         }
     }
@@ -130,7 +182,7 @@ impl Control {
 
     /// The job of that id does not go on.
     pub(super) fn drop_map(&self, id: &str) {
-        if let Some(guarded) = self.maps.0.borrow_mut().remove(id) {
+        if let Some(guarded) = self.maps.guarded.borrow_mut().remove(id) {
             guarded.map.remove();
         }
     }
@@ -148,7 +200,12 @@ impl Control {
             Err(why) => Err(why),
         };
         match begun {
-            Ok(map) => Some((KeptCopy::new(Arc::new(map)), name)),
+            Ok(map) => {
+                let map = Arc::new(map);
+                map.set_alive(seconds(SystemTime::now()));
+                self.maps.running.borrow_mut().insert(copy.id.to_owned(), map.clone());
+                Some((KeptCopy::new(map), name))
+            }
             Err(reason) => {
                 tracing::warn!(
                     job = copy.id,
@@ -177,16 +234,22 @@ impl Control {
         for (id, kind, name) in state.held_maps() {
             let Some(watched) = &name.watched else { continue };
             let Ok(node) = self.blockdevs().get(watched) else { continue };
-            let known = self.maps.0.borrow().get(&id).map(|guarded| guarded.node.clone());
+            let known = self.maps.guarded.borrow().get(&id).map(|guarded| guarded.node.clone());
             if known.is_some() {
                 // Whether it is still that node is looked at when the job begins.
                 continue;
             }
-            match self.find_map(&id, &name).await {
-                Ok(map) => {
+            let found = self.find_map(&id, &name).await;
+            let found = found.and_then(|map| {
+                let until = written_until(&map);
+                self.check_files(&name, until, false).map(|()| (map, until))
+            });
+            match found {
+                Ok((map, until)) => {
                     let guard = Arc::new(MapGuard::new(map.clone(), kind == JobType::Backup));
-                    let guarded = Guarded { map, node: node.downgrade(), watching: node.watch(guard).await };
-                    self.maps.0.borrow_mut().insert(id, guarded);
+                    let watching = node.watch(guard).await;
+                    let guarded = Guarded { map, node: node.downgrade(), watching, until };
+                    self.maps.guarded.borrow_mut().insert(id, guarded);
                 }
                 Err(reason) => {
                     tracing::warn!(job = id, reason, "what was copied is not known any more");
@@ -204,15 +267,43 @@ impl Control {
     pub(super) fn forget_maps_without_guard(&self) {
         let Some(state) = &self.state else { return };
         for (id, _, name) in state.held_maps() {
-            if name.watched.is_some() && !self.maps.0.borrow().contains_key(&id) {
+            if name.watched.is_some() && !self.maps.guarded.borrow().contains_key(&id) {
                 state.forget_map(&id);
             }
+        }
+    }
+
+    /// Looks when files were written to last. To be called before this daemon opens them for the first time.
+    pub(super) fn look_at_files(&self, paths: &[String]) {
+        let mut written = self.maps.written.borrow_mut();
+        for path in paths {
+            let time = std::fs::metadata(path).and_then(|meta| meta.modified());
+            if let (Ok(time), Ok(file)) = (time, identity_of(Path::new(path))) {
+                written.entry(file).or_insert(seconds(time));
+            }
+        }
+    }
+
+    /// Notes in all maps that this daemon lives. What it does to their files it does before the last such note, or soon after.
+    pub(super) fn tick_maps(&self) {
+        let now = seconds(SystemTime::now());
+        self.maps.running.borrow().values().for_each(|map| map.set_alive(now));
+        self.maps.guarded.borrow().values().for_each(|guarded| guarded.map.set_alive(now));
+    }
+
+    /// Does that as long as the daemon lives.
+    pub(super) async fn keep_ticking(self: Rc<Self>) {
+        while !self.has_ended() {
+            rt::sleep(ALIVE_INTERVAL).await;
+            self.tick_maps();
         }
     }
 
     /// Removes maps that a daemon before this one has left of jobs that are over.
     pub(super) fn forget_old_maps(&self) {
         let (Some(state), Some((dir, prefix))) = (&self.state, self.map_prefix()) else { return };
+        let runs = |id: &str| self.jobs().get(id).is_ok_and(|job| job.status() != JobStatus::Concluded);
+        self.maps.running.borrow_mut().retain(|id, _| runs(id));
         let jobs: Vec<_> =
             state.job_names().iter().map(|id| format!("{prefix}{:016x}", hash(id.as_bytes()))).collect();
         dir.remove_unwanted(&prefix, |name| jobs.iter().any(|job| job == name));

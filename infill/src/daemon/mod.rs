@@ -165,6 +165,9 @@ async fn run(
     let mut terminated = Box::pin(termination().context("waiting for signals")?);
     let state = command_line.state.as_deref().map(|dir| State::open(dir, command_line.forget)).transpose()?;
     let control = Control::new(reactors, state, journal);
+    if control.state.is_some() {
+        rt::spawn(control.clone().keep_ticking());
+    }
     let metrics = command_line.metrics.as_deref().map(metrics::listen).transpose()?;
     if metrics.is_some() {
         control.meter_nodes();
@@ -297,6 +300,7 @@ async fn end(control: &Rc<Control>) -> Result<()> {
         }
     }
     let closed = control.blockdevs().close_all().await.context("closing the nodes");
+    control.tick_maps();
     control.tell_ended().await;
     if rt::timeout(FAREWELL_TIME, control.monitors().drained()).await.is_none() {
         tracing::warn!("a monitor did not take what was left for it");

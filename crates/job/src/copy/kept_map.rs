@@ -39,6 +39,8 @@ const AT_CHECK: usize = 8;
 const AT_WALKED: usize = 9;
 /// Bytes that were copied so far, to be shown.
 const AT_COPIED: usize = 10;
+/// When the process was known to live, in seconds since 1970. Checked as words of bits are.
+const AT_ALIVE: usize = 11;
 const HEADER_WORDS: usize = 512;
 
 /// Bits in a word; its other half is their check.
@@ -134,6 +136,7 @@ impl KeptMap {
         }
         words[AT_WALKED].store(map.checked(AT_WALKED, 0), Ordering::Relaxed);
         words[AT_COPIED].store(0, Ordering::Relaxed);
+        words[AT_ALIVE].store(map.checked(AT_ALIVE, 0), Ordering::Relaxed);
         let bits = if all { BITS_MASK } else { 0 };
         for (at, word) in words.iter().enumerate().take(needed / WORD_BYTES).skip(HEADER_WORDS) {
             word.store(map.checked(at, bits), Ordering::Relaxed);
@@ -157,7 +160,7 @@ impl KeptMap {
             return Err("the map that is there is of another job, run, disk or version".into());
         }
         let damaged = |at: &usize| map.bits_at(*at).is_none();
-        if let Some(at) = [AT_WALKED].into_iter().chain(HEADER_WORDS..needed).find(damaged) {
+        if let Some(at) = [AT_WALKED, AT_ALIVE].into_iter().chain(HEADER_WORDS..needed).find(damaged) {
             return Err(format!("its map is damaged, in word {at}"));
         }
         Ok(map)
@@ -307,6 +310,17 @@ impl KeptMap {
         };
         let word = self.checked(AT_WALKED, blocks & BITS_MASK);
         self.memory.words()[AT_WALKED].store(word, Ordering::Release);
+    }
+
+    /// When the last process that had it was known to live, in seconds since 1970.
+    pub fn alive(&self) -> u64 {
+        self.bits_at(AT_ALIVE).unwrap_or(0)
+    }
+
+    /// The process lives at that time.
+    pub fn set_alive(&self, seconds: u64) {
+        let word = self.checked(AT_ALIVE, seconds.min(BITS_MASK));
+        self.memory.words()[AT_ALIVE].store(word, Ordering::Release);
     }
 
     /// Bytes that were copied so far, in all processes. Worth showing, no more.

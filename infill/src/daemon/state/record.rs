@@ -118,6 +118,24 @@ impl Record {
         read_command(&self.command, Members::of_parts(self.given.clone(), self.strings))
     }
 
+    /// The files that it names: by `filename` wherever that stands, and by `target`, which may be the name of a node.
+    pub fn files(&self) -> Vec<String> {
+        fn collect(members: &Map<String, Value>, files: &mut Vec<String>) {
+            for (key, value) in members {
+                match value {
+                    Value::String(name) if key.ends_with("filename") || key == "target" => {
+                        files.push(name.clone());
+                    }
+                    Value::Object(inner) => collect(inner, files),
+                    _ => {}
+                }
+            }
+        }
+        let mut files = Vec::new();
+        collect(self.now.as_ref().unwrap_or(&self.given), &mut files);
+        files
+    }
+
     /// The command that makes it as it is now.
     pub fn now(&self) -> Result<Command, QmpError> {
         let members = self.now.as_ref().unwrap_or(&self.given);

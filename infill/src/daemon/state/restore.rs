@@ -94,6 +94,9 @@ impl Control {
             // Somebody has taken it away or made it meanwhile.
             _ => return Ok(()),
         };
+        if !state.held_maps().is_empty() {
+            self.look_at_files(&record.files());
+        }
         let id = &record.key.name;
         if let Some(job @ JobRecord { kind, kept, done }) = &record.job {
             if job.is_over() {

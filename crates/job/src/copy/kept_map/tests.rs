@@ -53,11 +53,13 @@ fn a_successor_finds_what_is_marked_and_how_far_it_was() {
     map.mark(LEN, 1 << 20);
     map.set_walked(6_000_000);
     map.set_copied(42);
+    map.set_alive(77);
     let found = KeptMap::find(pages.clone(), owner()).unwrap();
     let blocks = |first: u64, end: u64| first * BLOCK_BYTES..(end * BLOCK_BYTES).min(LEN);
     let last = LEN / BLOCK_BYTES;
     assert_eq!(runs(&found), [blocks(1, 2), blocks(100, 101), blocks(102, 170), blocks(last, last + 1)]);
     assert_eq!((found.walked(), found.copied()), (6_000_000 / BLOCK_BYTES * BLOCK_BYTES, 42));
+    assert_eq!(found.alive(), 77);
     assert!(found.is_found() && !map.is_found());
     assert!(found.has_marked(LEN - 10, 100) && !found.has_marked(101 * BLOCK_BYTES, BLOCK_BYTES));
     found.set_walked(LEN);
@@ -90,7 +92,7 @@ fn a_word_that_was_changed_by_somebody_else_is_not_believed_anywhere() {
     let map = KeptMap::begin(pages.clone(), owner(), false).unwrap();
     map.mark(0, LEN / 2);
     map.go_live();
-    let counted = (AT_MAGIC..=AT_WALKED).chain(HEADER_WORDS..pages.0.len());
+    let counted = (AT_MAGIC..=AT_WALKED).chain([AT_ALIVE]).chain(HEADER_WORDS..pages.0.len());
     for at in counted {
         for value in [0, u64::MAX, pages.0[at].load(Ordering::Relaxed) ^ 1] {
             let before = pages.0[at].swap(value, Ordering::Relaxed);
