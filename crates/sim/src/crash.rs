@@ -16,7 +16,7 @@ pub struct PendingOp {
     pub sectors: Vec<(u64, Bytes)>,
     /// Where the medium ends at least once all of them are there.
     pub end: u64,
-    /// Cuts or grows the medium to this length instead.
+    /// Cuts or grows the medium to this length instead; with an `end`, it reserves space, and grows alone.
     pub set_len: Option<u64>,
 }
 
@@ -127,7 +127,8 @@ pub(crate) fn apply(media: &mut Media, op: &PendingOp) {
 fn apply_some(media: &mut Media, op: &PendingOp, mut survives: impl FnMut(usize) -> bool) {
     if let Some(len) = op.set_len {
         if survives(0) {
-            media.set_len(len);
+            // One that reserves may have been on its way while another one has made the medium longer.
+            media.set_len(if op.end > 0 { len.max(media.len()) } else { len });
         }
         return;
     }

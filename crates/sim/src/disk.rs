@@ -438,7 +438,10 @@ fn survivors(op: &PendingOp, rng: &mut Rng) -> Option<PendingOp> {
     let sectors = op.sectors.iter().zip(keep).filter(|(_, keep)| *keep).map(|(sector, _)| sector.clone());
     let sectors: Vec<(u64, Bytes)> = sectors.collect();
     // A part ends where its last sector does.
-    let end = sectors.last().map_or(0, |(index, _)| op.end.min((index + 1) * SECTOR_BYTES));
+    let end = match op.set_len {
+        Some(_) => op.end,
+        None => sectors.last().map_or(0, |(index, _)| op.end.min((index + 1) * SECTOR_BYTES)),
+    };
     (op.set_len.is_some() || !sectors.is_empty()).then_some(PendingOp {
         id: op.id,
         sectors,
