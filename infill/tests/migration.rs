@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use bytes::{Bytes, BytesMut};
 use common::{INFILL, fails, output, run, text, wait_until};
 use infill_base::{Ctx, IoResult, WriteFlags};
-use infill_io::{Address, Reactors, connector};
+use infill_io::{Address, Direction, Listener, Reactors, Relay, RelayOptions, connector};
 use infill_nbd::{ClientOptions, NbdStorage, OnLost};
 use infill_storage::Storage as _;
 use qmp::{Daemon, Program, Qmp};
@@ -23,6 +23,9 @@ const DISK: &str = "6f1c2f0e-4d8a-4a63-9d0b-5a4f0f7f7c11";
 const DISK_BYTES: u64 = 24 << 20;
 const BLOCK_BYTES: u64 = 4096;
 const BLOCKS: u64 = DISK_BYTES / BLOCK_BYTES;
+/// The last ones, which guests leave to the test.
+const SPARE_BLOCKS: u64 = 3;
+const SPARE_STAMP: u64 = 1 << 30;
 /// Migrations under which daemons are killed.
 const ROUNDS: usize = 6;
 
@@ -62,16 +65,22 @@ fn record(block: u64, stamp: u64) -> Vec<u8> {
 /// A host: a daemon with its state, and where others find it.
 struct Host {
     dir: PathBuf,
+    /// Where others read, if not where it listens.
+    reach: Option<PathBuf>,
     daemon: Option<Daemon>,
     journal: tempfile::TempDir,
 }
 
 impl Host {
     fn new(dir: &Path, name: &str) -> Host {
+        Host::reached_at(dir, name, None)
+    }
+
+    fn reached_at(dir: &Path, name: &str, reach: Option<PathBuf>) -> Host {
         let dir = dir.join(name);
         std::fs::create_dir(&dir).unwrap();
         let journal = tempfile::tempdir_in("/dev/shm").expect("a tmpfs at /dev/shm");
-        let mut host = Host { dir, daemon: None, journal };
+        let mut host = Host { dir, reach, daemon: None, journal };
         host.start();
         host.qmp().run(
             "nbd-server-start",
@@ -87,8 +96,11 @@ impl Host {
 
     fn start(&mut self) {
         let path = |name: &str| text(&self.dir.join(name)).to_owned();
-        let migration =
+        let mut migration =
             format!("listen={},data={},directory={}", self.address(), path("data.sock"), text(&self.dir));
+        if let Some(reach) = &self.reach {
+            migration += &format!(",reach={}", text(reach));
+        }
         let state = path("state");
         let journal = text(self.journal.path()).to_owned();
         let options = ["--state", &state, "--journal", &journal, "--migration", &migration];
@@ -204,7 +216,7 @@ impl Guest {
 
     /// One record more, or a look at one.
     async fn step(&mut self, disk: &NbdStorage) -> IoResult<()> {
-        let block = self.random.below(BLOCKS);
+        let block = self.random.below(BLOCKS - SPARE_BLOCKS);
         match self.random.below(8) {
             0 => disk.sync(&Ctx::GUEST).await,
             1..=3 => {
@@ -496,6 +508,54 @@ fn a_disk_is_reclaimed_from_a_target_that_is_dead() {
     b.wait_for("superseded");
     assert!(a.owns() && !b.owns());
     judge(&a, &guest.lock().unwrap());
+}
+
+/// The network is lost after the switch, silently and then with a reset: what is at the target goes on, and the rest when it is
+/// back. Nobody is told of an error.
+#[test]
+fn a_guest_goes_on_while_the_network_to_the_source_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let relayed = dir.path().join("relay.sock");
+    let (a, b) = (Host::reached_at(dir.path(), "a", Some(relayed.clone())), Host::new(dir.path(), "b"));
+    let server = connector(&Address::Unix(a.dir.join("data.sock")));
+    let reactors = Reactors::start(1).unwrap();
+    let relay = reactors.block_on(move || async move {
+        let listener = Listener::bind(&Address::Unix(relayed)).unwrap();
+        let options = RelayOptions { delay: std::time::Duration::ZERO, bytes_per_second: Some(6 << 20) };
+        let relay = Relay::start(listener, server, options);
+        let control = relay.control();
+        // It lives as long as its reactor.
+        std::mem::forget(relay);
+        control
+    });
+    a.has_disk();
+    let guest = Arc::new(Mutex::new(Guest::new(seed())));
+    migrate(&a, &b, "post-copy", true);
+    wait_until("the disk has changed hands", || b.owns());
+    let running = run_guest(&b, &guest);
+    running.wait_for_steps(50);
+    relay.hold(Direction::ToServer);
+    relay.hold(Direction::ToClient);
+    running.stop.store(true, Ordering::SeqCst);
+    // Writes of whole blocks need nothing from the source, wherever they go.
+    let uri = format!("nbd+unix:///{DISK}?socket={}", text(&b.dir.join("nbd.sock")));
+    for block in BLOCKS - SPARE_BLOCKS..BLOCKS {
+        let at = block * BLOCK_BYTES;
+        std::fs::write(dir.path().join("block"), record(block, SPARE_STAMP)).unwrap();
+        let write = format!("write -s {} {at} 4k", text(&dir.path().join("block")));
+        run("qemu-io", &["-f", "raw", "-c", &write, "-c", "flush", "-c", &format!("read {at} 4k"), &uri]);
+    }
+    assert_eq!(b.state(), "owner");
+    relay.release(Direction::ToServer);
+    relay.release(Direction::ToClient);
+    relay.reset();
+    running.thread.join().unwrap().unwrap();
+    guest.lock().unwrap().newest[(BLOCKS - SPARE_BLOCKS) as usize..].fill(SPARE_STAMP);
+    let running = run_guest(&b, &guest);
+    running.wait_for_steps(50);
+    b.wait_for("local");
+    running.stop();
+    judge(&b, &guest.lock().unwrap());
 }
 
 /// All disks of a machine go together: where one of them cannot, none does.

@@ -299,11 +299,13 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
                          (default with --state: /run/infill/journal); where none
                          can be kept, every allocation is written through
 
-  --migration listen=<host>:<port>,data=<host>:<port>[,directory=<dir>]
+  --migration listen=<host>:<port>,data=<host>:<port>[,reach=<host>:<port>]
+              [,directory=<dir>]
                          disks change hosts: other daemons bring theirs at the first
                          address and read those that have left at the second (either
-                         may be the path of a socket); images of disks that come are
-                         made in <dir>; needs --state
+                         may be the path of a socket), which they find at <reach> if
+                         not there; images of disks that come are made in <dir>;
+                         needs --state
 
   --sandbox on|off|auto  give up what a storage daemon never needs: running
                          programs, other users and processes, writing below /etc,

@@ -213,7 +213,8 @@ impl Control {
             Listener::bind(address).map_err(|error| anyhow!("--migration {address}: {}", error.message()))
         };
         let data = bind(&options.data)?;
-        let told = uri_of(data.address(), "", None);
+        // Listening at port 0 finds one.
+        let told = uri_of(options.reach.as_ref().unwrap_or(data.address()), "", None);
         let exports = Exports::default();
         let limits = ServerLimits::default();
         let most = limits.connections_max;

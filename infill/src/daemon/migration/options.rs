@@ -1,5 +1,6 @@
 //! `--migration`: where disks come and go.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -12,6 +13,8 @@ pub struct Options {
     pub(super) listen: Address,
     /// Where other daemons read the data of disks that have left.
     pub(super) data: Address,
+    /// Where other daemons find that, if it is elsewhere for them.
+    pub(super) reach: Option<Address>,
     /// Where images of disks are made that come.
     pub(super) directory: Option<PathBuf>,
 }
@@ -30,25 +33,44 @@ pub(super) fn address(text: &str) -> Result<Address> {
 }
 
 impl Options {
-    /// Reads `listen=ADDRESS,data=ADDRESS[,directory=DIR]`.
+    /// Reads `listen=ADDRESS,data=ADDRESS[,reach=ADDRESS][,directory=DIR]`.
     pub fn read(text: &str) -> Result<Options> {
-        let (mut listen, mut data, mut directory) = (None, None, None);
+        let (mut listen, mut data, mut reach, mut directory) = (None, None, None, None);
         for part in text.split(',') {
             match part.split_once('=') {
                 Some(("listen", at)) => listen = Some(address(at)?),
                 Some(("data", at)) => data = Some(address(at)?),
+                Some(("reach", at)) => reach = Some(address(at)?),
                 Some(("directory", at)) => directory = Some(std::path::absolute(at)?),
-                Some((name, _)) => bail!("'{name}' is not known: there are listen, data and directory"),
+                Some((name, _)) => {
+                    bail!("'{name}' is not known: there are listen, data, reach and directory")
+                }
                 None => bail!("'{part}' has no value: give listen=, data= and directory="),
             }
         }
         let missing =
             |what: &str| anyhow!("{what} is missing: HOST:PORT, or a socket file by its whole path");
-        Ok(Options {
+        let options = Options {
             listen: listen.ok_or_else(|| missing("listen="))?,
             data: data.ok_or_else(|| missing("data="))?,
+            reach,
             directory,
-        })
+        };
+        if let Address::Tcp { host, .. } = options.reached()
+            && host.parse::<IpAddr>().is_ok_and(|address| address.is_unspecified())
+        {
+            bail!(
+                "at {host} no other host finds this one: name the address that they reach with reach=HOST:PORT"
+            );
+        }
+        Ok(options)
+    }
+}
+
+impl Options {
+    /// Where other daemons find what has left.
+    pub(super) fn reached(&self) -> &Address {
+        self.reach.as_ref().unwrap_or(&self.data)
     }
 }
 
@@ -62,6 +84,8 @@ mod tests {
         assert_eq!(read.listen, Address::Tcp { host: "127.0.0.1".into(), port: 10900 });
         assert_eq!(read.data, Address::Unix("/run/d.sock".into()));
         assert_eq!(read.directory, Some("/srv".into()));
+        let read = Options::read("listen=/s,data=0.0.0.0:1,reach=a.example:1").unwrap();
+        assert_eq!(read.reached(), &Address::Tcp { host: "a.example".into(), port: 1 });
         for (wrong, why) in [
             ("listen=1.2.3.4:5", "data= is missing"),
             ("data=/s", "listen= is missing"),
@@ -69,6 +93,8 @@ mod tests {
             ("listen=h:70000,data=/s", "a port is a number"),
             ("listen=/s,data=/t,more=1", "'more' is not known"),
             ("listen=/s,data", "'data' has no value"),
+            ("listen=/s,data=0.0.0.0:1", "reach=HOST:PORT"),
+            ("listen=/s,data=[::]:1,reach=[::]:1", "reach=HOST:PORT"),
         ] {
             let told = format!("{:#}", Options::read(wrong).unwrap_err());
             assert!(told.contains(why), "{told}");
