@@ -44,6 +44,8 @@ bitflags! {
     pub struct WriteFlags: u8 {
         /// The write has reached stable storage, with all metadata that finds it, before it returns.
         const FUA = 1;
+        /// Compressed, where the driver can do that; plain where it cannot.
+        const COMPRESSED = 2;
     }
 }
 

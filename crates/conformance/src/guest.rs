@@ -36,6 +36,8 @@ pub enum GuestOp {
         len: u64,
         /// Stable when acknowledged.
         fua: bool,
+        /// Compressed, where the node can do that.
+        packed: bool,
     },
     /// Write zeroes.
     Zero {
@@ -120,11 +122,14 @@ pub struct Mix {
     pub sync: u64,
     /// Of writes and zero writes, how many of 1000 are FUA.
     pub fua_per_mille: u64,
+    /// Of writes, how many of 1000 are compressed.
+    pub packed_per_mille: u64,
 }
 
 impl Mix {
     /// A bit of everything.
-    pub const GUEST: Mix = Mix { read: 25, write: 50, zero: 9, discard: 6, sync: 10, fua_per_mille: 60 };
+    pub const GUEST: Mix =
+        Mix { read: 25, write: 50, zero: 9, discard: 6, sync: 10, fua_per_mille: 60, packed_per_mille: 0 };
 }
 
 /// Draws operations: of any size and alignment, crowded in a few places so that they meet.
@@ -182,12 +187,13 @@ impl Generator {
     /// The next operation.
     pub fn next_op(&mut self) -> GuestOp {
         let (at, len) = self.range();
-        let Mix { read, write, zero, discard, sync, fua_per_mille } = self.mix;
+        let Mix { read, write, zero, discard, sync, fua_per_mille, packed_per_mille } = self.mix;
+        let packed = packed_per_mille > 0 && self.rng.per_mille(packed_per_mille);
         let fua = self.rng.per_mille(fua_per_mille);
         let mut drawn = self.rng.below(read + write + zero + discard + sync);
         for (weight, op) in [
             (read, GuestOp::Read { at, len }),
-            (write, GuestOp::Write { at, len, fua }),
+            (write, GuestOp::Write { at, len, fua, packed }),
             (zero, GuestOp::Zero { at, len, may_unmap: self.rng.per_mille(500), fua }),
             (discard, GuestOp::Discard { at, len }),
         ] {
@@ -257,10 +263,12 @@ impl Guest {
         match op {
             GuestOp::Read { at, len } => self.read(at, len).await,
             GuestOp::Sync => self.sync().await,
-            GuestOp::Write { at, len, fua } => {
+            GuestOp::Write { at, len, fua, packed } => {
                 let number = self.next_op.fetch_add(1, Ordering::Relaxed);
                 let data = payload(number, at, len as usize);
-                let flags = if fua { WriteFlags::FUA } else { WriteFlags::empty() };
+                let mut flags = WriteFlags::empty();
+                flags.set(WriteFlags::FUA, fua);
+                flags.set(WriteFlags::COMPRESSED, packed);
                 let write = || self.node.write(&Ctx::GUEST, at, data.clone(), flags);
                 let when = format!("operation {number}, {op:?}");
                 self.change(at, Change::Write(data.clone()), fua, when, write).await

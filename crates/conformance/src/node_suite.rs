@@ -139,7 +139,7 @@ async fn reopen_leaky(stack: &Stack, guest: Guest, may_leak: bool) -> Result<(),
 }
 
 async fn write(guest: &Guest, at: u64, len: u64) -> Result<(), Violation> {
-    guest.apply(GuestOp::Write { at, len, fua: false }).await
+    guest.apply(GuestOp::Write { at, len, fua: false, packed: false }).await
 }
 
 /// Extents of the whole disk, asserted to cover it and to agree with content and base.
@@ -641,7 +641,7 @@ async fn base_fails(subject: Subject, seed: u64) -> Result<(), Violation> {
     // Read once, so that an image below has its own metadata at hand.
     stack.base_disk.fail(DiskOp::Read, 0, u64::MAX, ErrorKind::Io);
     guest.apply(GuestOp::Read { at: 0, len: unit }).await?;
-    guest.apply(GuestOp::Write { at: 4 * unit, len: unit, fua: true }).await?;
+    guest.apply(GuestOp::Write { at: 4 * unit, len: unit, fua: true, packed: false }).await?;
     let data_at = stack.content.iter().enumerate().skip(8 * unit as usize).find(|(_, byte)| **byte != 0);
     if let Some((at, _)) = data_at {
         let error = match node.read_vec(&CX, at as u64, 1).await {

@@ -2,8 +2,8 @@
 //!
 //! `INFILL_SEED=n` runs that seed alone; the seed of a failure is printed.
 
-use infill_conformance::Format;
 use infill_conformance::crash::{Found, Outlived, Plan, Tally, run};
+use infill_conformance::{Format, Mix};
 use rustc_hash::FxHashSet;
 
 /// Room that no run needs.
@@ -82,5 +82,17 @@ fn a_death_while_space_is_reserved_does_not_make_the_file_shorter() {
         let plan = Plan::deadly(Format::QCOW2_4K, Outlived::Journal(ROOM), seed);
         let found = run(&plan, &mut FxHashSet::default());
         assert!(found.violation.is_none(), "seed {seed}");
+    }
+}
+
+#[test]
+fn qcow2_loses_nothing_that_it_compressed_with_its_process() {
+    for format in [Format::QCOW2_4K, Format::QCOW2, Format::QCOW2_SUBCLUSTERS_16K] {
+        for seed in 1..6 {
+            let plan = Plan::deadly(format, Outlived::Journal(ROOM), seed);
+            let mix = Mix { packed_per_mille: 600, ..plan.mix };
+            let found = run(&Plan { mix, rules: false, ..plan }, &mut FxHashSet::default());
+            assert!(found.violation.is_none(), "{} seed {seed}", format.name());
+        }
     }
 }

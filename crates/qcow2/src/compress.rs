@@ -17,8 +17,8 @@ use crate::features::Compression;
 use crate::geometry::Geometry;
 use crate::metaio;
 
-/// Clusters of at least this size are decoded off the reactor: a hop to another thread costs some 15 µs.
-const OFFLOAD_BYTES_MIN: usize = 16 << 10;
+/// Clusters of at least this size are coded and decoded off the reactor: a hop to another thread costs some 15 µs.
+pub(crate) const OFFLOAD_BYTES_MIN: usize = 16 << 10;
 
 /// Reads and decodes a whole cluster.
 pub(crate) async fn read_cluster(

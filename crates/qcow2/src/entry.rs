@@ -15,7 +15,7 @@ use crate::geometry::{Geometry, HostOffset};
 /// Set in an L1 or L2 entry whose table or cluster has a refcount of exactly one: it may be written in place.
 pub(crate) const COPIED: u64 = 1 << 63;
 /// Set in the L2 entry of a compressed cluster.
-const COMPRESSED: u64 = 1 << 62;
+pub(crate) const COMPRESSED: u64 = 1 << 62;
 /// Set in a standard L2 entry that reads as zeroes.
 const ZERO: u64 = 1;
 /// Bits 9 to 55: the host offset of L1 entries and standard L2 entries.

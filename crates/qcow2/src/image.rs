@@ -76,8 +76,8 @@ pub(crate) struct Image {
     pub(crate) snapshots: Snapshots,
     /// `None`: open read-only.
     pub(crate) writer: Option<Writer>,
-    /// The compressed cluster that was unpacked last: neighbours are mostly read one after another. We write none, so
-    /// what an entry names as compressed never changes.
+    /// The compressed cluster that was unpacked last: neighbours are mostly read one after another. Forgotten when another one
+    /// may take its place, which nobody reads any more by then.
     pub(crate) unpacked: Mutex<Option<(CompressedCluster, Bytes)>>,
 }
 
@@ -112,6 +112,8 @@ impl Image {
             let image = Image::build(cx, &storage, header.clone(), &options, Journaling::Off).await?;
             Arc::new(image).replay(found).await?;
             journal.replayed();
+            // It may want to be counted anew.
+            header = Header::read(cx, &storage, purpose).await?;
         }
         let journal = if read_only { Journaling::Off } else { journal };
         if !read_only && header.writable()? == WriteGate::RepairFirst {
@@ -179,6 +181,11 @@ impl Image {
     /// Whether the storage takes any byte.
     pub(crate) fn takes_any_byte(&self) -> bool {
         self.block_bytes == 1
+    }
+
+    /// The storage takes multiples of this only, in bytes.
+    pub(crate) fn block_bytes(&self) -> u64 {
+        self.block_bytes
     }
 
     /// Whether a range of a cluster, given by its start in guest or host, is whole blocks of the storage.

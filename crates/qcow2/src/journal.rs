@@ -4,6 +4,8 @@
 //!   between two rounds). L2 tables never move, and those that a snapshot shares never change.
 //! * **Refcounts are not recorded**: they follow. A cluster that a replayed entry names is counted if it is not; what had
 //!   fallen in memory alone leaks, as after any crash. Blocks and tables of refcounts are stable before they are used.
+//! * That does not hold for compressed clusters, of which several share a host cluster that counts each: an image of which a
+//!   record names one is marked dirty before anything else, so that all of it is counted anew after the replay.
 //! * A replay sets entries and refcounts in the cache of an image that nobody else has yet, and ends with an ordinary round:
 //!   its order of writes, and what a crash in it may leave, are those of any round.
 //! * The header says that a journal belongs to the image (an autoclear bit) from before the first record until a clean
@@ -14,10 +16,10 @@ use infill_node::mapping::{Entry, Slice, SliceKey};
 use infill_storage::journal::{Changed, Found, Record};
 use infill_storage::sync::Arc;
 
-use crate::entry::{L1Entry, L2Entry, L2View, StandardCluster};
+use crate::entry::{COMPRESSED, L1Entry, L2Entry, L2View, StandardCluster};
 #[cfg(feature = "planted-faults")]
 use crate::faults::Fault;
-use crate::features::Autoclear;
+use crate::features::{Autoclear, Incompatible};
 use crate::geometry::{HostOffset, L1Index};
 use crate::header::HeaderChange;
 use crate::image::Image;
@@ -105,6 +107,13 @@ impl Image {
             entries = places.len(),
             "replays the journal of a process that died"
         );
+        if found.records.iter().any(|record| record.place & L1_PLACE == 0 && record.new[0] & COMPRESSED != 0)
+        {
+            let dirty = self.header().incompatible() | Incompatible::DIRTY;
+            let turn = self.writer().map_err(OpenError::Io)?.rounds.turn().await;
+            let marked = self.change_header(&turn, &[HeaderChange::Incompatible(dirty)]).await;
+            marked.map_err(OpenError::Io)?;
+        }
         for (place, changed) in &places {
             if place & L1_PLACE == 0 {
                 self.replay_entry(*place, changed).await?;

@@ -38,6 +38,7 @@ mod l1;
 mod lookup;
 mod maintain;
 mod node;
+mod pack;
 mod populate;
 mod read;
 mod refcount;

@@ -105,8 +105,10 @@ impl Image {
     ) -> IoResult<()> {
         self.check(at, data.len() as u64)?;
         self.prepare().await?;
-        if !data.is_empty() {
-            self.write_data(cx, at, data).await?;
+        match (data.is_empty(), flags.contains(WriteFlags::COMPRESSED)) {
+            (true, _) => {}
+            (false, false) => self.write_data(cx, at, data).await?,
+            (false, true) => self.write_packed(cx, at, data).await?,
         }
         if flags.contains(WriteFlags::FUA) { self.sync().await } else { Ok(()) }
     }

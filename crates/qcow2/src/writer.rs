@@ -17,6 +17,7 @@ use crate::geometry::{GuestCluster, HostOffset, L1Index};
 use crate::header::{Header, HeaderChange};
 use crate::image::Image;
 use crate::metaio;
+use crate::pack::Packer;
 use crate::refcount::{HostRun, Refcounts};
 use crate::runs::Runs;
 use crate::write_back::Freed;
@@ -35,6 +36,8 @@ pub(crate) struct Writer {
     pub(crate) freed: Mutex<Vec<Freed>>,
     /// Held, shared, while space is given back.
     pub(crate) freeing: RangeLock,
+    /// Where compressed clusters are put. Whoever holds it waits for clusters and refcounts, and for nobody who holds a range.
+    pub(crate) packer: async_lock::Mutex<Packer>,
     /// Bitmaps are being stored.
     pub(crate) bitmaps: RangeLock,
     /// Held, shared, by whoever changes the map, from before it looks up a table to change; alone by a snapshot, after which
@@ -56,6 +59,7 @@ impl Writer {
             runs: Runs::new(),
             freed: Mutex::default(),
             freeing: RangeLock::new(),
+            packer: async_lock::Mutex::default(),
             bitmaps: RangeLock::new(),
             steady: RangeLock::new(),
             prepared: AtomicBool::new(false),
@@ -206,7 +210,11 @@ impl Image {
     /// Gives back what reactors have reserved; how many clusters that was.
     pub(crate) async fn give_runs_back(&self, cx: &Ctx) -> IoResult<u64> {
         let writer = self.writer()?;
-        let mut clusters = 0;
+        // Unless it is taking some itself just now.
+        let mut clusters = match writer.packer.try_lock() {
+            Some(mut packer) => self.end_packing(cx, &mut packer).await?,
+            None => 0,
+        };
         for run in writer.runs.drain() {
             writer.refcounts.release(cx, run).await?;
             clusters += run.count;

@@ -121,6 +121,7 @@ impl Plan {
             discard: rng.below(25),
             sync: rng.range(2, 20),
             fua_per_mille: rng.below(200),
+            packed_per_mille: 0,
         };
         let faults = rng.per_mille(250);
         Plan {

@@ -25,6 +25,8 @@ pub enum Name {
     L2Table,
     /// Guest data: the first guest byte of the cluster.
     Data(u64),
+    /// Part of a compressed guest cluster, with others beside it: the first guest byte.
+    Packed(u64),
 }
 
 /// Who names which host cluster.
@@ -73,13 +75,14 @@ impl Layout {
             return None;
         }
         for (cluster, names) in &self.named {
-            if names.len() > 1 {
+            let packed = names.iter().all(|name| matches!(name, Name::Packed(_)));
+            if names.len() > 1 && !packed {
                 return Some(format!("host cluster {cluster:#x} is named as {names:?}"));
             }
             if let Some(refcounts) = &self.refcounts
-                && refcounts.get(cluster).copied().unwrap_or(0) < 1
+                && refcounts.get(cluster).copied().unwrap_or(0) < names.len() as u64
             {
-                return Some(format!("host cluster {cluster:#x}, named as {names:?}, counts as free"));
+                return Some(format!("host cluster {cluster:#x}, named as {names:?}, counts too little"));
             }
             if self.inside.is_some_and(|len| (cluster + 1) * self.cluster_bytes > len) {
                 return Some(format!(

@@ -1,5 +1,5 @@
 //! The names in a qcow2 image: header, refcount table and blocks, active L1 table, L2 tables, data clusters.
-//! Snapshots, bitmaps and compressed clusters are not made by the operations under test and are refused.
+//! Snapshots and bitmaps are not made by the operations under test.
 
 use std::collections::BTreeMap;
 
@@ -9,6 +9,7 @@ use super::{Layout, Name, be32, be64, words};
 
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COMPRESSED: u64 = 1 << 62;
+const COPIED: u64 = 1 << 63;
 const DIRTY: u64 = 1;
 const EXTENDED_L2: u64 = 1 << 4;
 /// Clusters of a file, for the sake of memory.
@@ -90,7 +91,17 @@ fn mappings(media: &Media, layout: &mut Layout, extended: bool) -> Result<(), St
                 continue;
             }
             if word & COMPRESSED != 0 {
-                return Err(format!("L2 entry {word:#x} is compressed; nobody here writes such"));
+                let bits = cluster_bytes.trailing_zeros();
+                let shift = 62 - (bits - 8);
+                let at = word & ((1 << shift) - 1);
+                let sectors = (word & !(COPIED | COMPRESSED)) >> shift;
+                let end = at - at % 512 + (sectors + 1) * 512;
+                let index = if extended { nth / 2 } else { nth };
+                let guest = (l1_index * l2_entries + index) * cluster_bytes;
+                for cluster in at >> bits..=(end - 1) >> bits {
+                    layout.name(cluster << bits, Name::Packed(guest));
+                }
+                continue;
             }
             let host = word & OFFSET;
             if host == 0 {
