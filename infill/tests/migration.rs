@@ -718,3 +718,51 @@ fn what_cannot_move_is_refused_before_the_freeze() {
     });
     judge(&a, &guest.lock().unwrap());
 }
+
+/// How long nobody could write: from the last answer at the one host, whose machine stands then, to the first at the other.
+#[test]
+#[ignore = "measures: cargo test --release -p infill --test migration -- --ignored --nocapture handovers"]
+fn a_hundred_handovers_in_a_row_under_a_thousand_writes_a_second() {
+    const HANDOVERS: usize = 100;
+    let dir = tempfile::tempdir().unwrap();
+    let hosts = [Host::new(dir.path(), "a"), Host::new(dir.path(), "b")];
+    hosts[0].has_disk();
+    let mut blackouts = Vec::new();
+    for nth in 0..HANDOVERS {
+        let (from, to) = (&hosts[nth % 2], &hosts[(nth + 1) % 2]);
+        let migration = migrate(from, to, "post-copy", false);
+        wait_until("it is prepared", || to.state_of(&migration) == "prepared");
+        let monitor = std::sync::Mutex::new(from.qmp());
+        let switch = json!({"migration": migration});
+        let [from_socket, to_socket] = [from, to].map(|host| Address::Unix(host.dir.join("nbd.sock")));
+        let took = Reactors::start(1).unwrap().block_on(move || async move {
+            let open = async |address: &Address| {
+                let options =
+                    ClientOptions { export: DISK.into(), read_only: false, ..ClientOptions::default() };
+                NbdStorage::connect(connector(address), options).await.expect("the disk is exported")
+            };
+            let (here, there) = (open(&from_socket).await, open(&to_socket).await);
+            let mut random = Random(nth as u64 + 1);
+            let write = async |disk: &NbdStorage, block: u64| {
+                let data = Bytes::from(record(block, 1)).into();
+                disk.write(&Ctx::GUEST, block * BLOCK_BYTES, data, WriteFlags::empty()).await
+            };
+            for _ in 0..200 {
+                write(&here, random.below(BLOCKS)).await.unwrap();
+                infill_storage::rt::sleep(std::time::Duration::from_millis(1)).await;
+            }
+            let last = std::time::Instant::now();
+            monitor.lock().unwrap().run("__infill_migration-switch", switch);
+            while write(&there, random.below(BLOCKS)).await.is_err() {
+                infill_storage::rt::sleep(std::time::Duration::from_micros(200)).await;
+            }
+            last.elapsed()
+        });
+        blackouts.push(took);
+        wait_until("it is all there", || to.state_of(&migration) == "local");
+        wait_until("it is let go", || from.state_of(&migration) == "released");
+    }
+    blackouts.sort_unstable();
+    let at = |part: usize| blackouts[(blackouts.len() - 1) * part / 100];
+    println!("{HANDOVERS} handovers: p50 {:?}, p99 {:?}, most {:?}", at(50), at(99), at(100));
+}

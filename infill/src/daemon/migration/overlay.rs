@@ -62,9 +62,13 @@ pub(super) async fn prepare_disks(
 }
 
 /// Opens an export of the source, read-only.
-async fn open_source(control: &Rc<Control>, uri: &str, name: String) -> Result<String> {
-    if control.blockdevs().get(&name).is_ok() {
-        return Ok(name);
+pub(super) async fn open_source(control: &Rc<Control>, uri: &str, name: String) -> Result<String> {
+    if let Ok(node) = control.blockdevs().get(&name) {
+        if node.info().filename == uri {
+            return Ok(name);
+        }
+        // Of an earlier migration, or another epoch.
+        control.blockdevs().del(&name).await?;
     }
     let Located::Protocol(options) = locate(uri)? else { bail!("{uri}: expected an NBD URI") };
     let options = BlockdevOptions { node_name: Some(name), read_only: Some(true), ..options };
@@ -134,17 +138,23 @@ pub(super) async fn end_job(control: &Rc<Control>, disk: DiskId) {
     }
 }
 
+/// Closes what was opened of the source, which nothing lies on any more.
+pub(super) async fn close_source(control: &Rc<Control>, disk: DiskId) -> Result<()> {
+    for prefix in ['l', 'b'] {
+        let name = node_name(prefix, disk);
+        if control.blockdevs().get(&name).is_ok() {
+            control.blockdevs().del(&name).await?;
+        }
+    }
+    Ok(())
+}
+
 /// Takes away what was prepared for a disk that does not come.
 pub(super) async fn drop_disk(control: &Rc<Control>, disk: DiskId, local: &LocalDisk) {
     let gone = async {
         end_job(control, disk).await;
         control.forget_disk(&local.export, &local.node).await?;
-        for prefix in ['l', 'b'] {
-            let name = node_name(prefix, disk);
-            if control.blockdevs().get(&name).is_ok() {
-                control.blockdevs().del(&name).await?;
-            }
-        }
+        close_source(control, disk).await?;
         match std::fs::remove_file(&local.path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
             _ => anyhow::Ok(()),
@@ -184,15 +194,29 @@ pub(super) async fn lay_on(
         return Ok(());
     }
     let before = control.blockdevs().facts(&local.node)?.backing;
-    let node = control.blockdevs().get(&local.node)?;
     if before.as_deref() != Some(below.as_str()) {
         let turn = control.blockdevs().change_graph().await;
         control.blockdevs().put_on(&turn, &local.node, Some(&below)).await?;
     }
-    // By its path it is then what it is here, for whoever looks at it.
-    node.set_backing_ref(&Ctx::GUEST, Some(BackingRef { filename: uri, format: Some("raw".into()) })).await?;
     gate.read_from(None);
-    let live = node_name('l', id);
+    Ok(())
+}
+
+/// What can wait until guests run: the header of an overlay that lies on `export` says so, for whoever looks at it by its
+/// path, and the live export is given up.
+pub(super) async fn tidy_up(
+    control: &Rc<Control>,
+    data: &str,
+    disk: DiskId,
+    local: &LocalDisk,
+    export: &str,
+) -> Result<()> {
+    let filename = uri_at(data, export)?;
+    let node = control.blockdevs().get(&local.node)?;
+    if node.info().backing.is_some_and(|named| named.filename != filename) {
+        node.set_backing_ref(&Ctx::GUEST, Some(BackingRef { filename, format: Some("raw".into()) })).await?;
+    }
+    let live = node_name('l', disk);
     if control.blockdevs().get(&live).is_ok() {
         control.blockdevs().del(&live).await?;
     }

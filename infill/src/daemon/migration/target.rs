@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail};
 use infill_base::{Ctx, ErrorKind, IoError, IoResult};
 use infill_migrate::{
     BlockMap, BlockSet, Body, Demotion, DiskId, Epoch, Filling, Frame, Gate, Message, MigrationId, Plan,
-    Round, Side, State as RecordState, Target, TargetAction, TargetInput, TargetState,
+    Round, Side, State as RecordState, Target, TargetAction, TargetInput, TargetState, Term,
 };
 use infill_node::{COPY_ON_READ_BYTES_MAX, CopyOnRead, NodeHandle};
 use infill_qmp::command::{BlockStream, OnError, StreamEnd};
@@ -22,12 +22,13 @@ use infill_storage::rt;
 use super::gate::DiskGate;
 use super::link::Link;
 use super::overlay::{
-    drop_disk, end_job, export_description, job_of, lay_on, overlay_description, prepare_disks,
+    close_source, drop_disk, end_job, export_description, job_of, lay_on, open_source, overlay_description,
+    prepare_disks, tidy_up,
 };
 use super::warm::copy_absent;
 use super::{
     Driver, Inbox, Kept, Local, LocalDisk, RECONNECT_TIME, RESEND_TIME, RESEND_TIME_DONE, Told, base_name,
-    live_name, node_name,
+    live_name, node_name, uri_at,
 };
 use crate::daemon::control::Control;
 
@@ -35,6 +36,8 @@ use crate::daemon::control::Control;
 const HOT_ROUNDS: u8 = 2;
 /// How long something of the source's that failed is left alone.
 const AGAIN: Duration = Duration::from_millis(500);
+/// How long at first, while guests wait for it.
+const SOON: Duration = Duration::from_millis(5);
 
 /// What goes into the driver.
 pub(super) enum ToTarget {
@@ -223,7 +226,12 @@ impl TargetDriver {
             match item {
                 // It is said again.
                 Some(ToTarget::Input(TargetInput::Message(message))) if self.is_early(&message) => {}
-                Some(ToTarget::Input(input)) => self.step(input).await,
+                Some(ToTarget::Input(input)) => {
+                    if let TargetInput::Message(Message { term, body: Body::Offer { .. }, .. }) = &input {
+                        self.expect_base(*term);
+                    }
+                    self.step(input).await
+                }
                 Some(ToTarget::Ask) => {
                     if let Some(standing) = self.machine.standing() {
                         self.say(&Frame::Standing { migration: self.migration(), standing });
@@ -441,6 +449,25 @@ impl TargetDriver {
         });
     }
 
+    /// Connects to what is offered beside everything else, so that it is there when the disks change hands.
+    fn expect_base(&self, term: Term) {
+        let Some(data) = self.local.data.clone() else { return };
+        for disk in &self.machine.record().plan().disks {
+            let (control, data, id) = (self.control.clone(), data.clone(), disk.id);
+            let epoch = Epoch(disk.epoch_before.0.saturating_add(term.0));
+            rt::spawn(async move {
+                let opened = match uri_at(&data, &base_name(id, epoch)) {
+                    Ok(uri) => open_source(&control, &uri, node_name('b', id)).await.map(drop),
+                    Err(error) => Err(error),
+                };
+                // It is tried again when it is needed.
+                if let Err(error) = opened {
+                    tracing::debug!("disk {id}: {error:#}");
+                }
+            });
+        }
+    }
+
     /// Has the overlays lie on what the source has frozen; until then the gates hold.
     fn attach(&mut self) {
         let state = self.state();
@@ -465,9 +492,14 @@ impl TargetDriver {
             for (id, local, gate, epoch) in disks {
                 let export = if owns { base_name(id, epoch) } else { live_name(id) };
                 let prefix = if owns { 'b' } else { 'l' };
+                let mut pause = SOON;
                 while let Err(error) = lay_on(&control, &data, id, &local, &gate, &export, prefix).await {
-                    told.error.replace(Some(format!("the source's export {export}: {error:#}")));
-                    rt::sleep(AGAIN).await;
+                    let why = format!("the source's export {export}: {error:#}");
+                    if told.error.replace(Some(why.clone())).as_ref() != Some(&why) {
+                        tracing::warn!("disk {id}: {why}");
+                    }
+                    rt::sleep(pause).await;
+                    pause = (2 * pause).min(AGAIN);
                 }
             }
             told.error.replace(None);
@@ -494,6 +526,11 @@ impl TargetDriver {
             return;
         }
         self.told.missing_bytes.set(0);
+        for disk in &self.disks {
+            if let Err(error) = close_source(&self.control, disk.id).await {
+                tracing::warn!("migration {}: {error:#}", self.migration());
+            }
+        }
         let Some(ownership) = self.machine.ownership() else { return };
         // Nothing lies below the overlays any more, by their own headers: no block is at the source.
         let block_bytes = u64::from(self.machine.record().plan().block_bytes);
@@ -520,6 +557,14 @@ impl TargetDriver {
         let job_id = job_of(disk.id);
         if self.control.jobs().get(&job_id).is_ok() {
             return;
+        }
+        let record = self.machine.record();
+        let planned = record.plan().disks.iter().find(|planned| planned.id == disk.id);
+        if let (Some(planned), Some(data)) = (planned, &self.local.data) {
+            let export = base_name(disk.id, record.epoch(planned));
+            if let Err(error) = tidy_up(&self.control, data, disk.id, &disk.local, &export).await {
+                tracing::warn!("disk {}: {error:#}", disk.id);
+            }
         }
         if let Some(slot) = node.backing() {
             slot.set_copy_on_read(Some(CopyOnRead::new(node, COPY_ON_READ_BYTES_MAX)));
