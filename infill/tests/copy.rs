@@ -297,3 +297,79 @@ fn a_disk_that_has_moved_is_where_it_moved_to_after_a_kill() {
         scene.quit();
     }
 }
+
+/// A target that is opened without the backing that its header names holds whole clusters: what is copied of one may be less,
+/// and zeroes in the rest of it would hide what it lies on later. Zeroes of the disk are zeroes there, too.
+#[test]
+fn a_target_that_is_open_without_its_backing_is_the_disk_on_it() {
+    let jobs = [
+        ("blockdev-backup", "top", None),
+        ("blockdev-backup", "none", None),
+        ("blockdev-mirror", "top", Some("background")),
+        ("blockdev-mirror", "full", Some("background")),
+        ("blockdev-mirror", "none", Some("background")),
+        ("blockdev-mirror", "none", Some("write-blocking")),
+    ];
+    for program in [Program::Infill, Program::Qemu] {
+        for (command, sync, copy_mode) in jobs {
+            if program == Program::Qemu && copy_mode == Some("write-blocking") {
+                // It writes the piece alone.
+                continue;
+            }
+            copy_without_backing(program, command, sync, copy_mode);
+        }
+    }
+}
+
+fn copy_without_backing(program: Program, command: &str, sync: &str, copy_mode: Option<&str>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| text(&dir.path().join(name)).to_owned();
+    std::fs::write(path("base"), vec![1; 4 << 20]).unwrap();
+    let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", &path("base"), "-o"];
+    run("qemu-img", &[&create[..], &["cluster_size=4k", &path("disk")]].concat());
+    run("qemu-img", &[&create[..], &["cluster_size=64k", &path("copy")]].concat());
+    let begin = ["-c", "write -P 9 708k 4k", "-c", "write -z 2M 64k", "-c", "write -z 3M 8k"];
+    run("qemu-io", &[&["-f", "qcow2"], &begin[..], &[&path("disk")]].concat());
+    std::fs::copy(path("disk"), path("was")).unwrap();
+    let socket = dir.path().join("nbd.sock");
+    let server = format!("addr.type=unix,addr.path={}", text(&socket));
+    let daemon = Daemon::start(program, dir.path(), &["--nbd-server", &server]);
+    let mut qmp = daemon.connect();
+    let file = |name: &str| json!({"driver": "file", "filename": path(name), "discard": "unmap"});
+    qmp.run("blockdev-add", json!({"driver": "qcow2", "node-name": "d", "file": file("disk")}));
+    qmp.run(
+        "blockdev-add",
+        json!({"driver": "qcow2", "node-name": "t", "backing": null, "file": file("copy")}),
+    );
+    qmp.run(
+        "block-export-add",
+        json!({"type": "nbd", "id": "e", "node-name": "d", "name": "d", "writable": true}),
+    );
+    let mut job = json!({"job-id": "j", "device": "d", "target": "t", "sync": sync});
+    if let Some(mode) = copy_mode {
+        job["copy-mode"] = json!(mode);
+    }
+    qmp.run(command, job);
+    if copy_mode.is_some() {
+        qmp.wait_for("BLOCK_JOB_READY");
+    }
+    let pieces = ["write -P 7 712k 4k", "write -P 7 2056k 4k", "write -z 3076k 4k", "write -z -u 3200k 64k"];
+    let uri = format!("nbd+unix:///d?socket={}", text(&socket));
+    let pieces: Vec<&str> = pieces.iter().flat_map(|piece| ["-c", piece]).collect();
+    run("qemu-io", &[&["-f", "raw"], &pieces[..], &[&uri]].concat());
+    match (copy_mode, sync) {
+        (None, "top") => drop(qmp.wait_for("BLOCK_JOB_COMPLETED")),
+        (None, _) => {
+            qmp.run("block-job-cancel", json!({"device": "j"}));
+            qmp.wait_for("BLOCK_JOB_CANCELLED");
+        }
+        (Some(_), _) => {
+            qmp.run("block-job-cancel", json!({"device": "j"}));
+            qmp.wait_for("BLOCK_JOB_COMPLETED");
+        }
+    }
+    daemon.quit(&mut qmp);
+    let now = if copy_mode.is_some() { "disk" } else { "was" };
+    eprintln!("{program:?}: {command}, {sync}, {copy_mode:?}");
+    run("qemu-img", &["compare", "-f", "qcow2", "-F", "qcow2", &path(now), &path("copy")]);
+}

@@ -14,13 +14,13 @@
 
 use std::any::Any;
 
-use infill_base::{Ctx, IoResult, align_down};
-use infill_node::{BackingSlot, BitmapUse, DirtyMap, Held, NodeHandle, Watching};
+use infill_base::{Ctx, IoResult};
+use infill_node::{BitmapUse, DirtyMap, Held, NodeHandle, Watching};
 use infill_storage::sync::Arc;
 
 use super::keep::KeepOld;
 use super::mirror::hold;
-use super::{BLOCK_BYTES, Copier, CopyPolicy, Goal, KeptCopy, Scope, Transfer};
+use super::{Copier, CopyPolicy, Goal, KeptCopy, Scope, Transfer, piece_bytes};
 use crate::error::JobError;
 use crate::job::{Job, Work, WorkEnd};
 use crate::manager::{Claim, JobOptions, Jobs};
@@ -29,6 +29,9 @@ use crate::stream::FILL_MIN_RATE;
 
 /// Why a backup cannot go on.
 const PASSED: &str = "the disk was written to while nobody kept what it was";
+
+/// Why a backup cannot go on.
+const OTHER_TARGET: &str = "the target is opened in another way than it was: begin the backup anew";
 
 /// What of the disk is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,16 +146,15 @@ pub fn prepare(
         (BackupSync::Top, Some(below)) => Scope::Above(below),
         (BackupSync::Top, None) | (BackupSync::Full, _) => Scope::Full,
     };
-    let old = DirtyMap::new(source.len(), BLOCK_BYTES);
+    let piece = piece_bytes(&target, &scope);
+    let old = DirtyMap::new(source.len(), piece);
     let map = kept.as_ref().map(|kept| kept.map().clone());
     let goes_on = map.as_ref().filter(|map| map.is_found());
     match (goes_on, sync, &bitmap) {
         (Some(map), ..) if !map.is_live() => return Err(JobError::generic(PASSED)),
-        (Some(map), ..) => map.copy_into(&old),
-        (None, BackupSync::Bitmap, Some(bitmap)) => {
-            old.merge(bitmap.bitmap.bitmap().map());
-            fill_clusters(&old, &target);
-        }
+        (Some(map), ..) if map.piece() != piece => return Err(JobError::generic(OTHER_TARGET)),
+        (Some(map), ..) => map.copy_whole_into(&old),
+        (None, BackupSync::Bitmap, Some(bitmap)) => old.merge(bitmap.bitmap.bitmap().map()),
         (None, BackupSync::Bitmap, None) => return Err(JobError::generic("a bitmap is needed")),
         (None, ..) => old.mark(0, source.len()),
     }
@@ -189,22 +191,6 @@ pub fn prepare(
         _claim: claim,
     };
     Ok(Prepared { job, work })
-}
-
-/// Marks the rest of each of the target's clusters of which a part is marked. A target that is open without what it is to lie on
-/// later would hold zeroes there, and hide that.
-fn fill_clusters(marked: &DirtyMap, target: &NodeHandle) {
-    let cluster = target.info().cluster_bytes.unwrap_or(0);
-    if cluster <= BLOCK_BYTES || target.backing().and_then(BackingSlot::node).is_some() {
-        return;
-    }
-    let mut at = 0;
-    while let Some(run) = marked.next_dirty(at, u64::MAX) {
-        let end = run.end.next_multiple_of(cluster).min(target.len());
-        let start = align_down(run.start, cluster);
-        marked.mark(start, end - start);
-        at = end;
-    }
 }
 
 /// A bitmap, and what was written since the job began.

@@ -16,7 +16,7 @@ use infill_node::{DirtyMap, Edge, Filter, Held, Node, NodeHandle, NodeInfo, Watc
 use infill_storage::sync::Arc;
 
 use super::keep::KeepOld;
-use super::{BLOCK_BYTES, Failed, Scope, Transfer};
+use super::{BLOCK_BYTES, Failed, Scope, Transfer, piece_bytes};
 use crate::state::Operation;
 
 /// A disk as it was at one moment.
@@ -43,7 +43,7 @@ impl Past {
             let why = "the target must be writable, and not shorter than the disk";
             return Err(IoError::new(ErrorKind::InvalidInput, why).in_node(target.info().filename));
         }
-        let old = DirtyMap::new(source.len(), BLOCK_BYTES);
+        let old = DirtyMap::new(source.len(), piece_bytes(&target, &Scope::Nothing));
         match only {
             Some(only) => old.merge(only),
             None => old.mark(0, source.len()),

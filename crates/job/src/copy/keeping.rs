@@ -209,6 +209,7 @@ impl Transfer {
                 map.mark_all(self.old());
             }
             map.set_walked(self.walked().load(Ordering::Relaxed));
+            map.set_piece(self.piece);
             map.go_live();
             return;
         }
@@ -242,7 +243,8 @@ impl Transfer {
     /// A guest's change is about to reach the source.
     pub(super) fn enter(self: &Arc<Transfer>, at: u64, len: u64) -> Option<UnderWay> {
         let keeping = self.keeping.as_ref()?;
-        let range = at..at.saturating_add(len).min(self.len).max(at);
+        let (at, end) = self.whole(at, len);
+        let range = at..end.max(at);
         keeping.begin(range.clone());
         Some(UnderWay { transfer: self.clone(), range, is_over: false })
     }
@@ -283,9 +285,10 @@ impl Transfer {
     /// The range is to be copied because it lies on the source.
     pub(super) fn mark_cold(&self, at: u64, len: u64) {
         // In this order: a bit that is cleared between the two is set again.
-        self.cold.mark(at, len);
+        let (at, end) = self.whole(at, len);
+        self.cold.mark(at, end.saturating_sub(at));
         if let Some(keeping) = &self.keeping {
-            keeping.map.mark(at, len);
+            keeping.map.mark(at, end.saturating_sub(at));
         }
     }
 
@@ -299,7 +302,13 @@ impl Transfer {
 
     /// Bytes that are kept together, of a copy of the past: where one of them may be written to, all are on the target.
     pub(super) fn unit(&self) -> u64 {
-        self.keeping.as_ref().map_or(super::BLOCK_BYTES, |keeping| keeping.map.granularity())
+        self.keeping.as_ref().map_or(self.piece, |keeping| keeping.map.granularity().max(self.piece))
+    }
+
+    /// Start and end of the pieces that a range touches, on the disk.
+    pub(super) fn whole(&self, at: u64, len: u64) -> (u64, u64) {
+        let end = at.saturating_add(len).min(self.len).next_multiple_of(self.piece);
+        (align_down(at, self.piece), end.min(self.len))
     }
 
     /// Of the past: the target has the range, or need not have it. It is old no more.

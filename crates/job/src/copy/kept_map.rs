@@ -17,7 +17,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use infill_base::{ErrorKind, IoError, IoResult};
+use infill_base::{ErrorKind, IoError, IoResult, align_down};
 use infill_node::DirtyMap;
 use infill_storage::journal::{BootId, JournalMemory};
 
@@ -41,6 +41,8 @@ const AT_WALKED: usize = 9;
 const AT_COPIED: usize = 10;
 /// When the process was known to live, in seconds since 1970. Checked as words of bits are.
 const AT_ALIVE: usize = 11;
+/// Bytes of the pieces in which a copy of the past takes bits out. Checked as words of bits are.
+const AT_PIECE: usize = 12;
 const HEADER_WORDS: usize = 512;
 
 /// Bits in a word; its other half is their check.
@@ -137,6 +139,7 @@ impl KeptMap {
         words[AT_WALKED].store(map.checked(AT_WALKED, 0), Ordering::Relaxed);
         words[AT_COPIED].store(0, Ordering::Relaxed);
         words[AT_ALIVE].store(map.checked(AT_ALIVE, 0), Ordering::Relaxed);
+        words[AT_PIECE].store(map.checked(AT_PIECE, 0), Ordering::Relaxed);
         let bits = if all { BITS_MASK } else { 0 };
         for (at, word) in words.iter().enumerate().take(needed / WORD_BYTES).skip(HEADER_WORDS) {
             word.store(map.checked(at, bits), Ordering::Relaxed);
@@ -293,6 +296,35 @@ impl KeptMap {
                 left &= !(((1 << count) - 1) << first);
             }
         }
+    }
+
+    /// Marks in `map` the pieces of which all is marked here: bits of one are taken out when the target has all of it, and a death
+    /// in the middle of that leaves some.
+    pub fn copy_whole_into(&self, map: &DirtyMap) {
+        let piece = map.granularity();
+        if piece <= self.owner.granularity {
+            return self.copy_into(map);
+        }
+        let marked = DirtyMap::new(self.owner.len, self.owner.granularity);
+        self.copy_into(&marked);
+        let mut next = 0;
+        while let Some(run) = marked.next_dirty(next, u64::MAX) {
+            let start = run.start.next_multiple_of(piece);
+            let end = if run.end < self.owner.len { align_down(run.end, piece) } else { run.end };
+            map.mark(start, end.saturating_sub(start));
+            next = run.end;
+        }
+    }
+
+    /// In pieces of how many bytes bits of a copy of the past are taken out.
+    pub fn piece(&self) -> u64 {
+        self.bits_at(AT_PIECE).unwrap_or(0).max(BLOCK_BYTES)
+    }
+
+    /// Notes what [`KeptMap::piece`] gives.
+    pub fn set_piece(&self, bytes: u64) {
+        let word = self.checked(AT_PIECE, bytes.min(BITS_MASK));
+        self.memory.words()[AT_PIECE].store(word, Ordering::Release);
     }
 
     /// How far the disk was looked through, in bytes: what lies behind may be left to do, marked or not.

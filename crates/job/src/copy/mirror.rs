@@ -13,14 +13,14 @@
 use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
-use infill_base::{Ctx, ErrorKind, IoError, IoResult, align_down};
+use infill_base::{Ctx, ErrorKind, IoError, IoResult};
 use infill_node::{Change, Held, Kept, NodeHandle, Watcher, Watching};
 use infill_storage::sync::Arc;
 use infill_storage::{RangeGuard, rt};
 
 use super::backup::{BackupBitmap, BitmapMode};
 use super::keeping::UnderWay;
-use super::{BLOCK_BYTES, Copier, CopyPolicy, Failed, Goal, KeptCopy, Scope, Transfer};
+use super::{Copier, CopyPolicy, Failed, Goal, KeptCopy, Scope, Transfer};
 use crate::error::JobError;
 use crate::job::{Ending, Job, Work, WorkEnd};
 use crate::manager::{Claim, JobOptions, Jobs};
@@ -280,8 +280,7 @@ impl Watcher for Follow {
         }
         Some(Box::pin(async move {
             let transfer = self.transfer.clone();
-            let at = align_down(change.at, BLOCK_BYTES);
-            let end = change.at.saturating_add(change.len).next_multiple_of(BLOCK_BYTES).min(transfer.len);
+            let (at, end) = transfer.whole(change.at, change.len);
             let len = end.saturating_sub(at);
             let range = transfer.ranges.exclusive(at, at + len).await;
             let under_way = transfer.enter(at, len);

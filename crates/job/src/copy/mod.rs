@@ -38,7 +38,7 @@ use crate::state::{ErrorAction, OnError, Operation};
 pub use keep::KeepOld;
 pub use keeping::{KeptCopy, MapGuard};
 pub use kept_map::{KeptMap, MAP_BYTES_MAX, MapOwner};
-pub use transfer::{BLOCK_BYTES, Failed, Scope, Transfer};
+pub use transfer::{BLOCK_BYTES, Failed, Scope, Transfer, piece_bytes};
 
 /// Bytes in memory at a time.
 const HELD_BYTES_MAX: u64 = 64 << 20;
@@ -253,7 +253,7 @@ impl Copier {
             Goal::Converged if self.transfer.cold_bytes() > 0 => false,
             Goal::Converged => {
                 let quick = (self.control.rate() * CONVERGED_TIME.as_secs_f64()) as u64;
-                left <= CONVERGED_BYTES.max(quick)
+                left <= CONVERGED_BYTES.max(self.transfer.piece).max(quick)
             }
             Goal::Asked => job.should_complete(),
         }

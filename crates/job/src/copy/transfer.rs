@@ -5,16 +5,17 @@ use std::ops::Range;
 use event_listener::Event;
 use infill_base::{Ctx, ExtentKind, IoError, IoResult, WriteFlags, ZeroFlags, align_down};
 use infill_node::generic::{chain_extents, chain_map};
-use infill_node::{DirtyMap, NodeHandle};
+use infill_node::{BackingSlot, DirtyMap, NodeHandle};
 use infill_storage::RangeLock;
 use infill_storage::sync::Arc;
 use infill_storage::sync::atomic::{AtomicU64, Ordering};
 
 use super::keeping::Keeping;
 use super::kept_map::KeptMap;
+use crate::control::REQUEST_BYTES_MAX;
 use crate::state::Operation;
 
-/// What one bit of a copy's maps stands for: the smallest thing that is copied, in bytes.
+/// What one bit of a copy's maps stands for at least: the smallest thing that is copied, in bytes ([`piece_bytes`]).
 pub const BLOCK_BYTES: u64 = 4096;
 
 /// How much of the disk is mapped at a time, in bytes.
@@ -51,6 +52,30 @@ fn write_failed(error: IoError) -> Failed {
     Failed { operation: Operation::Write, error }
 }
 
+/// What one bit of the maps of a copy to `target` stands for, in bytes.
+///
+/// A piece of a cluster has the target write all of it, and what lies below it is asked for the rest. A target that is open
+/// without what it is to lie on later has zeroes there, which would hide that: of such a one whole (sub)clusters are copied.
+/// Not where all of the disk is copied anyway, and not in a commit to a base that lies on nothing.
+pub fn piece_bytes(target: &NodeHandle, scope: &Scope) -> u64 {
+    let layer = target.unfiltered();
+    let lies_on_nothing = match scope {
+        Scope::Full => true,
+        Scope::Above(base) if base.is_same(target) => layer.info().backing.is_none(),
+        Scope::Above(_) | Scope::Nothing => false,
+    };
+    if lies_on_nothing || layer.backing().is_none_or(BackingSlot::is_some) {
+        return BLOCK_BYTES;
+    }
+    layer.populate_unit().next_power_of_two().max(BLOCK_BYTES)
+}
+
+/// Whether what is absent on `target` reads as zero, and will once it is opened with what its header names.
+fn is_absent_zero(target: &NodeHandle) -> bool {
+    let layer = target.unfiltered();
+    layer.backing().is_none_or(BackingSlot::is_some) || layer.info().backing.is_none()
+}
+
 /// A copy of one node to another.
 pub struct Transfer {
     /// Where it is read.
@@ -59,6 +84,8 @@ pub struct Transfer {
     pub target: NodeHandle,
     /// Bytes of the disk that are copied.
     pub len: u64,
+    /// What is copied together: [`piece_bytes`].
+    pub(super) piece: u64,
     /// Blocks to be copied because they lie on the source.
     pub cold: DirtyMap,
     /// Blocks to be copied because they were changed since.
@@ -104,7 +131,7 @@ impl Transfer {
     }
 
     /// A copy of the source as it is now, whatever is written there later: `old` is what is to be copied of it, at
-    /// [`BLOCK_BYTES`].
+    /// [`piece_bytes`].
     pub fn of_the_past(source: NodeHandle, target: NodeHandle, scope: Scope, old: DirtyMap) -> Arc<Transfer> {
         Transfer::of_the_kept_past(source, target, scope, old, None)
     }
@@ -133,17 +160,18 @@ impl Transfer {
         old: Option<DirtyMap>,
         map: Option<Arc<KeptMap>>,
     ) -> Transfer {
-        let len = source.len();
+        let (len, piece) = (source.len(), piece_bytes(&target, &scope));
         let walked = AtomicU64::new(if matches!(scope, Scope::Nothing) { len } else { 0 });
         Transfer {
             old,
-            cold: DirtyMap::new(len, BLOCK_BYTES),
-            hot: DirtyMap::new(len, BLOCK_BYTES),
+            cold: DirtyMap::new(len, piece),
+            hot: DirtyMap::new(len, piece),
             ranges: RangeLock::new(),
             marked: Event::new(),
             source,
             target,
             len,
+            piece,
             unmap,
             scope,
             walked,
@@ -236,21 +264,21 @@ impl Transfer {
     }
 
     /// Of the past, in `[at, seen)`: what is `needed` is to be copied where it is still old, and the rest need not be
-    /// kept. Where a block is still old nobody has written to it, so that what was seen of it is how it was. Gives how
-    /// far that went, in whole blocks.
+    /// kept. Where a piece is still old nobody has written to it, so that what was seen of it is how it was. Gives how
+    /// far that went, in whole pieces.
     fn note_old(&self, old: &DirtyMap, at: u64, seen: u64, needed: &[Range<u64>]) -> u64 {
-        let mut end = if seen < self.len { align_down(seen, BLOCK_BYTES) } else { self.len };
-        let block = at..(at + BLOCK_BYTES).min(self.len);
+        let mut end = if seen < self.len { align_down(seen, self.piece) } else { self.len };
+        let piece = at..(at + self.piece).min(self.len);
         let mut needed = needed.to_vec();
         if end <= at {
-            // Not even a block was seen: it is copied, whatever it is.
-            end = block.end;
-            needed = vec![block];
+            // Not even a piece was seen: it is copied, whatever it is.
+            end = piece.end;
+            needed = vec![piece];
         }
         let mut next = at;
         for run in &needed {
-            let start = align_down(run.start, BLOCK_BYTES).max(next);
-            let stop = run.end.next_multiple_of(BLOCK_BYTES).min(end);
+            let start = align_down(run.start, self.piece).max(next);
+            let stop = run.end.next_multiple_of(self.piece).min(end);
             if start >= stop {
                 continue;
             }
@@ -283,14 +311,19 @@ impl Transfer {
         Ok(mapped.iter().map(|run| (run.extent.start..run.extent.end(), what(run))).collect())
     }
 
-    /// Where the target reads as zero already.
+    /// Where the target reads as zero already, and will on what its header names.
     async fn target_zeroes(&self, at: u64, end: u64) -> IoResult<Vec<Range<u64>>> {
         let end = end.min(self.target.len());
         if at >= end {
             return Ok(Vec::new());
         }
-        let extents = chain_extents(&self.target, &Ctx::FILL, at, end - at).await?;
-        let zero = extents.iter().filter(|extent| extent.kind == ExtentKind::Zero);
+        let mapped = chain_map(&self.target, &Ctx::FILL, at, end - at).await?;
+        let absent_is_zero = is_absent_zero(&self.target);
+        let zero = mapped.iter().map(|run| &run.extent).filter(|extent| match extent.kind {
+            ExtentKind::Zero => true,
+            ExtentKind::Absent => absent_is_zero,
+            ExtentKind::Data => false,
+        });
         Ok(zero.map(|extent| extent.start..extent.end()).collect())
     }
 
@@ -319,11 +352,16 @@ impl Transfer {
                 zeroed.map_err(write_failed)?;
                 continue;
             }
-            let data =
-                self.source.read_vec(cx, extent.start, extent.len as usize).await.map_err(read_failed)?;
-            let written = self.target.write(cx, extent.start, data.freeze(), WriteFlags::empty()).await;
-            written.map_err(write_failed)?;
-            self.written_bytes.fetch_add(extent.len, Ordering::Relaxed);
+            // A piece may be a cluster of many MiB.
+            let (mut next, end) = (extent.start, extent.end());
+            while next < end {
+                let bytes = REQUEST_BYTES_MAX.min(end - next);
+                let data = self.source.read_vec(cx, next, bytes as usize).await.map_err(read_failed)?;
+                let written = self.target.write(cx, next, data.freeze(), WriteFlags::empty()).await;
+                written.map_err(write_failed)?;
+                self.written_bytes.fetch_add(bytes, Ordering::Relaxed);
+                next += bytes;
+            }
         }
         Ok(())
     }

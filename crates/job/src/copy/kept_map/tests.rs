@@ -134,3 +134,16 @@ fn blocks_grow_with_the_disk_and_memory_has_a_bound() {
         assert!(owner.bytes() <= MAP_BYTES_MAX, "{len}");
     }
 }
+
+#[test]
+fn of_a_piece_whose_bits_were_taken_out_in_part_the_target_has_all() {
+    const PIECE: u64 = 8 * BLOCK_BYTES;
+    let map = KeptMap::begin(pages(), owner(), true).unwrap();
+    map.set_piece(PIECE);
+    map.clear(3 * PIECE + BLOCK_BYTES, 2 * BLOCK_BYTES);
+    let old = DirtyMap::new(LEN, PIECE);
+    map.copy_whole_into(&old);
+    assert_eq!(map.piece(), PIECE);
+    assert_eq!(old.next_dirty(0, u64::MAX), Some(0..3 * PIECE));
+    assert_eq!(old.next_dirty(3 * PIECE, u64::MAX), Some(4 * PIECE..LEN));
+}
