@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use infill_base::{Ctx, Extents, Gather, IoResult, Limits, WriteFlags, ZeroFlags};
-use infill_job::copy::backup::{self, BackupOptions};
+use infill_job::copy::backup::{self, BackupOptions, BackupSync};
 use infill_job::copy::commit::{self, CommitOptions};
-use infill_job::copy::mirror::{self, CopyMode, MirrorOptions};
+use infill_job::copy::mirror::{self, CopyMode, MirrorOptions, MirrorSync};
 use infill_job::copy::{KeptCopy, KeptMap, MapGuard, MapOwner};
 use infill_job::{Job, JobOptions, JobStatus, Jobs};
 use infill_node::{BackingSlot, MemoryOverlay, Node, NodeHandle, NodeInfo, Populated};
@@ -25,6 +25,12 @@ use world::{KIB, MIB};
 const LEN: u64 = 2 * MIB;
 const BLOCK: u64 = 4 * KIB;
 const MS: Duration = Duration::from_millis(1);
+/// Cluster of a target that is to lie on the base of the source later.
+const CLUSTER: u64 = 64 * KIB;
+/// What the base holds.
+const BASE: u8 = 254;
+/// Stands for a byte that such a target does not have.
+const ABSENT: u8 = 255;
 
 /// A disk in memory of which every request takes a while, before and after it lands.
 struct Slow {
@@ -37,7 +43,24 @@ struct Shared(Arc<Slow>);
 
 impl Slow {
     fn new(world: &World, backing: Option<NodeHandle>, content: Option<&[u8]>) -> Arc<Slow> {
-        let inner = MemoryOverlay::new(LEN, BLOCK, backing);
+        Slow::over(world, MemoryOverlay::new(LEN, BLOCK, backing), content)
+    }
+
+    /// A layer that has those blocks of `content` which its base does not hold.
+    fn on_base(world: &World, content: &[u8]) -> Arc<Slow> {
+        let base = MemoryOverlay::new(LEN, BLOCK, None);
+        let written = base.write(&Ctx::GUEST, 0, vec![BASE; LEN as usize].into(), WriteFlags::empty());
+        infill_sim::block_on(written).unwrap();
+        let inner = MemoryOverlay::new(LEN, BLOCK, Some(NodeHandle::new(base)));
+        for (nth, block) in content.chunks(BLOCK as usize).enumerate().filter(|(_, block)| block[0] != BASE) {
+            let data = block.to_vec().into();
+            let written = inner.write(&Ctx::GUEST, nth as u64 * BLOCK, data, WriteFlags::empty());
+            infill_sim::block_on(written).unwrap();
+        }
+        Slow::over(world, inner, None)
+    }
+
+    fn over(world: &World, inner: MemoryOverlay, content: Option<&[u8]>) -> Arc<Slow> {
         if let Some(content) = content {
             let written = inner.write(&Ctx::GUEST, 0, content.to_vec().into(), WriteFlags::empty());
             infill_sim::block_on(written).unwrap();
@@ -136,6 +159,15 @@ enum Kind {
     Mirror(CopyMode),
     Commit,
     Backup,
+    /// Of the top layer alone, to a target of large clusters that is to lie on the base later.
+    MirrorTop(CopyMode),
+    BackupTop,
+}
+
+impl Kind {
+    fn is_of_the_past(self) -> bool {
+        matches!(self, Kind::Backup | Kind::BackupTop)
+    }
 }
 
 struct Life {
@@ -150,11 +182,17 @@ struct Life {
 }
 
 fn start(world: &World, kind: Kind, left: &Left, found: Option<KeptMap>, guests: usize) -> Life {
-    let target = Slow::new(world, None, Some(&left.target));
+    let is_top = matches!(kind, Kind::MirrorTop(_) | Kind::BackupTop);
+    let cluster = if is_top { CLUSTER } else { BLOCK };
+    let target = Slow::over(world, MemoryOverlay::new(LEN, cluster, None), Some(&left.target));
     let below = NodeHandle::new(Shared(target.clone()));
     let (source, node) = match kind {
         Kind::Mirror(_) | Kind::Backup => {
             let source = Slow::new(world, None, Some(&left.source));
+            (source.clone(), NodeHandle::new(Shared(source)))
+        }
+        Kind::MirrorTop(_) | Kind::BackupTop => {
+            let source = Slow::on_base(world, &left.source);
             (source.clone(), NodeHandle::new(Shared(source)))
         }
         Kind::Commit => {
@@ -165,29 +203,31 @@ fn start(world: &World, kind: Kind, left: &Left, found: Option<KeptMap>, guests:
     let kept = Some(match found.map(Arc::new) {
         Some(found) => {
             // Guests are there before the job is.
-            let guard = Arc::new(MapGuard::new(found.clone(), kind == Kind::Backup));
+            let guard = Arc::new(MapGuard::new(found.clone(), kind.is_of_the_past()));
             KeptCopy::guarded(found, infill_sim::block_on(node.watch(guard)))
         }
         None => {
             let begun =
-                KeptMap::begin(Arc::new(left.pages.clone()), owner(&left.pages), kind == Kind::Backup);
+                KeptMap::begin(Arc::new(left.pages.clone()), owner(&left.pages), kind.is_of_the_past());
             let begun = begun.unwrap();
             KeptCopy::new(Arc::new(begun))
         }
     });
     let (jobs, options) = (Jobs::new(), JobOptions { speed: 8 * MIB, ..JobOptions::new("copy") });
     let job = match kind {
-        Kind::Mirror(copy_mode) => {
-            let mirror = MirrorOptions { kept, copy_mode, ..MirrorOptions::new(node.clone(), below) };
+        Kind::Mirror(copy_mode) | Kind::MirrorTop(copy_mode) => {
+            let sync = if is_top { MirrorSync::Top } else { MirrorSync::Full };
+            let mirror = MirrorOptions { kept, copy_mode, sync, ..MirrorOptions::new(node.clone(), below) };
             mirror::start(&jobs, options, mirror).unwrap()
         }
         Kind::Commit => {
             let commit = CommitOptions { kept, ..CommitOptions::new(node.clone(), below) };
             commit::start(&jobs, options, commit).unwrap()
         }
-        Kind::Backup => {
+        Kind::Backup | Kind::BackupTop => {
             let held = infill_sim::block_on(node.hold_changes());
-            let backup = BackupOptions { kept, ..BackupOptions::new(node.clone(), below) };
+            let sync = if is_top { BackupSync::Top } else { BackupSync::Full };
+            let backup = BackupOptions { kept, sync, ..BackupOptions::new(node.clone(), below) };
             let prepared = backup::prepare(&jobs, options, backup, &held).unwrap();
             prepared.start(&jobs).unwrap()
         }
@@ -232,6 +272,27 @@ fn empty(world: &World, records: u64) -> Left {
     Left { source, target: vec![0; LEN as usize], pages: JournalPages::new(records), allowed, stamp: 0 }
 }
 
+/// A layer that has every sixth block, on its base, and a target that has nothing.
+fn empty_on_base(world: &World, records: u64) -> Left {
+    let mut left = empty(world, records);
+    for (nth, block) in left.source.chunks_mut(BLOCK as usize).enumerate().filter(|(nth, _)| nth % 6 != 1) {
+        block.fill(BASE);
+        left.allowed[nth] = vec![BASE];
+    }
+    left.target.fill(ABSENT);
+    left
+}
+
+/// The target once it lies on the base. A cluster that it has a part of hides the rest.
+fn on_base(target: &[u8]) -> Vec<u8> {
+    let mut seen = target.to_vec();
+    for cluster in seen.chunks_mut(CLUSTER as usize).filter(|cluster| cluster.iter().all(|at| *at == ABSENT))
+    {
+        cluster.fill(BASE);
+    }
+    seen
+}
+
 /// The process dies after a while: what is left.
 fn die(seed: u64, kind: Kind, left: &Left, found: Option<KeptMap>, lives: Duration) -> Left {
     let world = World::new(seed);
@@ -262,7 +323,7 @@ fn finish(seed: u64, kind: Kind, left: &Left, found: Option<KeptMap>) -> u64 {
         }
         life.job.block_cancel(false).unwrap();
         life.job.wait().await.unwrap();
-        let target = now(&life.target);
+        let target = on_base(&now(&life.target));
         for (nth, block) in target.chunks(BLOCK as usize).enumerate() {
             assert!(
                 left.allowed[nth].iter().any(|value| block == vec![*value; BLOCK as usize]),
@@ -277,11 +338,18 @@ fn finish(seed: u64, kind: Kind, left: &Left, found: Option<KeptMap>) -> u64 {
     })
 }
 
+fn begin(world: &World, kind: Kind, records: u64) -> Left {
+    match kind {
+        Kind::MirrorTop(_) | Kind::BackupTop => empty_on_base(world, records),
+        _ => empty(world, records),
+    }
+}
+
 fn dies_and_goes_on(kind: Kind) {
     for seed in 0..60 {
         let mut rng = Rng::new(seed + 1);
         let records = [SMALL_BLOCKS, LARGE_BLOCKS][seed as usize % 2];
-        let mut left = empty(&World::new(seed), records);
+        let mut left = begin(&World::new(seed), kind, records);
         let mut found = None;
         for _ in 0..1 + rng.below(4) {
             let lives = Duration::from_micros(rng.below(400_000));
@@ -293,7 +361,8 @@ fn dies_and_goes_on(kind: Kind) {
         let went_on = found.is_some();
         let written = finish(seed, kind, &left, found);
         // What was in flight when it died may be there and not be known to be.
-        let bound = if records == SMALL_BLOCKS { differs + MIB / 2 } else { LEN * 2 };
+        let is_small = records == SMALL_BLOCKS && !matches!(kind, Kind::MirrorTop(_));
+        let bound = if is_small { differs + MIB / 2 } else { LEN * 2 };
         assert!(!went_on || written <= bound, "seed {seed}, {kind:?}: {written} bytes, {differs} differed");
     }
 }
@@ -347,6 +416,38 @@ fn a_backup_goes_on_after_a_death_at_any_moment_and_is_the_disk_as_it_was() {
         });
     }
     assert!(went_on > 20, "{went_on} went on in the middle");
+}
+
+#[test]
+fn a_mirror_of_the_top_layer_has_whole_clusters_after_a_death_at_any_moment() {
+    dies_and_goes_on(Kind::MirrorTop(CopyMode::Background));
+    dies_and_goes_on(Kind::MirrorTop(CopyMode::WriteBlocking));
+}
+
+#[test]
+fn a_backup_of_the_top_layer_has_whole_clusters_after_a_death_at_any_moment() {
+    for seed in 0..60 {
+        let mut rng = Rng::new(seed + 1);
+        let records = [SMALL_BLOCKS, LARGE_BLOCKS][seed as usize % 2];
+        let begin = empty_on_base(&World::new(seed), records);
+        let as_it_was = begin.source.clone();
+        let mut left = die(seed, Kind::BackupTop, &begin, None, Duration::from_micros(rng.below(200_000)));
+        for _ in 0..rng.below(4) {
+            let found = find(&left).ok();
+            left = die(seed, Kind::BackupTop, &left, found, Duration::from_micros(rng.below(200_000)));
+        }
+        let found = find(&left).expect("it was kept from the first moment on");
+        let world = World::new(seed);
+        world.run(async {
+            let life = start(&world, Kind::BackupTop, &left, Some(found), 4);
+            life.job.set_speed(0).unwrap();
+            life.job.wait().await.unwrap();
+            life.stop.set(true);
+            let target = on_base(&now(&life.target));
+            let wrong = target.iter().zip(&as_it_was).position(|(one, other)| one != other);
+            assert_eq!(wrong.map(|at| at as u64 / BLOCK), None, "seed {seed}: a block that is not as it was");
+        });
+    }
 }
 
 #[test]

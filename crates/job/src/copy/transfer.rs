@@ -56,15 +56,11 @@ fn write_failed(error: IoError) -> Failed {
 ///
 /// A piece of a cluster has the target write all of it, and what lies below it is asked for the rest. A target that is open
 /// without what it is to lie on later has zeroes there, which would hide that: of such a one whole (sub)clusters are copied.
-/// Not where all of the disk is copied anyway, and not in a commit to a base that lies on nothing.
+/// Not where all of the disk is copied anyway, and not in a commit, whose layers show zeroes there, too.
 pub fn piece_bytes(target: &NodeHandle, scope: &Scope) -> u64 {
-    let layer = target.unfiltered();
-    let lies_on_nothing = match scope {
-        Scope::Full => true,
-        Scope::Above(base) if base.is_same(target) => layer.info().backing.is_none(),
-        Scope::Above(_) | Scope::Nothing => false,
-    };
-    if lies_on_nothing || layer.backing().is_none_or(BackingSlot::is_some) {
+    let (layer, is_commit) =
+        (target.unfiltered(), matches!(scope, Scope::Above(base) if base.is_same(target)));
+    if matches!(scope, Scope::Full) || is_commit || layer.backing().is_none_or(BackingSlot::is_some) {
         return BLOCK_BYTES;
     }
     layer.populate_unit().next_power_of_two().max(BLOCK_BYTES)
