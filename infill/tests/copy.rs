@@ -309,11 +309,13 @@ fn a_target_that_is_open_without_its_backing_is_the_disk_on_it() {
         ("blockdev-mirror", "full", Some("background")),
         ("blockdev-mirror", "none", Some("background")),
         ("blockdev-mirror", "none", Some("write-blocking")),
+        ("blockdev-mirror", "incremental", Some("background")),
     ];
     for program in [Program::Infill, Program::Qemu] {
         for (command, sync, copy_mode) in jobs {
-            if program == Program::Qemu && copy_mode == Some("write-blocking") {
-                // It writes the piece alone.
+            // A write-blocking mirror writes the piece alone there, and none takes a bitmap.
+            let is_ours = copy_mode == Some("write-blocking") || sync == "incremental";
+            if program == Program::Qemu && is_ours {
                 continue;
             }
             copy_without_backing(program, command, sync, copy_mode);
@@ -345,18 +347,25 @@ fn copy_without_backing(program: Program, command: &str, sync: &str, copy_mode: 
         "block-export-add",
         json!({"type": "nbd", "id": "e", "node-name": "d", "name": "d", "writable": true}),
     );
+    let pieces = ["write -P 7 712k 4k", "write -P 7 2056k 4k", "write -z 3076k 4k", "write -z -u 3200k 64k"];
+    let uri = format!("nbd+unix:///d?socket={}", text(&socket));
+    let pieces: Vec<&str> = pieces.iter().flat_map(|piece| ["-c", piece]).collect();
+    let guest = || run("qemu-io", &[&["-f", "raw"], &pieces[..], &[&uri]].concat());
     let mut job = json!({"job-id": "j", "device": "d", "target": "t", "sync": sync});
     if let Some(mode) = copy_mode {
         job["copy-mode"] = json!(mode);
+    }
+    if sync == "incremental" {
+        let bitmap = json!({"node": "d", "name": "b", "granularity": 4096});
+        qmp.run("block-dirty-bitmap-add", bitmap);
+        job["bitmap"] = json!("b");
+        guest();
     }
     qmp.run(command, job);
     if copy_mode.is_some() {
         qmp.wait_for("BLOCK_JOB_READY");
     }
-    let pieces = ["write -P 7 712k 4k", "write -P 7 2056k 4k", "write -z 3076k 4k", "write -z -u 3200k 64k"];
-    let uri = format!("nbd+unix:///d?socket={}", text(&socket));
-    let pieces: Vec<&str> = pieces.iter().flat_map(|piece| ["-c", piece]).collect();
-    run("qemu-io", &[&["-f", "raw"], &pieces[..], &[&uri]].concat());
+    guest();
     match (copy_mode, sync) {
         (None, "top") => drop(qmp.wait_for("BLOCK_JOB_COMPLETED")),
         (None, _) => {
