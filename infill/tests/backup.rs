@@ -508,3 +508,63 @@ fn after_a_restart_exports_are_on_the_overlays_that_a_transaction_put_there() {
     guest("b", "read -P 3 0 64k");
     daemon.quit(&mut qmp);
 }
+
+/// Compressed clusters in an image, as the referee counts them.
+fn compressed(path: &Path) -> u64 {
+    let check: Value =
+        serde_json::from_str(&run("qemu-img", &["check", "--output=json", text(path)])).unwrap();
+    assert_eq!((&check["check-errors"], check.get("corruptions")), (&json!(0), None), "{check}");
+    check["compressed-clusters"].as_u64().unwrap_or(0)
+}
+
+#[test]
+fn a_backup_is_compressed_if_asked_and_so_is_what_goes_through_the_filter() {
+    let mut scene = Scene::new(Program::Infill);
+    scene.add("disk", "qcow2", Some(&pattern()));
+    scene.add("target", "qcow2", None);
+    scene.add("plain", "raw", None);
+    scene.add("filtered", "qcow2", None);
+    let refused = scene.qmp.refused(
+        "blockdev-backup",
+        json!({"job-id": "j", "device": "disk", "target": "plain", "sync": "full", "compress": true}),
+    );
+    assert_eq!(refused["desc"], "Compression is not supported for this drive plain");
+    let refused =
+        scene.qmp.refused("blockdev-add", json!({"driver": "compress", "node-name": "c", "file": "plain"}));
+    assert!(refused["desc"].as_str().unwrap().contains("no qcow2 image"), "{refused}");
+    scene.qmp.run(
+        "blockdev-backup",
+        json!({"job-id": "j", "device": "disk", "target": "target", "sync": "full", "compress": true}),
+    );
+    scene.qmp.wait_for("BLOCK_JOB_COMPLETED");
+    scene.qmp.run("blockdev-add", json!({"driver": "compress", "node-name": "c", "file": "filtered"}));
+    scene.qmp.run(
+        "block-export-add",
+        json!({"type": "nbd", "id": "e", "node-name": "c", "name": "c", "writable": true}),
+    );
+    let uri = format!("nbd+unix:///c?socket={}", text(&scene.path("nbd.sock")));
+    run("qemu-io", &["-f", "raw", "-c", "write -P 7 0 128k", "-c", "write -P 8 1M 4k", "-c", "flush", &uri]);
+    scene.qmp.run("block-export-del", json!({"id": "e"}));
+    let dir = scene.quit();
+    compare(dir.path(), ("qcow2", "disk"), ("qcow2", "target"));
+    let whole = (DISK_BYTES / 65536 / 2) as u64;
+    assert_eq!(compressed(&dir.path().join("target")), whole);
+    // A part of a cluster is written plain.
+    assert_eq!(compressed(&dir.path().join("filtered")), 2);
+    let [small, large] =
+        ["target", "disk"].map(|name| std::fs::metadata(dir.path().join(name)).unwrap().len());
+    assert!(small < large, "{small} {large}");
+    run(
+        "qemu-io",
+        &[
+            "-r",
+            "-f",
+            "qcow2",
+            "-c",
+            "read -P 7 0 128k",
+            "-c",
+            "read -P 8 1M 4k",
+            text(&dir.path().join("filtered")),
+        ],
+    );
+}

@@ -16,6 +16,7 @@ mod backing;
 mod bitmaps;
 mod blkdebug;
 mod changes;
+mod compress;
 mod copy_on_read;
 mod corruption;
 mod dirty;
@@ -49,6 +50,7 @@ pub use bitmaps::{
 };
 pub use blkdebug::BlkdebugNode;
 pub use changes::{Change, ChangeKind, Held, Kept, Watcher, Watching};
+pub use compress::CompressNode;
 pub use copy_on_read::CopyOnReadNode;
 pub use dirty::DirtyMap;
 pub use edge::{Edge, Port, Through};

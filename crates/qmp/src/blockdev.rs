@@ -166,6 +166,11 @@ pub enum Driver {
     },
     /// `blkdebug`.
     Blkdebug(Box<BlkdebugOptions>),
+    /// `compress`.
+    Compress {
+        /// The image whose new data is compressed.
+        file: BlockdevRef,
+    },
     /// `preallocate`.
     Preallocate {
         /// The file that grows.
@@ -212,6 +217,7 @@ impl Driver {
             Driver::CopyBeforeWrite { .. } => "copy-before-write",
             Driver::Throttle { .. } => "throttle",
             Driver::Blkdebug(_) => "blkdebug",
+            Driver::Compress { .. } => "compress",
             Driver::Preallocate { .. } => "preallocate",
             Driver::SnapshotAccess { .. } => "snapshot-access",
         }
@@ -395,6 +401,7 @@ pub(crate) enum DriverName {
     CopyBeforeWrite,
     Throttle,
     Blkdebug,
+    Compress,
     Preallocate,
     SnapshotAccess,
     Unbuilt(&'static str),
@@ -405,13 +412,12 @@ macro_rules! unbuilt_drivers {
 }
 
 /// Drivers of QEMU that are not built here.
-const UNBUILT: [(&str, DriverName); 28] = unbuilt_drivers![
+const UNBUILT: [(&str, DriverName); 27] = unbuilt_drivers![
     "blklogwrites",
     "blkreplay",
     "blkverify",
     "bochs",
     "cloop",
-    "compress",
     "dmg",
     "ftp",
     "ftps",
@@ -450,6 +456,7 @@ impl Words for DriverName {
         ("copy-before-write", DriverName::CopyBeforeWrite),
         ("throttle", DriverName::Throttle),
         ("blkdebug", DriverName::Blkdebug),
+        ("compress", DriverName::Compress),
         ("preallocate", DriverName::Preallocate),
         ("snapshot-access", DriverName::SnapshotAccess),
     ];
@@ -479,6 +486,7 @@ impl DriverName {
             DriverName::CopyBeforeWrite => "copy-before-write",
             DriverName::Throttle => "throttle",
             DriverName::Blkdebug => "blkdebug",
+            DriverName::Compress => "compress",
             DriverName::Preallocate => "preallocate",
             DriverName::SnapshotAccess => "snapshot-access",
             DriverName::Unbuilt(name) => name,
@@ -526,6 +534,7 @@ impl DriverName {
                 Ok(Driver::Throttle { file: read_ref(members, "file")?, group })
             }
             DriverName::Blkdebug => filters::read_blkdebug(members),
+            DriverName::Compress => Ok(Driver::Compress { file: read_ref(members, "file")? }),
             DriverName::Preallocate => filters::read_preallocate(members),
             DriverName::SnapshotAccess => Ok(Driver::SnapshotAccess { file: read_ref(members, "file")? }),
             DriverName::Unbuilt(name) => Err(unbuilt(

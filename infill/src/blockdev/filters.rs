@@ -1,7 +1,7 @@
 //! Opening filters: nodes that pass requests on to one other node.
 
 use anyhow::{Result, anyhow, bail};
-use infill_node::{BlkdebugNode, CopyOnReadNode, NodeHandle, PreallocateNode, ThrottleNode};
+use infill_node::{BlkdebugNode, CompressNode, CopyOnReadNode, NodeHandle, PreallocateNode, ThrottleNode};
 use infill_qmp::{BlkdebugOptions, BlockdevOptions, ChildRole, Driver};
 
 use super::hold::Access;
@@ -49,6 +49,21 @@ impl Opening<'_> {
         let (file, below) = self.child(image, ChildRole::Filtered, &settings, &name, access).await?;
         let filter =
             BlkdebugNode::new(below, inject_error, set_state).wanting(align.unwrap_or(1), max_transfer);
+        self.push_filter(&settings, implicit, &name, Opened { edge: None, ..Opened::over(file, filter) });
+        Ok(name)
+    }
+
+    /// `compress`.
+    pub(super) async fn open_compress(&mut self, options: BlockdevOptions, implicit: bool) -> Result<String> {
+        let settings = settings_of(&options);
+        let Driver::Compress { file } = options.driver else { bail!("not a filter") };
+        let access = if settings.is_read_only() { Access::Reader } else { Access::Writer };
+        let name = self.reserve_name(settings.node_name.as_ref())?;
+        let (file, below) = self.child(file, ChildRole::Filtered, &settings, &name, access).await?;
+        if !CompressNode::is_possible(&below) {
+            bail!("Compression is not supported under this filter: '{file}' is no qcow2 image");
+        }
+        let filter = CompressNode::new(below);
         self.push_filter(&settings, implicit, &name, Opened { edge: None, ..Opened::over(file, filter) });
         Ok(name)
     }

@@ -110,7 +110,10 @@ pub struct NodeFacts {
 impl NodeFacts {
     /// Whether it passes everything on to the node that it lies on.
     pub fn is_filter(&self) -> bool {
-        matches!(self.driver, "copy-on-read" | "copy-before-write" | "throttle" | "blkdebug" | "preallocate")
+        matches!(
+            self.driver,
+            "copy-on-read" | "copy-before-write" | "throttle" | "blkdebug" | "compress" | "preallocate"
+        )
     }
 
     /// Whether another node can take the place of the one that it filters.

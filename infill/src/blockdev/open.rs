@@ -140,6 +140,7 @@ impl<'a> Opening<'a> {
                 }
                 Driver::CopyOnRead { .. } => self.open_copy_on_read(options, implicit).await,
                 Driver::Blkdebug(_) => self.open_blkdebug(options, implicit).await,
+                Driver::Compress { .. } => self.open_compress(options, implicit).await,
                 Driver::Preallocate { .. } => self.open_preallocate(options, implicit).await,
                 Driver::Throttle { .. } => self.open_throttle(options, implicit).await,
                 Driver::CopyBeforeWrite { .. } => self.open_copy_before_write(options, implicit).await,

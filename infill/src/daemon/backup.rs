@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use infill_job::copy::backup::{self, BackupBitmap, BackupOptions, BackupSync, BitmapMode, Prepared};
 use infill_job::{BlockJobProgress, Job, JobEvent, JobType, KeptJob, MapName};
-use infill_node::{Bitmap, Held, NodeHandle};
+use infill_node::{Bitmap, CompressNode, Held, NodeHandle};
 use infill_qmp::QmpError;
 use infill_qmp::backup::{self as words, BitmapSyncMode, BlockdevBackup};
 
@@ -135,7 +135,7 @@ impl Control {
             self.blockdevs().get(name).map_err(missing)
         };
         let source = find(&options.device)?;
-        find(&options.target)?;
+        let target = find(&options.target)?;
         let goes_on = self.jobs().goes_on_as(&options.job.job_id).is_some();
         let bitmap = match &options.bitmap {
             None => None,
@@ -150,8 +150,7 @@ impl Control {
         if options.device == options.target {
             return Err(QmpError::generic("Source and target cannot be the same"));
         }
-        if options.compress {
-            // No driver here writes compressed data.
+        if options.compress && !CompressNode::is_possible(&target) {
             let why = format!("Compression is not supported for this drive {}", options.target);
             return Err(QmpError::generic(why));
         }
@@ -176,7 +175,10 @@ impl Control {
         let (kept, map) = kept.unzip();
         let mut claims = Claims::new(self.blockdevs(), &options.job.job_id);
         claims.take(&options.device, Access::Reader)?;
-        let target = claims.take(&options.target, Access::Writer)?;
+        let mut target = claims.take(&options.target, Access::Writer)?;
+        if options.compress {
+            target = NodeHandle::new(CompressNode::new(target));
+        }
         let bitmap = match (bitmap, options.bitmap_mode) {
             (Some(bitmap), Some(mode)) => {
                 let mode = match mode {

@@ -120,7 +120,6 @@ fn what_is_wrong_is_refused_with_the_words_that_managers_know() {
 fn what_is_not_built_is_refused_by_name() {
     for (text, name) in [
         ("luks,file=x", "luks"),
-        ("compress,file=x", "compress"),
         ("qcow2,file=f,data-file=g", "data-file"),
         ("qcow2,file=f,encrypt.format=luks", "encrypt"),
         ("file,filename=x,pr-manager=p", "pr-manager"),
