@@ -5,7 +5,7 @@ use std::ops::Range;
 use event_listener::Event;
 use infill_base::{Ctx, ExtentKind, IoError, IoResult, WriteFlags, ZeroFlags, align_down};
 use infill_node::generic::{chain_extents, chain_map};
-use infill_node::{BackingSlot, DirtyMap, NodeHandle};
+use infill_node::{BackingSlot, CompressNode, DirtyMap, Filter as _, NodeHandle};
 use infill_storage::RangeLock;
 use infill_storage::sync::Arc;
 use infill_storage::sync::atomic::{AtomicU64, Ordering};
@@ -56,10 +56,14 @@ fn write_failed(error: IoError) -> Failed {
 ///
 /// A piece of a cluster has the target write all of it, and what lies below it is asked for the rest. A target that is open
 /// without what it is to lie on later has zeroes there, which would hide that: of such a one whole (sub)clusters are copied.
-/// Not where all of the disk is copied anyway, and not in a commit, whose layers show zeroes there, too.
+/// Not where all of the disk is copied anyway, and not in a commit, whose layers show zeroes there, too. What is compressed is
+/// compressed in whole clusters.
 pub fn piece_bytes(target: &NodeHandle, scope: &Scope) -> u64 {
     let (layer, is_commit) =
         (target.unfiltered(), matches!(scope, Scope::Above(base) if base.is_same(target)));
+    if target.info().driver == CompressNode::DRIVER {
+        return layer.info().cluster_bytes.unwrap_or(0).next_power_of_two().max(BLOCK_BYTES);
+    }
     if matches!(scope, Scope::Full) || is_commit || layer.backing().is_none_or(BackingSlot::is_some) {
         return BLOCK_BYTES;
     }
