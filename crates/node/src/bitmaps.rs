@@ -13,11 +13,13 @@
 
 use std::fmt;
 
+use futures_util::future::LocalBoxFuture;
+use infill_base::{Ctx, IoResult};
 use infill_storage::sync::atomic::{AtomicBool, Ordering};
-use infill_storage::sync::{Arc, Mutex, lock};
+use infill_storage::sync::{Arc, Mutex, RwLock, lock, read, write};
 
-use crate::changes;
-use crate::{DirtyMap, Held, NodeHandle, Watcher};
+use crate::keeper::Keeper;
+use crate::{Change, DirtyMap, Held, Kept, KeptBits, NodeHandle, Watcher, changes};
 
 /// Longest name of a bitmap, in bytes (QEMU's limit, and that of the qcow2 format).
 pub const BITMAP_NAME_BYTES_MAX: usize = 1023;
@@ -91,6 +93,8 @@ pub struct Bitmap {
     read_only: bool,
     inconsistent: bool,
     used: AtomicBool,
+    /// Keeps it for the next process.
+    keeper: RwLock<Option<Arc<Keeper>>>,
 }
 
 /// Somebody's use of a bitmap: nobody else may use it or change it until this goes.
@@ -132,7 +136,66 @@ impl Bitmap {
             read_only: false,
             inconsistent: false,
             used: AtomicBool::new(false),
+            keeper: RwLock::new(None),
         })
+    }
+
+    /// It was lost, in part or in whole: nobody can use it, only take it away.
+    pub fn lost(self) -> Bitmap {
+        Bitmap { inconsistent: true, recording: AtomicBool::new(false), ..self }
+    }
+
+    /// Is kept in `bits`, which say at least what it says, from now on. To be called while no change is in flight.
+    pub fn keep_in(&self, bits: Arc<dyn KeptBits>) {
+        *write(&self.keeper) = Some(Arc::new(Keeper::new(bits)));
+    }
+
+    fn keeper(&self) -> Option<Arc<Keeper>> {
+        read(&self.keeper).clone()
+    }
+
+    /// Whether it is kept for the next process.
+    pub fn is_kept(&self) -> bool {
+        read(&self.keeper).is_some()
+    }
+
+    /// Nothing is dirty from here on.
+    pub fn clear(&self) {
+        if let Some(keeper) = self.keeper() {
+            keeper.shrinks();
+        }
+        self.map.clear(0, u64::MAX);
+    }
+
+    /// What is dirty in `other` is dirty here too.
+    pub fn merge(&self, other: &DirtyMap) {
+        self.map.merge(other);
+        if let Some(keeper) = self.keeper() {
+            keeper.mark_all(other);
+        }
+    }
+
+    /// Says what `other` says.
+    pub fn become_like(&self, other: &DirtyMap) {
+        if let Some(keeper) = self.keeper() {
+            keeper.shrinks();
+        }
+        self.map.become_like(other);
+        if let Some(keeper) = self.keeper() {
+            keeper.mark_all(other);
+        }
+    }
+
+    /// Says less than what is kept of it since that moment; `None`: it does not.
+    pub fn to_follow(&self) -> Option<u64> {
+        self.keeper()?.to_follow()
+    }
+
+    /// What is kept of it follows, if it was not made to say less again since [`Bitmap::to_follow`] has given that moment.
+    pub fn follow(&self, moment: u64) {
+        if let Some(keeper) = self.keeper() {
+            keeper.follow(&self.map, moment);
+        }
     }
 
     /// As it was found in an image.
@@ -159,6 +222,9 @@ impl Bitmap {
     /// Records changes from now on, or no longer.
     pub fn set_recording(&self, recording: bool) {
         self.recording.store(recording, Ordering::SeqCst);
+        if let Some(keeper) = self.keeper().filter(|_| recording) {
+            keeper.mark_under_way();
+        }
     }
 
     /// Whether its image keeps it.
@@ -249,6 +315,12 @@ impl Bitmap {
 }
 
 impl Watcher for Bitmap {
+    fn before<'a>(&'a self, _: &'a Ctx, change: &'a Change) -> Option<LocalBoxFuture<'a, IoResult<Kept>>> {
+        let under_way = self.keeper()?.begin(change.at, change.len, || self.is_recording());
+        let kept: Kept = Some(Box::new(under_way));
+        Some(Box::pin(std::future::ready(Ok(kept))))
+    }
+
     fn landed(&self, at: u64, len: u64) {
         if self.is_recording() {
             self.map.mark(at, len);
@@ -257,6 +329,10 @@ impl Watcher for Bitmap {
 
     fn resized(&self, len: u64) {
         self.map.resize(len);
+        // What is kept is of a disk of the old size.
+        if let Some(keeper) = write(&self.keeper).take() {
+            keeper.void();
+        }
     }
 }
 
@@ -282,12 +358,17 @@ impl NodeHandle {
         }
     }
 
+    /// Shows a bitmap that was lost ([`Bitmap::lost`]) and sees no change.
+    pub fn show_lost(&self, bitmap: Bitmap) {
+        lock(&self.bitmap_list().0).insert(0, (0, Arc::new(bitmap)));
+    }
+
     /// Takes over the bitmaps of `old` that its image does not keep: this node, which nobody has yet, is about to take its
     /// place, and nothing has changed on `old` since this one was opened.
     pub fn take_bitmaps_of(&self, old: &NodeHandle) {
         for bitmap in old.bitmaps().into_iter().rev().filter(|bitmap| !bitmap.is_persistent()) {
             old.remove_bitmap(&bitmap);
-            let id = changes::watch_new(self, bitmap.clone());
+            let id = if bitmap.inconsistent { 0 } else { changes::watch_new(self, bitmap.clone()) };
             lock(&self.bitmap_list().0).insert(0, (id, bitmap));
         }
     }

@@ -88,6 +88,7 @@ impl Control {
                 _ => error.to_string(),
             })
         })?;
+        self.keep_bitmaps_of_resized(name).await;
         node.sync(&cx).await.map_err(|error| {
             QmpError::generic(format!("'{name}' has its new size, which may not be stable yet: {error}"))
         })

@@ -12,6 +12,7 @@ use infill_qmp::{BitmapAdd, BitmapCommand, BitmapMerge, BitmapRef, QmpError};
 use serde_json::{Value, json};
 
 use super::control::{Control, refused};
+use super::kept_bitmaps::Begun;
 use super::sha256::{BLOCK_BYTES, Sha256};
 use crate::blockdev::hold;
 
@@ -39,8 +40,9 @@ impl Control {
                 let node = self.node_for_bitmap(&add.node)?;
                 // Refused before anybody waits for it.
                 self.new_bitmap(&node, &add)?;
+                let begun = self.begin_bitmap(&node, &add).await;
                 let held = hold(&add.node, &node).await.map_err(|error| refused(&error))?;
-                drop(self.add_bitmap(&held, &add)?);
+                drop(self.add_bitmap(&held, &add, begun)?);
             }
             BitmapCommand::Remove(node, name) => {
                 let (node, bitmap) = self.bitmap(&node, &name)?;
@@ -125,8 +127,8 @@ impl Control {
         let (_, bitmap) = self.bitmap(node, name)?;
         bitmap.check_changeable().map_err(|why| error(&why))?;
         let before = bitmap.map().copied();
-        bitmap.map().clear(0, u64::MAX);
-        Ok(Box::new(move || bitmap.map().merge(&before)))
+        bitmap.clear();
+        Ok(Box::new(move || bitmap.merge(&before)))
     }
 
     /// Has a bitmap record, or no longer.
@@ -150,14 +152,22 @@ impl Control {
         }
         let before = target.map().copied();
         for source in sources.iter().filter(|source| !Arc::ptr_eq(source, &target)) {
-            target.map().merge(source.map());
+            target.merge(source.map());
         }
-        Ok(Box::new(move || target.map().become_like(&before)))
+        Ok(Box::new(move || target.become_like(&before)))
     }
 
-    /// Adds a bitmap to the node that is held.
-    pub(super) fn add_bitmap(&self, held: &Held, add: &BitmapAdd) -> Result<Undo, QmpError> {
+    /// Adds a bitmap to the node that is held, with its map for the next daemon.
+    pub(super) fn add_bitmap(
+        &self,
+        held: &Held,
+        add: &BitmapAdd,
+        begun: Option<Begun>,
+    ) -> Result<Undo, QmpError> {
         let bitmap = self.new_bitmap(held.node(), add)?;
+        if let Some(begun) = begun {
+            self.keep_bitmap(&bitmap, begun);
+        }
         held.add_bitmap(bitmap.clone()).map_err(|why| error(&why))?;
         let node = held.node().clone();
         Ok(Box::new(move || node.remove_bitmap(&bitmap)))

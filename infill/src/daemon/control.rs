@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use super::chardevs::Devices;
 use super::corrupt::Corruptions;
 use super::exports::Exported;
+use super::kept_bitmaps::KeptBitmaps;
 use super::maps::Maps;
 use super::migration::Migrations;
 use super::monitor::Monitors;
@@ -44,6 +45,8 @@ pub struct Control {
     pub(super) chardevs: RefCell<Devices>,
     /// Maps of copies that are to go on.
     pub(super) maps: Maps,
+    /// Bitmaps that the next daemon is to have.
+    pub(super) kept_bitmaps: KeptBitmaps,
     /// Disks that change hosts.
     pub(super) migrations: Migrations,
     /// What is kept for the next daemon, where that was asked for.
@@ -91,6 +94,7 @@ impl Control {
             migrations: Migrations::default(),
             chardevs: RefCell::default(),
             maps: Maps::default(),
+            kept_bitmaps: KeptBitmaps::default(),
             state,
             events: RefCell::default(),
             event_came: Signal::new(),
@@ -201,7 +205,12 @@ impl Control {
         let kept = match &self.state {
             Some(state) => {
                 state.note_jobs(&self.jobs);
+                let bitmaps = self.begin_to_follow();
                 let kept = state.commit().await;
+                match &kept {
+                    Ok(()) => self.follow_bitmaps(bitmaps),
+                    Err(_) => self.follow_another_time(bitmaps),
+                }
                 if kept.is_ok() && state.take_maps_left() {
                     self.forget_old_maps();
                 }
@@ -316,7 +325,11 @@ impl Control {
         if options.node_name.is_none() {
             return Err(QmpError::generic("'node-name' must be specified for the root node"));
         }
+        self.look_at_disks_again();
         let added = self.blockdevs.add(options).await.map(drop).map_err(|error| refused(&error));
+        if added.is_ok() {
+            self.restore_bitmaps().await;
+        }
         self.greet_new_nodes();
         for (node, watch) in self.blockdevs.take_source_watches() {
             rt::spawn(self.clone().tell_source(node, watch));

@@ -37,12 +37,12 @@ const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 /// What is written to a file so long after the last such note may be the daemon's own.
 const ALIVE_SLACK: Duration = Duration::from_secs(5);
 
-fn seconds(time: SystemTime) -> u64 {
+pub(super) fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// When files of a copy may have been written to last, in seconds since 1970, where nobody else has written to them.
-fn written_until(map: &KeptMap) -> u64 {
+pub(super) fn written_until(map: &KeptMap) -> u64 {
     map.alive() + ALIVE_SLACK.as_secs()
 }
 
@@ -289,6 +289,7 @@ impl Control {
         let now = seconds(SystemTime::now());
         self.maps.running.borrow().values().for_each(|map| map.set_alive(now));
         self.maps.guarded.borrow().values().for_each(|guarded| guarded.map.set_alive(now));
+        self.tick_bitmaps(now);
     }
 
     /// Does that as long as the daemon lives.

@@ -37,6 +37,7 @@ mod experimental;
 mod exports;
 mod inspect;
 mod jobs;
+mod kept_bitmaps;
 mod load;
 mod maps;
 mod metrics;

@@ -21,12 +21,13 @@ use super::backup::{Checked, Ready};
 use super::bitmaps::Undo;
 use super::control::{Control, refused};
 use super::jobs::yield_once;
+use super::kept_bitmaps::Begun;
 use crate::blockdev::hold;
 
 /// An action whose arguments are in order.
 enum Action {
     Abort,
-    Bitmap(BitmapCommand),
+    Bitmap(BitmapCommand, Option<Begun>),
     Backup(Box<Checked>),
     Snapshot { node: String, overlay: String },
     InternalSnapshot(InternalSnapshot),
@@ -92,7 +93,16 @@ impl Control {
         for action in actions {
             ready.push(match action {
                 TransactionAction::Abort => Action::Abort,
-                TransactionAction::Bitmap(command) => Action::Bitmap(command),
+                TransactionAction::Bitmap(command) => {
+                    let node = self.blockdevs().get(command.node());
+                    let begun = match (&command, node) {
+                        (BitmapCommand::Add(add), Ok(node)) if self.new_bitmap(&node, add).is_ok() => {
+                            self.begin_bitmap(&node, add).await
+                        }
+                        _ => None,
+                    };
+                    Action::Bitmap(command, begun)
+                }
                 TransactionAction::Backup(backup) => {
                     let checked = self.check_backup(*backup)?;
                     Action::Backup(Box::new(self.keep_backup(checked).await))
@@ -153,9 +163,9 @@ impl Control {
     ) -> Result<(), QmpError> {
         match action {
             Action::Abort => Err(QmpError::generic("Transaction aborted using Abort action")),
-            Action::Bitmap(command) => {
+            Action::Bitmap(command, begun) => {
                 self.outdate(&command).await?;
-                self.prepare_bitmap(command, held, done)
+                self.prepare_bitmap(command, begun, held, done)
             }
             Action::Backup(checked) => {
                 let missing = || QmpError::generic("the disk of a backup has gone");
@@ -196,6 +206,7 @@ impl Control {
     fn prepare_bitmap(
         &self,
         command: BitmapCommand,
+        begun: Option<Begun>,
         held: &BTreeMap<String, Held>,
         done: &mut Done,
     ) -> Result<(), QmpError> {
@@ -203,7 +214,7 @@ impl Control {
             BitmapCommand::Add(add) => {
                 self.node_for_bitmap(&add.node)?;
                 let missing = || QmpError::generic(format!("Node '{}' not found", add.node));
-                self.add_bitmap(held.get(&add.node).ok_or_else(missing)?, add)?
+                self.add_bitmap(held.get(&add.node).ok_or_else(missing)?, add, begun)?
             }
             BitmapCommand::Remove(node, name) => {
                 let (node, bitmap) = self.bitmap(node, name)?;

@@ -248,7 +248,7 @@ impl Backup {
         if bitmap.is_recording() {
             new.merge(&followed.since);
         }
-        bitmap.map().become_like(&new);
+        bitmap.become_like(&new);
         drop(held);
         Ok(())
     }

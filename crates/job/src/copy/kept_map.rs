@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use infill_base::{ErrorKind, IoError, IoResult, align_down};
-use infill_node::DirtyMap;
+use infill_node::{DirtyMap, KeptBits};
 use infill_storage::journal::{BootId, JournalMemory};
 
 use super::BLOCK_BYTES;
@@ -60,8 +60,7 @@ pub struct MapOwner {
     pub identity: String,
     /// Size of the disk, in bytes.
     pub len: u64,
-    /// Bytes that one bit stands for: [`KeptMap::granularity_for`] that size, or another power of two of at least
-    /// [`BLOCK_BYTES`].
+    /// Bytes that one bit stands for, a power of two: [`KeptMap::granularity_for`] that size, or another one.
     pub granularity: u64,
 }
 
@@ -99,8 +98,13 @@ fn words_for(len: u64, granularity: u64) -> u64 {
 impl KeptMap {
     /// Bytes that one bit stands for, of a disk of `len` bytes.
     pub fn granularity_for(len: u64) -> u64 {
+        KeptMap::granularity_from(len, BLOCK_BYTES)
+    }
+
+    /// The same where smaller blocks than [`BLOCK_BYTES`] are of use: `least`, a power of two, or more on large disks.
+    pub fn granularity_from(len: u64, least: u64) -> u64 {
         let most = (MAP_BYTES_MAX / WORD_BYTES - HEADER_WORDS) as u64;
-        let mut granularity = BLOCK_BYTES;
+        let mut granularity = least;
         while words_for(len, granularity) > most {
             granularity *= 2;
         }
@@ -177,6 +181,11 @@ impl KeptMap {
     /// Bytes that one bit stands for.
     pub fn granularity(&self) -> u64 {
         self.owner.granularity
+    }
+
+    /// Memory that it takes, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.owner.bytes()
     }
 
     /// Names the run of the job.
@@ -363,6 +372,25 @@ impl KeptMap {
     /// Notes what [`KeptMap::copied`] shows.
     pub fn set_copied(&self, bytes: u64) {
         self.memory.words()[AT_COPIED].store(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Of a dirty bitmap, a bit says *the bitmap may have the block marked*.
+impl KeptBits for KeptMap {
+    fn granularity(&self) -> u64 {
+        KeptMap::granularity(self)
+    }
+
+    fn mark(&self, at: u64, len: u64) {
+        KeptMap::mark(self, at, len);
+    }
+
+    fn clear(&self, at: u64, len: u64) {
+        KeptMap::clear(self, at, len);
+    }
+
+    fn void(&self) {
+        KeptMap::void(self);
     }
 }
 

@@ -194,7 +194,7 @@ impl Work for Mirror {
         if let Some(BackupBitmap { bitmap, mode: BitmapMode::OnSuccess }) = &self.bitmap
             && complete.is_ok()
         {
-            bitmap.bitmap().map().clear(0, u64::MAX);
+            bitmap.bitmap().clear();
         }
         self.bitmap = None;
         drop(held);

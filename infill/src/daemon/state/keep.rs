@@ -29,7 +29,7 @@ impl State {
 }
 
 /// Refuses to keep what names a node by a made-up name: it has another one after a restart.
-fn check_names(control: &Control, value: &Value) -> Result<(), QmpError> {
+pub(in crate::daemon) fn check_names(control: &Control, value: &Value) -> Result<(), QmpError> {
     match value {
         Value::String(name) if name.starts_with(MADE_UP) && control.blockdevs().get(name).is_ok() => {
             Err(QmpError::generic(format!(
@@ -70,7 +70,16 @@ impl Control {
         given: Members,
     ) -> Result<Value, QmpError> {
         let Some(state) = &self.state else { return self.carry_out(command).await };
+        self.check_bitmap_nodes(&command)?;
         let (made, taken) = (makes(&command), takes(&command));
+        let changes_bitmaps = matches!(command, Command::Bitmap(_) | Command::Transaction(_));
+        let _bitmaps = match changes_bitmaps {
+            true => Some(self.kept_bitmaps.turn.exclusive(0, 1).await),
+            false => None,
+        };
+        let is_transaction = matches!(command, Command::Transaction(_));
+        let starts_job = made.as_ref().is_some_and(|(_, job)| job.is_some());
+        let _unnoted = (is_transaction || starts_job).then(|| self.begin_unnoted(is_transaction));
         let touched = match &command {
             Command::Job { id, .. } => Some(id.clone()),
             _ => None,
@@ -108,13 +117,16 @@ impl Control {
         let job_of = |kind, key: &Key| JobRecord { kind, kept: kept(&key.name), done: false };
         if let Some((key, kind)) = made {
             let job = kind.map(|kind| job_of(kind, &key));
-            state.keep(Record { command: name.into(), given: object, strings, now, job, key });
+            state.keep(Record { command: name.into(), given: object, strings, now, job, bits: None, key });
         }
         for (key, command, given, now) in backups {
             let job = Some(job_of(JobType::Backup, &key));
-            state.keep(Record { command, given, strings: false, now, job, key });
+            state.keep(Record { command, given, strings: false, now, job, bits: None, key });
         }
-        if let Some(key) = taken {
+        if changes_bitmaps {
+            self.note_bitmaps();
+        }
+        if let Some(key) = taken.filter(|key| key.kind != Kind::Bitmap) {
             state.forget(&key);
             if key.kind == Kind::Server {
                 state.forget_all(Kind::Export);
@@ -209,7 +221,15 @@ impl Control {
         let Some(state) = &self.state else { return };
         let key = Key::new(Kind::Node, name);
         let command = "blockdev-add".into();
-        state.keep(Record { command, given: description, strings: false, now: None, job: None, key });
+        state.keep(Record {
+            command,
+            given: description,
+            strings: false,
+            now: None,
+            job: None,
+            bits: None,
+            key,
+        });
     }
 
     /// A node that was kept by [`Control::keep_node`] is gone.
@@ -232,7 +252,15 @@ impl Control {
         self.keep_node(node, node_given);
         let key = Key::new(Kind::Export, export);
         let command = "block-export-add".into();
-        state.keep(Record { command, given: export_given, strings: false, now: None, job: None, key });
+        state.keep(Record {
+            command,
+            given: export_given,
+            strings: false,
+            now: None,
+            job: None,
+            bits: None,
+            key,
+        });
         state.commit().await
     }
 

@@ -12,6 +12,7 @@
 //! Costs one transaction (two syncs of a small file, off the reactor) for each command that changes something, and none for
 //! those that ask. Decisions and their price: `docs/decisions/0007-daemon-state.md`.
 
+mod bitmaps;
 mod keep;
 mod record;
 mod restore;
@@ -29,6 +30,8 @@ use infill_storage::{RangeLock, rt};
 use serde_json::{Map, Value, json};
 
 use crate::blockdev::Blockdevs;
+pub use bitmaps::KeptBitmap;
+pub(super) use keep::check_names;
 use record::{Key, Kind, Record};
 use store::Store;
 

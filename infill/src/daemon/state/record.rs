@@ -1,9 +1,9 @@
 //! What is kept of one thing, and which commands make and take away what is kept.
 
-use infill_job::{JobType, KeptJob};
+use infill_job::{JobType, KeptJob, MapName};
 use infill_qmp::command::Command;
 use infill_qmp::shape::Shape;
-use infill_qmp::{Members, NbdServerOptions, QmpError};
+use infill_qmp::{BitmapCommand, Members, NbdServerOptions, QmpError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -21,6 +21,8 @@ pub enum Kind {
     Export,
     /// A job.
     Job,
+    /// A dirty bitmap.
+    Bitmap,
 }
 
 impl Kind {
@@ -32,6 +34,7 @@ impl Kind {
             Kind::Server => "server",
             Kind::Export => "export",
             Kind::Job => "job",
+            Kind::Bitmap => "bitmap",
         }
     }
 
@@ -43,6 +46,7 @@ impl Kind {
             Kind::Server => "nbd-server-stop",
             Kind::Export => "block-export-del",
             Kind::Job => "job-cancel",
+            Kind::Bitmap => "block-dirty-bitmap-remove",
         }
     }
 }
@@ -110,6 +114,9 @@ pub struct Record {
     /// Of a job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job: Option<JobRecord>,
+    /// Of a bitmap: where its bits are. A bitmap without them was lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits: Option<MapName>,
 }
 
 impl Record {
@@ -145,6 +152,12 @@ impl Record {
 
 /// How records name the option `--nbd-server`: its address is written otherwise than that of `nbd-server-start`.
 pub const SERVER_OPTION: &str = "--nbd-server";
+
+/// How records name a bitmap.
+pub fn bitmap_key(node: &str, name: &str) -> Key {
+    // No node has such a name.
+    Key { kind: Kind::Bitmap, name: format!("{node}/{name}") }
+}
 
 /// The commands whose jobs a transaction may start.
 const BACKUPS: [&str; 2] = ["blockdev-backup", "drive-backup"];
@@ -200,6 +213,7 @@ pub fn takes(command: &Command) -> Option<Key> {
         Command::BlockdevDel { node_name } => (Kind::Node, node_name.as_str()),
         Command::NbdServerStop => (Kind::Server, ""),
         Command::BlockExportDel { id, .. } => (Kind::Export, id.as_str()),
+        Command::Bitmap(BitmapCommand::Remove(node, name)) => return Some(bitmap_key(node, name)),
         _ => return None,
     };
     Some(Key::new(kind, name))
@@ -221,7 +235,15 @@ mod tests {
             assert_eq!((key.to_string(), job), ("node 'n'".into(), None));
             let (given, is_strings) = members.into_parts();
             assert_eq!(is_strings, strings);
-            let record = Record { key, command: "blockdev-add".into(), given, strings, now: None, job: None };
+            let record = Record {
+                key,
+                command: "blockdev-add".into(),
+                given,
+                strings,
+                now: None,
+                job: None,
+                bits: None,
+            };
             let bytes = serde_json::to_vec(&record).unwrap();
             let again: Record = serde_json::from_slice(&bytes).unwrap();
             assert_eq!(again, record);
@@ -239,7 +261,8 @@ mod tests {
         }
         let (given, strings) = deep.unwrap().into_parts();
         let key = Key::new(Kind::Node, "n");
-        let record = Record { key, command: "blockdev-add".into(), given, strings, now: None, job: None };
+        let record =
+            Record { key, command: "blockdev-add".into(), given, strings, now: None, job: None, bits: None };
         let bytes = serde_json::to_vec(&record).unwrap();
         assert_eq!(serde_json::from_slice::<Record>(&bytes).unwrap(), record);
     }

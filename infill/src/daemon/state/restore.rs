@@ -13,7 +13,7 @@ use infill_qmp::{BlockExportOptions, Driver, QmpError};
 use infill_storage::rt;
 use serde_json::json;
 
-use super::record::JobRecord;
+use super::record::{JobRecord, Kind};
 use super::{Entry, State};
 use crate::daemon::control::Control;
 
@@ -41,8 +41,10 @@ impl Control {
     /// tried again as long as the daemon lives.
     pub async fn restore(self: &Rc<Self>) {
         let Some(state) = &self.state else { return };
+        self.look_at_disks();
         if state.held_entries().is_empty() {
             self.forget_old_maps();
+            self.forget_old_bitmaps();
             return;
         }
         let restoring = rt::detached(self.clone().keep_restoring());
@@ -51,6 +53,7 @@ impl Control {
             tracing::warn!("{held} entries of the state are held: see __infill_query-state");
         }
         self.forget_old_maps();
+        self.forget_old_bitmaps();
     }
 
     async fn keep_restoring(self: Rc<Self>) {
@@ -98,6 +101,14 @@ impl Control {
             self.look_at_files(&record.files());
         }
         let id = &record.key.name;
+        if record.key.kind == Kind::Bitmap {
+            self.restore_bitmaps().await;
+            let is_held = state.entries.borrow().get(&at).is_some_and(|entry| entry.held.is_some());
+            return match is_held {
+                true => Err(QmpError::generic("its node is not there, or has a bitmap of its name")),
+                false => Ok(()),
+            };
+        }
         if let Some(job @ JobRecord { kind, kept, done }) = &record.job {
             if job.is_over() {
                 if kept.auto_dismiss {
@@ -168,7 +179,12 @@ impl Control {
     }
 
     /// Notes how an attempt has ended, and tells it where that is news. Whether the entry was made.
-    fn note_outcome(&self, state: &State, at: u64, outcome: Result<(), QmpError>) -> bool {
+    pub(in crate::daemon) fn note_outcome(
+        &self,
+        state: &State,
+        at: u64,
+        outcome: Result<(), QmpError>,
+    ) -> bool {
         let mut entries = state.entries.borrow_mut();
         let Some(entry) = entries.get_mut(&at) else { return true };
         let (kind, name) = (entry.record.key.kind.as_str(), entry.record.key.name.clone());

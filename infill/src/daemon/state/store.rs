@@ -20,8 +20,9 @@ use rustix::fs::{FlockOperation, flock};
 use super::record::Record;
 
 /// The layout of the database that this program writes. A daemon that knew the first one alone would begin a copy anew and leave
-/// the map that its record names as it is, so it must not read what this one has written.
-const SCHEMA: u64 = 2;
+/// the map that its record names as it is, and one that knew the second one knows no bitmaps, so neither may read what this
+/// one has written.
+const SCHEMA: u64 = 3;
 /// The oldest layout that is read.
 const SCHEMA_OLDEST: u64 = 1;
 /// Records, in the order in which what they tell of was made.
@@ -262,7 +263,15 @@ mod tests {
     fn record(name: &str) -> Record {
         let given = serde_json::from_str(r#"{"driver": "null-co"}"#).unwrap();
         let key = Key::new(Kind::Node, name);
-        Record { key, command: "blockdev-add".into(), given, strings: false, now: None, job: None }
+        Record {
+            key,
+            command: "blockdev-add".into(),
+            given,
+            strings: false,
+            now: None,
+            job: None,
+            bits: None,
+        }
     }
 
     fn bytes(record: &Record) -> Option<Vec<u8>> {
@@ -319,7 +328,7 @@ mod tests {
         drop(Store::open(dir.path()).unwrap());
         set_schema(dir.path(), 7);
         let why = refused(dir.path());
-        assert!(why.contains("has schema 7") && why.contains("knows schema 2"), "{why}");
+        assert!(why.contains("has schema 7") && why.contains("knows schema 3"), "{why}");
     }
 
     #[test]
