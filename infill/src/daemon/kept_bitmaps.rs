@@ -209,7 +209,12 @@ impl Control {
         map.mark_all(bitmap.map());
         bitmap.keep_in(map.clone());
         map.go_live();
-        self.kept_bitmaps.all.borrow_mut().push(One { bitmap: bitmap.clone(), map, name });
+        let kept = &self.kept_bitmaps;
+        let mut all = kept.all.borrow_mut();
+        // Of a disk of another size.
+        let old = all.extract_if(.., |one| Arc::ptr_eq(&one.bitmap, bitmap)).map(|one| one.map);
+        kept.gone.borrow_mut().extend(old);
+        all.push(One { bitmap: bitmap.clone(), map, name });
     }
 
     /// Has bitmaps be kept that were before the node was resized, with those below it.

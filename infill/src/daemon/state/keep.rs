@@ -72,14 +72,6 @@ impl Control {
         let Some(state) = &self.state else { return self.carry_out(command).await };
         self.check_bitmap_nodes(&command)?;
         let (made, taken) = (makes(&command), takes(&command));
-        let changes_bitmaps = matches!(command, Command::Bitmap(_) | Command::Transaction(_));
-        let _bitmaps = match changes_bitmaps {
-            true => Some(self.kept_bitmaps.turn.exclusive(0, 1).await),
-            false => None,
-        };
-        let is_transaction = matches!(command, Command::Transaction(_));
-        let starts_job = made.as_ref().is_some_and(|(_, job)| job.is_some());
-        let _unnoted = (is_transaction || starts_job).then(|| self.begin_unnoted(is_transaction));
         let touched = match &command {
             Command::Job { id, .. } => Some(id.clone()),
             _ => None,
@@ -96,6 +88,15 @@ impl Control {
                 return self.change_held(state, key, &command);
             }
         }
+        // Behind the turn above, as whoever restores takes them.
+        let changes_bitmaps = matches!(command, Command::Bitmap(_) | Command::Transaction(_));
+        let _bitmaps = match changes_bitmaps {
+            true => Some(self.kept_bitmaps.turn.exclusive(0, 1).await),
+            false => None,
+        };
+        let is_transaction = matches!(command, Command::Transaction(_));
+        let starts_job = made.as_ref().is_some_and(|(_, job)| job.is_some());
+        let _unnoted = (is_transaction || starts_job).then(|| self.begin_unnoted(is_transaction));
         let (object, strings) = given.into_parts();
         if made.is_some() {
             object.values().try_for_each(|value| check_names(self, value))?;

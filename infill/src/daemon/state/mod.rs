@@ -7,6 +7,7 @@
 //!
 //! * Nodes, objects, the NBD server and exports come back as they were added, with what has changed since
 //!   ([`State::set_backing`]). Monitors, character devices and the pid file are of the command line alone.
+//! * A bitmap comes back on its node, with the bits of its map ([`KeptBitmap`]).
 //! * A job comes back by its command and a few facts ([`infill_job::KeptJob`]); how far it is, the images tell.
 //!
 //! Costs one transaction (two syncs of a small file, off the reactor) for each command that changes something, and none for
