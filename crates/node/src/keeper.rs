@@ -117,7 +117,7 @@ impl Keeper {
 
     /// The kept bits follow to that state of the bitmap, if it is still that: else another time.
     pub(crate) fn follow(&self, map: &DirtyMap, shrinks: u64) {
-        let (len, step) = (map.len(), self.bits.granularity() * STEP_BLOCKS);
+        let (len, step) = (map.len(), self.bits.granularity().saturating_mul(STEP_BLOCKS));
         let mut at = 0;
         while at < len {
             let state = lock(&self.state);
