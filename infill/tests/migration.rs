@@ -6,11 +6,12 @@ mod common;
 mod qmp;
 
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::{Bytes, BytesMut};
-use common::{INFILL, fails, output, run, text, wait_until};
+use common::{INFILL, Process, fails, output, run, text, wait_until};
 use infill_base::{Ctx, IoResult, WriteFlags};
 use infill_io::{Address, Direction, Listener, Reactors, Relay, RelayOptions, connector};
 use infill_nbd::{ClientOptions, NbdStorage, OnLost};
@@ -443,6 +444,26 @@ fn a_disk_goes_there_and_comes_back() {
         (a.migration_of(&back)["disks"][0]["epoch"].as_u64(), a.migration_of(&back)["side"].as_str()),
         (Some(2), Some("target"))
     );
+}
+
+/// Between the writes of a guest that keeps many in flight there is no moment without any.
+#[test]
+fn a_migration_begins_under_a_guest_that_keeps_many_writes_in_flight() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (Host::new(dir.path(), "a"), Host::new(dir.path(), "b"));
+    a.has_disk();
+    let uri = format!("nbd+unix:///{DISK}?socket={}", text(&a.dir.join("nbd.sock")));
+    let mut fio = Command::new("fio");
+    fio.args(["--name=g", "--ioengine=nbd", "--uri", &uri, "--rw=randwrite", "--bs=4k", "--iodepth=32"]);
+    fio.args(["--time_based", "--runtime=60"]).current_dir(dir.path()).stdout(Stdio::null());
+    let fio = Process::start(&mut fio);
+    wait_until("it writes", || {
+        let stats = a.qmp().run("query-blockstats", json!({"query-nodes": true}));
+        stats.as_array().unwrap().iter().any(|node| node["stats"]["wr_operations"].as_u64() > Some(2000))
+    });
+    migrate(&a, &b, "hybrid", false);
+    wait_until("rounds are read under it", || a.migration()["rounds"].as_u64() > Some(1));
+    drop(fio);
 }
 
 /// A machine that cannot start at the target goes on at the source, if it has written nothing there.

@@ -29,7 +29,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use event_listener::Event;
 use infill_io::{Address, Listener};
 use infill_migrate::{
-    DiskId, Epoch, Frame, Gate, Message, MigrationId, Side, State as RecordState, WIRE_VERSION,
+    Busy, DiskId, Epoch, Frame, Gate, Message, MigrationId, Side, State as RecordState, WIRE_VERSION,
 };
 use infill_nbd::{Exports, NbdUri, Server, ServerLimits};
 use infill_node::Edge;
@@ -104,6 +104,62 @@ struct Told {
     error: RefCell<Option<String>>,
     missing_bytes: Cell<u64>,
     rounds: Cell<u8>,
+}
+
+/// What drives the machine of one side.
+trait Drive {
+    /// What the machine is told.
+    type Input;
+    /// What it wants done.
+    type Action;
+
+    /// Gives the machine an input.
+    fn give(&mut self, input: Self::Input) -> std::result::Result<Vec<Self::Action>, Busy<Self::Input>>;
+
+    /// Whether the machine waits for the end of an operation.
+    fn is_busy(&self) -> bool;
+
+    /// Inputs that wait for that, too.
+    fn deferred(&mut self) -> &mut VecDeque<Self::Input>;
+
+    /// Has gates and exports be as the machine says.
+    async fn follow(&mut self);
+
+    /// Carries an action out; gives its end, where that is awaited.
+    async fn perform(&mut self, action: Self::Action) -> Option<Self::Input>;
+
+    /// Gives the machine an input, and then what had to wait.
+    async fn step(&mut self, input: Self::Input) {
+        match self.give(input) {
+            Ok(actions) => self.carry_out(actions).await,
+            Err(Busy(input)) => self.deferred().push_back(input),
+        }
+        while !self.is_busy()
+            && let Some(input) = self.deferred().pop_front()
+        {
+            match self.give(input) {
+                Ok(actions) => self.carry_out(actions).await,
+                Err(Busy(input)) => self.deferred().push_front(input),
+            }
+        }
+    }
+
+    /// Carries actions out, in order, and what follows from the ends of those that are awaited.
+    async fn carry_out(&mut self, actions: Vec<Self::Action>) {
+        let mut waiting = VecDeque::from(actions);
+        self.follow().await;
+        while let Some(action) = waiting.pop_front() {
+            let Some(end) = self.perform(action).await else { continue };
+            match self.give(end) {
+                Ok(actions) => {
+                    self.follow().await;
+                    waiting.extend(actions);
+                }
+                Err(Busy(input)) => self.deferred().push_back(input),
+            }
+        }
+        self.follow().await;
+    }
 }
 
 /// A driver that runs.

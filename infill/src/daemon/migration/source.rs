@@ -13,8 +13,8 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use infill_base::{Ctx, DiscardMode, ErrorKind, IoError, IoResult};
 use infill_io::{FileOptions, FileStorage};
 use infill_migrate::{
-    BlockSet, Disk, DiskId, Drain, Epoch, Frame, MigrationId, Plan, Round, Side, Source, SourceAction,
-    SourceInput, SourcePhase, SourceState, State as RecordState,
+    BlockSet, Busy, Disk, DiskId, Drain, Epoch, Frame, Gate, MigrationId, Plan, Round, Side, Source,
+    SourceAction, SourceInput, SourcePhase, SourceState, State as RecordState,
 };
 use infill_nbd::{Export, RemoveMode};
 use infill_node::{Held, NodeHandle};
@@ -25,7 +25,7 @@ use uuid::Uuid;
 use super::gate::DiskGate;
 use super::link::{Link, dial};
 use super::{
-    Driver, Inbox, Kept, Local, LocalDisk, Peers, RECONNECT_TIME, RESEND_TIME, RESEND_TIME_DONE, Told,
+    Drive, Driver, Inbox, Kept, Local, LocalDisk, Peers, RECONNECT_TIME, RESEND_TIME, RESEND_TIME_DONE, Told,
     address, base_name, hello, live_name,
 };
 use crate::blockdev::{FormatKind, Image};
@@ -39,6 +39,9 @@ const OFFER_TIME: Duration = Duration::from_secs(5);
 const FREEZE_AGAIN: Duration = Duration::from_secs(1);
 /// Freezes that may come to nothing before an operator is needed.
 const FREEZES_MAX: u32 = 3;
+/// How often the fence is tried to be set where the image is in use, and how long after that.
+const FENCE_TRIES: u32 = 100;
+const FENCE_PAUSE: Duration = Duration::from_millis(20);
 /// Rounds of copying before the switch.
 const ROUNDS: u8 = 4;
 /// So little that was written since a round began is left for after the switch, in bytes.
@@ -138,9 +141,15 @@ pub(super) async fn begin(control: &Rc<Control>, migrate: Migrate) -> Result<Mig
     let local = Local { post_copy, auto_switch: migrate.auto_switch, data: None, disks };
     let (machine, actions) = Source::prepare(plan)?;
     let mut driver = SourceDriver::new(control, peers, machine, local)?;
-    for disk in &driver.disks {
-        let bytes = driver.machine.record().plan().disks.iter().find(|other| other.id == disk.id);
-        disk.gate.count_in(bytes.map_or(0, |disk| disk.bytes), block_bytes.into()).await;
+    for (disk, planned) in driver.disks.iter().zip(&driver.machine.record().plan().disks) {
+        // For a moment: a guest that keeps several writes in flight leaves none in which there are none.
+        disk.gate.set(Gate::Hold, "");
+        let counted = disk.gate.count_in(planned.bytes, block_bytes.into());
+        let counted = rt::timeout(FREEZE_TIME, counted).await;
+        disk.gate.set(Gate::Run, "");
+        if counted.is_none() {
+            bail!("writes to disk {} did not end within {FREEZE_TIME:?}: try again", disk.id);
+        }
     }
     driver.carry_out(actions).await;
     if driver.machine.phase() == SourcePhase::Failed {
@@ -361,99 +370,6 @@ impl SourceDriver {
         self.told.error.replace(Some(why.to_owned()));
     }
 
-    /// Gives the machine an input, and what had to wait for it.
-    async fn step(&mut self, input: SourceInput) {
-        match self.machine.handle(input) {
-            Ok(actions) => self.carry_out(actions).await,
-            Err(infill_migrate::Busy(input)) => self.deferred.push_back(input),
-        }
-        while !self.machine.busy()
-            && let Some(input) = self.deferred.pop_front()
-        {
-            match self.machine.handle(input) {
-                Ok(actions) => self.carry_out(actions).await,
-                Err(infill_migrate::Busy(input)) => self.deferred.push_front(input),
-            }
-        }
-    }
-
-    /// Carries actions out, and what follows from the ends of those that are awaited.
-    async fn carry_out(&mut self, actions: Vec<SourceAction>) {
-        let mut waiting = VecDeque::from(actions);
-        self.follow().await;
-        while let Some(action) = waiting.pop_front() {
-            let Some(end) = self.perform(action).await else { continue };
-            match self.machine.handle(end) {
-                Ok(actions) => {
-                    self.follow().await;
-                    waiting.extend(actions);
-                }
-                Err(infill_migrate::Busy(input)) => self.deferred.push_back(input),
-            }
-        }
-        self.follow().await;
-    }
-
-    /// Closes what is not to be read any more, sets the gates, and opens what is to be read.
-    async fn follow(&mut self) {
-        let exports = self.machine.exports();
-        let plan = self.machine.record().plan().clone();
-        let mut wanted = Vec::new();
-        for (index, disk) in plan.disks.iter().enumerate() {
-            if exports.live {
-                wanted.push((live_name(disk.id), index));
-            }
-            if let Some(term) = exports.base {
-                wanted.push((base_name(disk.id, Epoch(disk.epoch_before.0 + term.0)), index));
-            }
-        }
-        let gone: Vec<String> = self
-            .published
-            .iter()
-            .filter(|name| !wanted.iter().any(|(other, _)| other == *name))
-            .cloned()
-            .collect();
-        for name in gone {
-            if let Ok(removal) = self.peers.exports.remove(&name, RemoveMode::Hard) {
-                removal.gone().await;
-            }
-            self.published.retain(|other| *other != name);
-        }
-        let gate = self.machine.gate();
-        let admits = !matches!(
-            self.state(),
-            SourceState::HandedOver
-                | SourceState::Released
-                | SourceState::Superseded
-                | SourceState::Reclaiming
-        );
-        let decided =
-            |disk: &&SourceDisk| self.control.migrations.decides(disk.id, plan.migration, Side::Source);
-        for disk in self.disks.iter().filter(decided) {
-            disk.gate.set(gate, &plan.peer);
-            self.control.admit_clients(&disk.id.to_string(), admits);
-        }
-        for (name, index) in wanted {
-            if self.published.contains(&name) {
-                continue;
-            }
-            match self.readable(index, exports.live).await {
-                Ok(node) => match self.peers.exports.add(Export::new(name.clone(), node)) {
-                    Ok(()) => self.published.push(name),
-                    Err(error) => self.tell_error(&error.to_string()),
-                },
-                // It is tried again with the next step.
-                Err(error) => tracing::debug!("{name} cannot be offered yet: {error:#}"),
-            }
-        }
-        *self.told.phase.borrow_mut() = format!("{:?}", self.machine.phase());
-        self.told.rounds.set(self.machine.round().map_or(0, |round| round.0));
-        self.offered_at = match self.state() {
-            SourceState::Offered => self.offered_at.or_else(|| Some(rt::now())),
-            _ => None,
-        };
-    }
-
     /// The disk's node, or, of a frozen one, its image where the node cannot be opened because it is fenced.
     async fn readable(&mut self, index: usize, live: bool) -> Result<NodeHandle> {
         let disk = &mut self.disks[index];
@@ -474,33 +390,6 @@ impl SourceDriver {
             disk.frozen = Some(self.control.blockdevs().add_image(&image).await?);
         }
         self.control.blockdevs().get(disk.frozen.as_deref().unwrap_or_default())
-    }
-
-    /// What the machine wants done; its end, where it is awaited.
-    async fn perform(&mut self, action: SourceAction) -> Option<SourceInput> {
-        match action {
-            SourceAction::Persist(pending) => {
-                let kept = Kept { record: pending.record().clone(), local: self.local.clone() };
-                let outcome = self.control.keep_migration(kept).await;
-                let outcome = outcome.map_err(|error| IoError::new(ErrorKind::Io, format!("{error:#}")));
-                return Some(SourceInput::Settled(pending.settled(outcome)));
-            }
-            SourceAction::Send(message) => self.link.say(&Frame::Message(message.into_message())),
-            SourceAction::Drain(drain) => self.drain(drain),
-            SourceAction::SetFence => return Some(SourceInput::FenceSet(self.set_fences(true).await)),
-            SourceAction::Seal => return Some(SourceInput::Sealed(self.seal().await)),
-            SourceAction::Thaw => return Some(SourceInput::Thawed(self.thaw().await)),
-            SourceAction::Applied(round) => self.disks.iter().for_each(|disk| disk.gate.applied(round)),
-            SourceAction::RoundRead(round) => return self.after_round(round),
-            SourceAction::StopBitmaps => self.disks.iter().for_each(|disk| disk.gate.stop_bitmap()),
-            SourceAction::AskPeer => self.link.say(&Frame::Ask(self.migration())),
-            // There is no witness: it is never asked for.
-            SourceAction::Swap(_) | SourceAction::AskWitness => {}
-            SourceAction::Release => self.release().await,
-            SourceAction::Refuse(why) => self.tell_error(why),
-            SourceAction::Fail(why) => self.tell_error(&format!("{why}; the disk is held until a restart")),
-        }
-        None
     }
 
     /// Waits, beside everything else, until the guest's requests are over.
@@ -524,13 +413,25 @@ impl SourceDriver {
 
     async fn set_fences(&self, fenced: bool) -> IoResult<()> {
         for disk in &self.disks {
-            let image = self.control.blockdevs().unfiltered(&disk.local.node);
-            match self.control.blockdevs().get(&image) {
-                Ok(node) => node.set_fence(&Ctx::GUEST, fenced).await?,
-                Err(_) => set_fence_of_file(&disk.local.path, fenced).await?,
+            let mut tries = 0;
+            while let Err(error) = self.set_fence(disk, fenced).await {
+                tries += 1;
+                if tries > FENCE_TRIES {
+                    return Err(error);
+                }
+                // Somebody is opening the image, perhaps as the node that is not there yet.
+                rt::sleep(FENCE_PAUSE).await;
             }
         }
         Ok(())
+    }
+
+    async fn set_fence(&self, disk: &SourceDisk, fenced: bool) -> IoResult<()> {
+        let image = self.control.blockdevs().unfiltered(&disk.local.node);
+        match self.control.blockdevs().get(&image) {
+            Ok(node) => node.set_fence(&Ctx::GUEST, fenced).await,
+            Err(_) => set_fence_of_file(&disk.local.path, fenced).await,
+        }
     }
 
     /// Nothing changes the images from here on, everything in them is stable, and what the target may have stale is known.
@@ -622,6 +523,110 @@ impl SourceDriver {
 
     fn published_live(&self) -> bool {
         self.disks.iter().all(|disk| self.published.contains(&live_name(disk.id)))
+    }
+}
+
+impl Drive for SourceDriver {
+    type Input = SourceInput;
+    type Action = SourceAction;
+
+    fn give(&mut self, input: SourceInput) -> std::result::Result<Vec<SourceAction>, Busy<SourceInput>> {
+        self.machine.handle(input)
+    }
+
+    fn is_busy(&self) -> bool {
+        self.machine.busy()
+    }
+
+    fn deferred(&mut self) -> &mut VecDeque<SourceInput> {
+        &mut self.deferred
+    }
+
+    /// Closes what is not to be read any more, sets the gates, and opens what is to be read.
+    async fn follow(&mut self) {
+        let exports = self.machine.exports();
+        let plan = self.machine.record().plan().clone();
+        let mut wanted = Vec::new();
+        for (index, disk) in plan.disks.iter().enumerate() {
+            if exports.live {
+                wanted.push((live_name(disk.id), index));
+            }
+            if let Some(term) = exports.base {
+                wanted.push((base_name(disk.id, Epoch(disk.epoch_before.0 + term.0)), index));
+            }
+        }
+        let gone: Vec<String> = self
+            .published
+            .iter()
+            .filter(|name| !wanted.iter().any(|(other, _)| other == *name))
+            .cloned()
+            .collect();
+        for name in gone {
+            if let Ok(removal) = self.peers.exports.remove(&name, RemoveMode::Hard) {
+                removal.gone().await;
+            }
+            self.published.retain(|other| *other != name);
+        }
+        let gate = self.machine.gate();
+        let admits = !matches!(
+            self.state(),
+            SourceState::HandedOver
+                | SourceState::Released
+                | SourceState::Superseded
+                | SourceState::Reclaiming
+        );
+        let decided =
+            |disk: &&SourceDisk| self.control.migrations.decides(disk.id, plan.migration, Side::Source);
+        for disk in self.disks.iter().filter(decided) {
+            disk.gate.set(gate, &plan.peer);
+            self.control.admit_clients(&disk.id.to_string(), admits);
+        }
+        for (name, index) in wanted {
+            if self.published.contains(&name) {
+                continue;
+            }
+            match self.readable(index, exports.live).await {
+                Ok(node) => match self.peers.exports.add(Export::new(name.clone(), node)) {
+                    Ok(()) => self.published.push(name),
+                    Err(error) => self.tell_error(&error.to_string()),
+                },
+                // It is tried again with the next step.
+                Err(error) => tracing::debug!("{name} cannot be offered yet: {error:#}"),
+            }
+        }
+        *self.told.phase.borrow_mut() = format!("{:?}", self.machine.phase());
+        self.told.rounds.set(self.machine.round().map_or(0, |round| round.0));
+        self.offered_at = match self.state() {
+            SourceState::Offered => self.offered_at.or_else(|| Some(rt::now())),
+            _ => None,
+        };
+    }
+
+    /// What the machine wants done; its end, where it is awaited.
+    async fn perform(&mut self, action: SourceAction) -> Option<SourceInput> {
+        match action {
+            SourceAction::Persist(pending) => {
+                let kept = Kept { record: pending.record().clone(), local: self.local.clone() };
+                let outcome = self.control.keep_migration(kept).await;
+                let outcome = outcome.map_err(|error| IoError::new(ErrorKind::Io, format!("{error:#}")));
+                return Some(SourceInput::Settled(pending.settled(outcome)));
+            }
+            SourceAction::Send(message) => self.link.say(&Frame::Message(message.into_message())),
+            SourceAction::Drain(drain) => self.drain(drain),
+            SourceAction::SetFence => return Some(SourceInput::FenceSet(self.set_fences(true).await)),
+            SourceAction::Seal => return Some(SourceInput::Sealed(self.seal().await)),
+            SourceAction::Thaw => return Some(SourceInput::Thawed(self.thaw().await)),
+            SourceAction::Applied(round) => self.disks.iter().for_each(|disk| disk.gate.applied(round)),
+            SourceAction::RoundRead(round) => return self.after_round(round),
+            SourceAction::StopBitmaps => self.disks.iter().for_each(|disk| disk.gate.stop_bitmap()),
+            SourceAction::AskPeer => self.link.say(&Frame::Ask(self.migration())),
+            // There is no witness: it is never asked for.
+            SourceAction::Swap(_) | SourceAction::AskWitness => {}
+            SourceAction::Release => self.release().await,
+            SourceAction::Refuse(why) => self.tell_error(why),
+            SourceAction::Fail(why) => self.tell_error(&format!("{why}; the disk is held until a restart")),
+        }
+        None
     }
 }
 

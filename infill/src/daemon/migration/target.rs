@@ -12,8 +12,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use infill_base::{Ctx, ErrorKind, IoError, IoResult};
 use infill_migrate::{
-    BlockMap, BlockSet, Body, Demotion, DiskId, Epoch, Filling, Frame, Gate, Message, MigrationId, Plan,
-    Round, Side, State as RecordState, Target, TargetAction, TargetInput, TargetState, Term,
+    BlockMap, BlockSet, Body, Busy, Demotion, DiskId, Epoch, Filling, Frame, Gate, Message, MigrationId,
+    Plan, Round, Side, State as RecordState, Target, TargetAction, TargetInput, TargetState, Term,
 };
 use infill_node::{COPY_ON_READ_BYTES_MAX, CopyOnRead, NodeHandle};
 use infill_qmp::command::{BlockStream, OnError, StreamEnd};
@@ -27,8 +27,8 @@ use super::overlay::{
 };
 use super::warm::copy_absent;
 use super::{
-    Driver, Inbox, Kept, Local, LocalDisk, RECONNECT_TIME, RESEND_TIME, RESEND_TIME_DONE, Told, base_name,
-    live_name, node_name, uri_at,
+    Drive, Driver, Inbox, Kept, Local, LocalDisk, RECONNECT_TIME, RESEND_TIME, RESEND_TIME_DONE, Told,
+    base_name, live_name, node_name, uri_at,
 };
 use crate::daemon::control::Control;
 
@@ -239,7 +239,7 @@ impl TargetDriver {
                 }
                 Some(ToTarget::Attached) => {
                     (self.attached, self.attaching) = (true, false);
-                    self.follow();
+                    self.follow().await;
                     self.fill().await;
                 }
                 Some(ToTarget::JobEnded) => self.fill().await,
@@ -271,99 +271,10 @@ impl TargetDriver {
         self.told.error.replace(Some(why.to_owned()));
     }
 
-    async fn step(&mut self, input: TargetInput) {
-        match self.machine.handle(input) {
-            Ok(actions) => self.carry_out(actions).await,
-            Err(infill_migrate::Busy(input)) => self.deferred.push_back(input),
-        }
-        while !self.machine.busy()
-            && let Some(input) = self.deferred.pop_front()
-        {
-            match self.machine.handle(input) {
-                Ok(actions) => self.carry_out(actions).await,
-                Err(infill_migrate::Busy(input)) => self.deferred.push_front(input),
-            }
-        }
-    }
-
-    async fn carry_out(&mut self, actions: Vec<TargetAction>) {
-        let mut waiting = VecDeque::from(actions);
-        self.follow();
-        while let Some(action) = waiting.pop_front() {
-            let Some(end) = self.perform(action).await else { continue };
-            match self.machine.handle(end) {
-                Ok(actions) => {
-                    self.follow();
-                    waiting.extend(actions);
-                }
-                Err(infill_migrate::Busy(input)) => self.deferred.push_back(input),
-            }
-        }
-        self.follow();
-    }
-
-    /// The gates follow the machine; what it owns is served once the overlays lie on what was frozen.
-    fn follow(&mut self) {
-        let mut gate = self.machine.gate();
-        // A disk that is an ordinary one again is made by the daemon's state.
-        if gate.runs() && !self.attached && self.state() != TargetState::Local {
-            gate = Gate::Hold;
-        }
-        let (owner, migration) = (self.machine.record().plan().peer.clone(), self.migration());
-        let decided = |disk: &&TargetDisk| self.control.migrations.decides(disk.id, migration, Side::Target);
-        for disk in self.disks.iter().filter(decided) {
-            disk.gate.set(gate, &owner);
-        }
-        if self.machine.reading().is_none() {
-            self.stop_reading();
-        }
-        let phase = match (self.attached, self.machine.asks_peer(), self.reading.is_some()) {
-            (_, true, _) => "asks its peer",
-            (false, ..) => "waits for the source's export",
-            (_, _, true) => "copies",
-            _ => "settled",
-        };
-        phase.clone_into(&mut self.told.phase.borrow_mut());
-        self.told.rounds.set(self.machine.reading().map_or(self.told.rounds.get(), |round| round.0));
-    }
-
     fn stop_reading(&mut self) {
         if let Some(reading) = self.reading.take() {
             reading.set(true);
         }
-    }
-
-    async fn perform(&mut self, action: TargetAction) -> Option<TargetInput> {
-        match action {
-            TargetAction::Persist(pending) => {
-                let record = pending.record().clone();
-                let outcome = self.keep(record).await;
-                let outcome = outcome.map_err(|error| IoError::new(ErrorKind::Io, format!("{error:#}")));
-                return Some(TargetInput::Settled(pending.settled(outcome)));
-            }
-            TargetAction::Demote(demotion) => {
-                let outcome = self.demote(&demotion).await;
-                return Some(TargetInput::Demoted(demotion.settled(outcome)));
-            }
-            TargetAction::Send(message) => self.say(&Frame::Message(message.into_message())),
-            TargetAction::ReadRound(round) => self.read_round(round),
-            TargetAction::Own => {
-                self.attached = false;
-                self.follow();
-                self.attach();
-            }
-            TargetAction::AskPeer => self.say(&Frame::Ask(self.migration())),
-            // There is no witness: it is never asked for.
-            TargetAction::Swap(_) | TargetAction::AskWitness => {}
-            TargetAction::DropOverlay => {
-                for disk in &self.disks {
-                    drop_disk(&self.control, disk.id, &disk.local).await;
-                }
-            }
-            TargetAction::Refuse(why) => self.tell_error(why),
-            TargetAction::Fail(why) => self.tell_error(&format!("{why}; the disk is held until a restart")),
-        }
-        None
     }
 
     /// Keeps a record. A disk that is an ordinary one from then on is kept as one before that.
@@ -599,6 +510,81 @@ impl TargetDriver {
             rt::sleep(AGAIN / 5).await;
             inbox.push(ToTarget::JobEnded);
         });
+    }
+}
+
+impl Drive for TargetDriver {
+    type Input = TargetInput;
+    type Action = TargetAction;
+
+    fn give(&mut self, input: TargetInput) -> std::result::Result<Vec<TargetAction>, Busy<TargetInput>> {
+        self.machine.handle(input)
+    }
+
+    fn is_busy(&self) -> bool {
+        self.machine.busy()
+    }
+
+    fn deferred(&mut self) -> &mut VecDeque<TargetInput> {
+        &mut self.deferred
+    }
+
+    /// The gates follow the machine; what it owns is served once the overlays lie on what was frozen.
+    async fn follow(&mut self) {
+        let mut gate = self.machine.gate();
+        // A disk that is an ordinary one again is made by the daemon's state.
+        if gate.runs() && !self.attached && self.state() != TargetState::Local {
+            gate = Gate::Hold;
+        }
+        let (owner, migration) = (self.machine.record().plan().peer.clone(), self.migration());
+        let decided = |disk: &&TargetDisk| self.control.migrations.decides(disk.id, migration, Side::Target);
+        for disk in self.disks.iter().filter(decided) {
+            disk.gate.set(gate, &owner);
+        }
+        if self.machine.reading().is_none() {
+            self.stop_reading();
+        }
+        let phase = match (self.attached, self.machine.asks_peer(), self.reading.is_some()) {
+            (_, true, _) => "asks its peer",
+            (false, ..) => "waits for the source's export",
+            (_, _, true) => "copies",
+            _ => "settled",
+        };
+        phase.clone_into(&mut self.told.phase.borrow_mut());
+        self.told.rounds.set(self.machine.reading().map_or(self.told.rounds.get(), |round| round.0));
+    }
+
+    async fn perform(&mut self, action: TargetAction) -> Option<TargetInput> {
+        match action {
+            TargetAction::Persist(pending) => {
+                let record = pending.record().clone();
+                let outcome = self.keep(record).await;
+                let outcome = outcome.map_err(|error| IoError::new(ErrorKind::Io, format!("{error:#}")));
+                return Some(TargetInput::Settled(pending.settled(outcome)));
+            }
+            TargetAction::Demote(demotion) => {
+                let outcome = self.demote(&demotion).await;
+                return Some(TargetInput::Demoted(demotion.settled(outcome)));
+            }
+            TargetAction::Send(message) => self.say(&Frame::Message(message.into_message())),
+            TargetAction::ReadRound(round) => self.read_round(round),
+            TargetAction::Own => {
+                self.attached = false;
+                self.follow().await;
+                self.attach();
+            }
+            TargetAction::AskPeer => self.say(&Frame::Ask(self.migration())),
+            // There is no witness: it is never asked for.
+            TargetAction::Swap(_) | TargetAction::AskWitness => {}
+            TargetAction::DropOverlay => {
+                for disk in &self.disks {
+                    drop_disk(&self.control, disk.id, &disk.local).await;
+                }
+            }
+            TargetAction::Refuse(why) => self.tell_error(why),
+            TargetAction::Fail(why) => self.tell_error(&format!("{why}; the disk is held until a restart")),
+        }
+        None
     }
 }
 
