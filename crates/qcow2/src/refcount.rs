@@ -208,29 +208,17 @@ impl Refcounts {
     /// Lowers the refcount of every cluster of the run by one, in the cache. The caller sees to it that nothing on the
     /// disk names them any more. Fails with `Corrupt` at the first that counts as free already.
     pub async fn release(&self, cx: &Ctx, run: HostRun) -> IoResult<()> {
-        self.load_table(cx).await?;
-        let per_block = self.geometry.refcounts_per_block();
-        let (mut at, end) = (run.first.0, run.clusters().end);
-        while at < end {
-            let index = at / per_block;
-            let piece = at..end.min((index + 1) * per_block);
-            self.need_block(index, HostCluster(at))?;
-            let lowered = lock(&self.cache).lower(&piece);
-            match lowered {
-                Some(done) => done?,
-                None => {
-                    self.load_block(cx, index).await?;
-                    continue;
-                }
-            }
-            at = piece.end;
-        }
-        Ok(())
+        self.change(cx, run, false).await
     }
 
     /// Raises the refcount of every cluster of the run by one, in the cache. Fails with `Corrupt` at one that counts as free,
     /// with `TooLarge` at one that cannot be counted higher; those of the blocks before have been raised then.
     pub async fn raise(&self, cx: &Ctx, run: HostRun) -> IoResult<()> {
+        self.change(cx, run, true).await
+    }
+
+    /// Raises or lowers the refcounts of the run, block by block. What is raised has its block reserved once it is loaded.
+    async fn change(&self, cx: &Ctx, run: HostRun, raises: bool) -> IoResult<()> {
         self.load_table(cx).await?;
         let per_block = self.geometry.refcounts_per_block();
         let (mut at, end) = (run.first.0, run.clusters().end);
@@ -238,12 +226,17 @@ impl Refcounts {
             let index = at / per_block;
             let piece = at..end.min((index + 1) * per_block);
             self.need_block(index, HostCluster(at))?;
-            let raised = lock(&self.cache).raise(&piece);
-            match raised {
+            let changed = {
+                let mut cache = lock(&self.cache);
+                if raises { cache.raise(&piece) } else { cache.lower(&piece) }
+            };
+            match changed {
                 Some(done) => done?,
                 None => {
                     self.load_block(cx, index).await?;
-                    self.reserve_block(cx, index).await?;
+                    if raises {
+                        self.reserve_block(cx, index).await?;
+                    }
                     continue;
                 }
             }
