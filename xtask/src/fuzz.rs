@@ -52,9 +52,18 @@ pub fn run(only: &[&str], seconds: u32) -> Result<()> {
         if dictionary.exists() {
             fuzzer.arg(format!("-dict={}", dictionary.display()));
         }
+        // Its hundreds of lines matter to nobody but whoever looks into a finding.
+        let log = target.join(format!("{name}.log"));
+        let told = std::fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        fuzzer.stdout(told.try_clone()?).stderr(told);
         let status = fuzzer.status().with_context(|| format!("cannot run the fuzz target {name}"))?;
+        let told = String::from_utf8_lossy(&std::fs::read(&log)?).into_owned();
         if !status.success() {
+            println!("{told}");
             bail!("fuzz target {name} has found something: the input lies in {}", target.display());
+        }
+        for line in told.lines().filter(|line| line.starts_with("stat::number_of_executed_units")) {
+            println!("{line}");
         }
     }
     Ok(())

@@ -104,7 +104,7 @@ fn test(options: &[String]) -> Result<bool> {
     if wanted("fuzz") {
         score.count("fuzz", fuzz::run(&[], FUZZ_SECONDS));
     }
-    println!("{} passed, {} failed", score.passed, score.failed);
+    score.close();
     Ok(score.failed == 0)
 }
 
@@ -113,6 +113,8 @@ fn test(options: &[String]) -> Result<bool> {
 struct Score {
     passed: u64,
     failed: u64,
+    /// What is said again at the end: thousands of lines later nobody finds the one that failed.
+    again: Vec<String>,
 }
 
 impl Score {
@@ -127,20 +129,30 @@ impl Score {
         if status.success() {
             self.passed += 1;
         } else {
-            println!("== {name}: FAILED");
-            self.failed += 1;
+            self.fail(format!("== {name}: FAILED"));
         }
         Ok(())
+    }
+
+    fn fail(&mut self, what: String) {
+        println!("{what}");
+        self.again.push(what);
+        self.failed += 1;
+    }
+
+    /// The failures once more, and the line that everything ends with.
+    fn close(&self) {
+        for line in &self.again {
+            println!("{line}");
+        }
+        println!("{} passed, {} failed", self.passed, self.failed);
     }
 
     /// Counts a check that is not a cargo command.
     fn count(&mut self, name: &str, outcome: Result<()>) {
         match outcome {
             Ok(()) => self.passed += 1,
-            Err(error) => {
-                println!("== {name}: FAILED: {error:#}");
-                self.failed += 1;
-            }
+            Err(error) => self.fail(format!("== {name}: FAILED: {error:#}")),
         }
     }
 
@@ -150,17 +162,22 @@ impl Score {
         let mut child =
             Command::new(cargo()).args(args).stdout(Stdio::piped()).spawn().context("cannot run cargo")?;
         let output = child.stdout.take().context("cargo's output is not piped")?;
-        let (mut passed, mut failed) = (0, 0);
+        let (mut passed, mut failed, mut in_failures) = (0, 0, false);
         for line in BufReader::new(output).lines() {
             let line = line?;
             println!("{line}");
+            // From its list of failures to its closing line a test program tells what went wrong.
+            in_failures = (in_failures || line == "failures:") && !line.starts_with("test result: ");
+            if in_failures {
+                self.again.push(line.clone());
+            }
             if let Some((good, bad)) = counts(&line) {
                 passed += good;
                 failed += bad;
             }
         }
         if !child.wait()?.success() && failed == 0 {
-            // A build that broke, or a test program that died, says no number.
+            self.again.push(format!("== a build broke, or a test program died: cargo {}", args.join(" ")));
             failed = 1;
         }
         self.passed += passed;
