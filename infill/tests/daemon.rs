@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Read as _, Write as _};
 use std::path::Path;
 use std::process::Stdio;
 
-use common::{Process, run, text, wait_for_socket, wait_until};
+use common::{Process, free_port, run, text, wait_for_socket, wait_until};
 use qmp::{Daemon, Program, Qmp};
 use serde_json::{Value, json};
 
@@ -25,11 +25,6 @@ fn image(dir: &Path) -> String {
 
 fn node(image: &str) -> String {
     format!("raw,node-name=disk,file.driver=file,file.filename={image}")
-}
-
-/// A TCP port that was free a moment ago.
-fn port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 #[test]
@@ -229,7 +224,7 @@ fn a_monitor_on_standard_input_and_output_may_end_before_the_daemon() {
 fn monitors_and_exports_are_reached_over_tcp() {
     let dir = tempfile::tempdir().unwrap();
     let image = image(dir.path());
-    let (monitor_port, nbd_port) = (port(), port());
+    let (monitor_port, nbd_port) = (free_port(), free_port());
     let daemon = Daemon::start(
         Program::Infill,
         dir.path(),

@@ -4,6 +4,7 @@
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a server may take until its socket is there, and until it has ended. A limit against hangs, not a promise.
@@ -96,6 +97,23 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 /// Waits until somebody listens at a socket file.
 pub fn wait_for_socket(path: &Path) {
     wait_until(&format!("a server at {}", path.display()), || UnixStream::connect(path).is_ok());
+}
+
+/// A TCP port that nobody listens at, and that the kernel gives to no connection by itself.
+///
+/// Of those that it does give (from 32768 on) one can be a client's of another test before the daemon has it.
+pub fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    const FIRST: u16 = 20_000;
+    const PORTS: u16 = 12_000;
+    // Test programs that run side by side begin at different places.
+    let start = (std::process::id() as u16 % PORTS) / 16 * 16;
+    loop {
+        let at = start.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % PORTS;
+        if std::net::TcpListener::bind(("127.0.0.1", FIRST + at)).is_ok() {
+            return FIRST + at;
+        }
+    }
 }
 
 /// A path as an argument.
