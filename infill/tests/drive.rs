@@ -179,7 +179,12 @@ impl Scene {
 
 #[test]
 fn guests_go_on_in_the_file_of_a_mirror_and_come_back_to_it_after_a_kill() {
-    for (sync, writing) in [("full", "background"), ("top", "write-blocking")] {
+    for (sync, writing) in [
+        ("full", "background"),
+        ("top", "write-blocking"),
+        ("none", "background"),
+        ("none", "write-blocking"),
+    ] {
         let state = tempfile::tempdir().unwrap();
         let options = ["--state", text(state.path())];
         let mut scene = Scene::new(&options);
@@ -206,6 +211,116 @@ fn guests_go_on_in_the_file_of_a_mirror_and_come_back_to_it_after_a_kill() {
         let out = run("qemu-io", &[&["-f", "qcow2"], &shown[..], &[&copy]].concat());
         assert!(!out.contains("failed"), "{sync}: {out}");
     }
+}
+
+#[test]
+fn a_mirror_of_what_is_written_from_now_on_ends_as_a_snapshot_does() {
+    const URI: &str = "nbd+unix:///top?socket=DIR/nbd.sock";
+    let mirror = |target: &str, more: Value| {
+        let mirror = json!({"job-id": "m", "device": "top", "target": format!("DIR/{target}"), "sync": "none",
+                            "node-name": "new"});
+        Ask("drive-mirror", with(mirror, &more))
+    };
+    let mut script = chain();
+    script.extend([
+        Ask("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": "DIR/nbd.sock"}}})),
+        Ask(
+            "block-export-add",
+            json!({"type": "nbd", "id": "e", "node-name": "top", "name": "top", "writable": true}),
+        ),
+        mirror("no", json!({"format": "raw"})),
+        mirror("new", json!({})),
+        AwaitStatus("ready"),
+        Run(&["qemu-io", "-f", "raw", "-c", "write -P 9 708k 4k", "-c", "write -z 256k 64k", URI]),
+        Run(&["qemu-io", "-f", "raw", "-c", "write -P 8 900k 2k", URI]),
+        Ask("block-job-complete", json!({"device": "m"})),
+        AwaitStatus("null"),
+        Run(&["qemu-io", "-f", "raw", "-c", "write -P 7 0 4k", "-c", "read -P 1 4k 60k", URI]),
+        Run(&["qemu-io", "-f", "raw", "-c", "read -P 9 708k 4k", "-c", "read -P 1 712k 188k", URI]),
+        Ask("blockdev-del", json!({"node-name": "top"})),
+    ]);
+    for program in [Program::Infill, Program::Qemu] {
+        let dir = tempfile::tempdir().unwrap();
+        images(dir.path());
+        let path = |name: &str| text(&dir.path().join(name)).to_owned();
+        let (answers, _) = same::play(program, dir.path(), &[], &script);
+        let failed = answers.iter().filter_map(|answer| answer["answer"].get("error")?["desc"].as_str());
+        let [raw, busy] = failed.collect::<Vec<_>>()[..] else { panic!("{program:?}: {answers:?}") };
+        assert_eq!(raw, "Backing file not supported for file format 'raw'", "{program:?}");
+        assert!(busy.starts_with("Node 'top' is busy"), "{program:?}: {busy}");
+        let info: Value =
+            serde_json::from_str(&run("qemu-img", &["info", "--output=json", &path("new")])).unwrap();
+        assert_eq!(info["backing-filename"], path("top"), "{program:?}");
+        run("qemu-img", &["check", "-q", &path("new")]);
+        // The disk as it was then stays below, and above it is what was written since the mirror began.
+        let kept = ["-c", "read -P 1 0 128k", "-c", "read -P 0 256k 64k", "-c", "read -P 9 708k 4k"];
+        let below = run("qemu-io", &[&["-r", "-f", "qcow2"], &kept[..], &[&path("top")]].concat());
+        let shown = [
+            "-c",
+            "read -P 7 0 4k",
+            "-c",
+            "read -P 1 4k 124k",
+            "-c",
+            "read -P 3 192k 64k",
+            "-c",
+            "read -P 0 256k 64k",
+            "-c",
+            "read -P 1 512k 196k",
+            "-c",
+            "read -P 9 708k 4k",
+            "-c",
+            "read -P 1 712k 188k",
+            "-c",
+            "read -P 8 900k 2k",
+            "-c",
+            "read -P 1 902k 122k",
+        ];
+        let above = run("qemu-io", &[&["-r", "-f", "qcow2"], &shown[..], &[&path("new")]].concat());
+        assert!(!below.contains("failed") && !above.contains("failed"), "{program:?}: {below}{above}");
+        let map: Value =
+            serde_json::from_str(&run("qemu-img", &["map", "--output=json", &path("new")])).unwrap();
+        let own = map.as_array().unwrap().iter().filter(|extent| extent["depth"] == 0);
+        let own: u64 = own.map(|extent| extent["length"].as_u64().unwrap()).sum();
+        assert_eq!(own, 4 * 65536, "{program:?}: {map}");
+    }
+}
+
+#[test]
+fn a_mirror_of_what_is_written_takes_an_overlay_that_is_there_and_none_of_another_disk() {
+    let mut scene = Scene::new(&[]);
+    let (top, mid) = (scene.path("top"), scene.path("mid"));
+    let (good, bad, alone) = (scene.path("good"), scene.path("bad"), scene.path("alone"));
+    run("qemu-img", &["create", "-q", "-u", "-f", "qcow2", "-b", &top, "-F", "qcow2", &good, "1M"]);
+    run("qemu-img", &["create", "-q", "-u", "-f", "qcow2", "-b", &mid, "-F", "qcow2", &bad, "1M"]);
+    std::fs::write(&alone, vec![0xee; 1 << 20]).unwrap();
+    let mirror = |target: &str, format: &str| {
+        json!({"job-id": "m", "device": "top", "target": target, "sync": "none", "node-name": "new", "mode": "existing",
+            "format": format})
+    };
+    let refused = scene.qmp.refused("drive-mirror", mirror(&bad, "qcow2"));
+    assert!(refused["desc"].as_str().unwrap().contains("not on"), "{refused}");
+    common::wait_until("the node is gone", || !scene.has_node("new"));
+    // A copy that somebody has made: what is written from now on goes there, and it lies on nothing.
+    scene.qmp.run("drive-mirror", mirror(&alone, "raw"));
+    scene.qmp.wait_for_status("ready");
+    scene.io(&["-c", "write -P 5 512k 4k"]);
+    scene.qmp.run("block-job-cancel", json!({"device": "m"}));
+    scene.qmp.wait_for_status("null");
+    let copied = std::fs::read(&alone).unwrap();
+    let written = 512 << 10..516 << 10;
+    assert!(
+        copied.iter().enumerate().all(|(at, byte)| *byte == if written.contains(&at) { 5 } else { 0xee })
+    );
+    common::wait_until("the node is gone", || !scene.has_node("new"));
+    scene.qmp.run("drive-mirror", mirror(&good, "qcow2"));
+    scene.qmp.wait_for_status("ready");
+    scene.io(&["-c", "write -P 6 576k 4k"]);
+    scene.qmp.run("block-job-complete", json!({"device": "m"}));
+    scene.qmp.wait_for_status("null");
+    scene.io(&["-c", "write -P 7 0 4k", "-c", "read -P 6 576k 4k", "-c", "read -P 3 192k 128k"]);
+    scene.daemon.quit(&mut scene.qmp);
+    let out = run("qemu-io", &["-r", "-f", "qcow2", "-c", "read -P 1 0 4k", &top]);
+    assert!(!out.contains("failed"), "the disk below stays as it was: {out}");
 }
 
 #[test]

@@ -88,6 +88,24 @@ impl Blockdevs {
         self.replace(from, to, staying)
     }
 
+    /// As [`Blockdevs::exchange`], where `to`, which lies on nothing, holds only what was written since it was made, and lies on
+    /// `from` from then on.
+    pub async fn exchange_over(&self, from: &str, to: &str, staying: &[String]) -> Result<()> {
+        let _turn = self.0.turn.exclusive(0, 1).await;
+        let (node, top) = (self.0.graph.get(from)?, self.0.graph.get(to)?);
+        let Some(slot) = top.backing() else { bail!("'{to}' is no overlay") };
+        // What was acknowledged so far is asked to be stable later, of the overlay.
+        if !node.info().read_only {
+            node.sync(&Ctx::GUEST).await.with_context(|| format!("syncing '{from}'"))?;
+        }
+        slot.replace(Some(node)).await;
+        if let Err(error) = self.replace(from, to, staying) {
+            slot.replace(None).await;
+            return Err(error);
+        }
+        self.back(to, from, Access::Stable)
+    }
+
     /// Lets somebody write to `base` although `overlay` lies on it (a commit writes there only what the layers above show
     /// anyway), or ends that.
     pub fn share_base(&self, overlay: &str, base: &str, shared: bool) {

@@ -144,7 +144,11 @@ impl Control {
                     if let Some(owned) = &mut owned {
                         owned.keep(&control);
                     }
-                    let exchanged = control.exchange(&id, &from, &to).await;
+                    let over = owned.as_ref().is_some_and(|owned| owned.over() == Some(&*from));
+                    let exchanged = match over {
+                        true => control.exchange_over(&id, &from, &to).await,
+                        false => control.exchange(&id, &from, &to).await,
+                    };
                     if let (Err(_), Some(owned)) = (&exchanged, &mut owned) {
                         owned.keep_no_more(&control);
                     }
@@ -253,6 +257,18 @@ impl Control {
         noted.map_err(|error| IoError::new(ErrorKind::Io, error.desc))?;
         let staying = [format!("job '{id}'")];
         let exchanged = self.blockdevs().exchange(from, to, &staying).await;
+        if exchanged.is_err() {
+            self.note_no_exchange(Some(id), from, to).await;
+        }
+        exchanged.map_err(|error| as_io(&error))
+    }
+
+    /// As [`Control::exchange`], where `to` holds only what was written since it was made: it lies on `from` from then on.
+    async fn exchange_over(&self, id: &str, from: &str, to: &str) -> IoResult<()> {
+        let noted = self.note_exchange(Some(id), from, to).await;
+        noted.map_err(|error| IoError::new(ErrorKind::Io, error.desc))?;
+        let staying = [format!("job '{id}'")];
+        let exchanged = self.blockdevs().exchange_over(from, to, &staying).await;
         if exchanged.is_err() {
             self.note_no_exchange(Some(id), from, to).await;
         }

@@ -1,8 +1,12 @@
 //! `drive-mirror` and `drive-backup`: a copy into a file that is made, or taken, on the way.
 //!
+//! A mirror with `sync: none` writes into an overlay of the disk what guests have written since, and takes the disk's place as a
+//! snapshot does: the disk is what it lies on from then on.
+//!
 //! The file's node goes with the job, unless it has taken the disk's place: then it stays, as one that was added by name.
 //! Both come back with the daemon's state; the file is taken as it is then, and not made again ([`Control::comes_back_as`]).
 
+use std::path::Path;
 use std::rc::Rc;
 
 use infill_io::{FileOptions, FileStorage, Share};
@@ -21,7 +25,30 @@ use super::control::{Control, refused};
 use super::create::make_file;
 use super::maps::NO_MAP;
 use super::overlay::{could_not_open, description, empty_image, path_of};
-use crate::blockdev::{Blockdevs, FormatKind, NodeFacts, probe_storage};
+use crate::blockdev::{Blockdevs, FormatKind, NodeFacts, identity_of, probe_storage, resolve_backing};
+
+/// What the image in the file of a copy lies on, and its header names where it is made.
+#[derive(Clone, Copy)]
+enum Over<'a> {
+    /// Nothing.
+    Nothing,
+    /// A node that nobody writes to.
+    Layer(&'a str),
+    /// The disk that is copied, from the beginning: what else its clusters hold is taken from there.
+    Beside(&'a str),
+    /// The disk that is copied, when the image takes its place. Until then it is copied in whole clusters.
+    AtEnd(&'a str),
+}
+
+impl<'a> Over<'a> {
+    /// The node.
+    const fn node(self) -> Option<&'a str> {
+        match self {
+            Over::Nothing => None,
+            Over::Layer(node) | Over::Beside(node) | Over::AtEnd(node) => Some(node),
+        }
+    }
+}
 
 /// A node that goes when this does, unless it is to stay.
 pub(super) struct Target {
@@ -29,6 +56,8 @@ pub(super) struct Target {
     name: String,
     /// What `blockdev-add` would be given for it.
     description: Map<String, Value>,
+    /// The node that it is to lie on when it takes that one's place.
+    over: Option<String>,
     stays: bool,
 }
 
@@ -50,10 +79,19 @@ impl Drop for Target {
 }
 
 impl Target {
+    /// The node that it lies on once it has taken that one's place, where it holds only what was written since it was made.
+    pub(super) fn over(&self) -> Option<&str> {
+        self.over.as_deref()
+    }
+
     /// It is about to take the place of another node: a daemon that comes after this one makes it too.
     pub(super) fn keep(&mut self, control: &Control) {
         self.stays = true;
-        control.keep_node(&self.name, self.description.clone());
+        let mut description = self.description.clone();
+        if let Some(over) = &self.over {
+            description.insert("backing".into(), json!(over));
+        }
+        control.keep_node(&self.name, description);
     }
 
     /// That did not happen.
@@ -113,14 +151,13 @@ impl Control {
     }
 
     /// Makes (or takes) the file of a copy of `device` and opens it on the node `over`, which the header of a new image names. A
-    /// write of a part of a cluster takes the rest from there: without that it would be zero. `is_written`: others write to that
-    /// node meanwhile. `graph`: the caller changes the graph already.
+    /// write of a part of a cluster takes the rest from there: without that it would be zero. `graph`: the caller changes the
+    /// graph already.
     async fn make_target(
         &self,
         device: &str,
         target: &NewTarget,
-        over: Option<&str>,
-        is_written: bool,
+        over: Over<'_>,
         graph: Option<&RangeGuard>,
     ) -> Result<Target, QmpError> {
         let facts = self.source_facts(device)?;
@@ -140,12 +177,14 @@ impl Control {
             (None, NewImageMode::Existing) => format_of_file(&file.0).await?,
             (None, NewImageMode::AbsolutePaths) => self.format_of_copy(device),
         };
-        if over.is_some() && format == FormatKind::Raw {
+        let is_new = target.mode == NewImageMode::AbsolutePaths;
+        // What is there already may be a copy that somebody has made.
+        if over.node().is_some() && format == FormatKind::Raw && (is_new || !matches!(over, Over::AtEnd(_))) {
             return Err(QmpError::generic("Backing file not supported for file format 'raw'"));
         }
-        if target.mode == NewImageMode::AbsolutePaths {
+        if is_new {
             let size = self.blockdevs().get(device).map_err(|error| refused(&error))?.len();
-            let backing = over.map(|over| self.backing_for(over)).transpose()?;
+            let backing = over.node().map(|over| self.backing_for(over)).transpose()?;
             match format {
                 FormatKind::Raw => drop(make_file(&file.0, size)?),
                 format => {
@@ -159,8 +198,10 @@ impl Control {
         let like = NodeFacts { read_only: false, ..facts };
         let mut description = description(&file, format.as_str(), target.node_name.as_deref(), &like);
         if format != FormatKind::Raw {
-            let below =
-                over.filter(|_| !is_written).map_or(Value::Null, |over| Value::String(over.to_owned()));
+            let below = match over {
+                Over::Layer(layer) => json!(layer),
+                Over::Nothing | Over::Beside(_) | Over::AtEnd(_) => Value::Null,
+            };
             description.insert("backing".into(), below);
         }
         let options = BlockdevOptions::read(Members::of_json(description.clone()))?;
@@ -175,27 +216,48 @@ impl Control {
         let added = self.blockdevs().add_in(graph, options).await;
         let name = added.map_err(|error| could_not_open(&target.file, &error))?;
         self.greet_new_nodes();
-        let target = Target { blockdevs: self.blockdevs().clone(), name, description, stays: false };
-        if let Some(over) = over.filter(|_| is_written) {
-            let laid = self.blockdevs().lay_beside(graph, &target.name, over).await;
-            laid.map_err(|error| refused(&error))?;
+        let blockdevs = self.blockdevs().clone();
+        let mut target = Target { blockdevs, name, description, over: None, stays: false };
+        match over {
+            Over::Beside(over) => {
+                let laid = self.blockdevs().lay_beside(graph, &target.name, over).await;
+                laid.map_err(|error| refused(&error))?;
+            }
+            Over::AtEnd(over) if is_new || self.names_as_backing(&target.name, over)? => {
+                target.over = Some(over.to_owned());
+            }
+            Over::Nothing | Over::Layer(_) | Over::AtEnd(_) => {}
         }
         Ok(target)
+    }
+
+    /// Whether the image of the node `image`, which is open without its backing, is one over the node `below`. One that names
+    /// another file is refused: what guests would see of that is not what the disk holds.
+    fn names_as_backing(&self, image: &str, below: &str) -> Result<bool, QmpError> {
+        let info = self.blockdevs().get(image).map_err(|error| refused(&error))?.info();
+        let Some(named) = info.backing else { return Ok(false) };
+        let named = resolve_backing(&info.filename, &named.filename).map_err(|error| refused(&error))?;
+        let wanted = self.backing_for(below)?.filename;
+        let identity = |path: &str| identity_of(Path::new(path)).ok();
+        if named == wanted || identity(&named).is_some_and(|named| Some(named) == identity(&wanted)) {
+            return Ok(true);
+        }
+        Err(QmpError::generic(format!(
+            "'{}' lies on '{named}', not on '{wanted}', of which only what is written from now on would be copied: give an \
+             image over that, or add both and use blockdev-mirror",
+            info.filename
+        )))
     }
 
     /// `drive-mirror`. Answered once the job runs.
     pub(super) async fn drive_mirror(self: &Rc<Self>, drive: DriveMirror) -> Result<(), QmpError> {
         let DriveMirror { mut mirror, target } = drive;
-        let facts = self.source_facts(&mirror.device)?;
+        let device = mirror.device.clone();
+        let facts = self.source_facts(&device)?;
         let over = match mirror.sync {
-            SyncMode::Full => None,
-            SyncMode::Top => facts.backing.as_deref(),
-            SyncMode::None => {
-                return Err(QmpError::generic(
-                    "sync 'none' of drive-mirror is not supported: snapshot the disk (blockdev-snapshot-sync), or add the \
-                     target and use blockdev-mirror",
-                ));
-            }
+            SyncMode::Full => Over::Nothing,
+            SyncMode::Top => facts.backing.as_deref().map_or(Over::Nothing, Over::Layer),
+            SyncMode::None => Over::AtEnd(&device),
             SyncMode::Incremental => return Err(QmpError::generic("Sync mode 'incremental' not supported")),
             SyncMode::Bitmap => return Err(QmpError::generic("Sync mode 'bitmap' not supported")),
         };
@@ -204,7 +266,7 @@ impl Control {
                 "with --state, the target of a mirror needs a name for what is kept: give node-name",
             ));
         }
-        let target = self.make_target(&mirror.device, &target, over, false, None).await?;
+        let target = self.make_target(&device, &target, over, None).await?;
         mirror.target.clone_from(&target.name);
         self.start_mirror(mirror, Some(target)).await
     }
@@ -230,12 +292,11 @@ impl Control {
         let DriveBackup { mut backup, target } = drive;
         let facts = self.source_facts(&backup.device)?;
         let over = match backup.sync {
-            BackupSync::Top => facts.backing.as_deref(),
-            BackupSync::None => Some(backup.device.as_str()),
-            BackupSync::Full | BackupSync::Bitmap => None,
+            BackupSync::Top => facts.backing.as_deref().map_or(Over::Nothing, Over::Layer),
+            BackupSync::None => Over::Beside(&backup.device),
+            BackupSync::Full | BackupSync::Bitmap => Over::Nothing,
         };
-        let target =
-            self.make_target(&backup.device, &target, over, backup.sync == BackupSync::None, graph).await?;
+        let target = self.make_target(&backup.device, &target, over, graph).await?;
         backup.target.clone_from(&target.name);
         Ok(self.check_backup(backup)?.into(target))
     }
