@@ -1,5 +1,5 @@
-//! Dirty bitmaps in memory come back when a daemon that is killed is started again: with every write that was answered, with
-//! nothing that was cleared, and as lost where that cannot be proven.
+//! Dirty bitmaps, in memory and persistent ones, come back when a daemon that is killed is started again: with every write that
+//! was answered, with nothing that was cleared, and as lost where that cannot be proven.
 
 mod common;
 #[path = "common/qmp.rs"]
@@ -51,13 +51,22 @@ impl Place {
 
     /// Adds the disk, its export and after that the bitmap `b`.
     fn begin(&self, qmp: &mut Qmp) {
+        self.begin_with(qmp, false);
+    }
+
+    fn begin_with(&self, qmp: &mut Qmp, persistent: bool) {
         let file = json!({"driver": "file", "filename": self.path("top")});
-        qmp.run("blockdev-add", json!({"driver": "qcow2", "node-name": "top", "file": file}));
+        let top = json!({"driver": "qcow2", "node-name": "top", "file": file, "discard": "unmap"});
+        qmp.run("blockdev-add", top);
         let server = json!({"addr": {"type": "unix", "data": {"path": self.path("nbd.sock")}}});
         qmp.run("nbd-server-start", server);
         let export = json!({"type": "nbd", "id": "e", "node-name": "top", "name": "disk", "writable": true});
         qmp.run("block-export-add", export);
-        qmp.run("block-dirty-bitmap-add", json!({"node": "top", "name": "b", "granularity": BLOCK_BYTES}));
+        let mut bitmap = json!({"node": "top", "name": "b", "granularity": BLOCK_BYTES});
+        if persistent {
+            bitmap["persistent"] = json!(true);
+        }
+        qmp.run("block-dirty-bitmap-add", bitmap);
     }
 
     fn uri(&self, export: &str) -> String {
@@ -70,6 +79,20 @@ impl Place {
         let uri = self.uri("disk");
         let commands = commands.iter().flat_map(|command| ["-c", command]);
         run("qemu-io", &["-f", "raw"].into_iter().chain(commands).chain([uri.as_str()]).collect::<Vec<_>>());
+    }
+
+    /// Discards a cluster, which only the daemon's memory and its journal know: nobody has flushed it. Its client stays.
+    fn discard_unflushed(&self, qmp: &mut Qmp, node: &str) -> common::Process {
+        let count = |qmp: &mut Qmp| {
+            let bitmaps = bitmaps_of(qmp, node);
+            bitmaps.iter().map(|bitmap| bitmap["count"].as_u64().unwrap()).max()
+        };
+        let before = count(qmp);
+        let uri = self.uri("disk");
+        let args = ["-f", "raw", "-c", "discard 1M 64k", "-c", "sleep 1000000", &uri];
+        let client = common::Process::start(std::process::Command::new("qemu-io").args(args));
+        wait_until("it is discarded", || count(qmp) != before);
+        client
     }
 
     /// What is on the disk.
@@ -114,8 +137,12 @@ impl Place {
 }
 
 fn bitmaps(qmp: &mut Qmp) -> Vec<Value> {
+    bitmaps_of(qmp, "top")
+}
+
+fn bitmaps_of(qmp: &mut Qmp, name: &str) -> Vec<Value> {
     let nodes = qmp.run("query-named-block-nodes", json!({"flat": true}));
-    let node = nodes.as_array().unwrap().iter().find(|node| node["node-name"] == "top").unwrap();
+    let node = nodes.as_array().unwrap().iter().find(|node| node["node-name"] == name).unwrap();
     node["dirty-bitmaps"].as_array().cloned().unwrap_or_default()
 }
 
@@ -134,12 +161,21 @@ fn end(mut daemon: Daemon, in_order: bool) {
 
 #[test]
 fn a_bitmap_of_a_killed_daemon_has_every_write_of_its_guest() {
+    has_every_write(false);
+}
+
+#[test]
+fn a_persistent_bitmap_of_a_killed_daemon_has_every_write_of_its_guest() {
+    has_every_write(true);
+}
+
+fn has_every_write(persistent: bool) {
     let mut random = Random(seed() | 1);
     let place = Place::new();
     let reactors = Arc::new(Reactors::start(1).unwrap());
     let guest = Arc::new(Mutex::new(Guest::new(random.next())));
     let (mut daemon, mut qmp) = place.start();
-    place.begin(&mut qmp);
+    place.begin_with(&mut qmp, persistent);
     let mut before = place.content();
     assert_eq!(before.len() as u64, DISK_BYTES);
     for round in 0..ROUNDS {
@@ -250,7 +286,7 @@ fn a_bitmap_that_a_backup_has_cleared_is_cleared_for_the_next_daemon() {
 
 #[test]
 fn a_bitmap_misses_nothing_that_is_written_while_its_node_is_not_there() {
-    for written in [false, true] {
+    for (missing, written) in [(false, false), (true, false), (true, true)] {
         let place = Place::new();
         let base = place.path("base");
         run("qemu-img", &["create", "-q", "-f", "raw", text(&base), "1M"]);
@@ -259,19 +295,23 @@ fn a_bitmap_misses_nothing_that_is_written_while_its_node_is_not_there() {
         let file = |name: &str, path: &Path| json!({"driver": "file", "node-name": name, "filename": path});
         qmp.run("blockdev-add", file("lower", &base));
         qmp.run("blockdev-add", file("storage", &place.path("top")));
-        let top = json!({"driver": "qcow2", "node-name": "top", "file": "storage", "backing": "lower"});
+        let top = json!({"driver": "qcow2", "node-name": "top", "file": "storage", "backing": "lower",
+            "discard": "unmap"});
         qmp.run("blockdev-add", top);
         let server = json!({"addr": {"type": "unix", "data": {"path": place.path("nbd.sock")}}});
         qmp.run("nbd-server-start", server);
         let export = json!({"type": "nbd", "id": "e", "node-name": "top", "name": "disk", "writable": true});
         qmp.run("block-export-add", export);
         command("add", "b", &mut qmp);
-        place.write(&[16]);
+        place.write(&[8]);
+        let client = place.discard_unflushed(&mut qmp, "top");
         end(daemon, false);
+        drop(client);
         let away = place.path("away");
-        if written {
+        if missing {
             std::fs::rename(&base, &away).unwrap();
         }
+        // Opening the disk writes to it, also where it fails because what lies below is missing.
         (daemon, qmp) = place.start();
         if written {
             // The disk by another name, where nobody sees what is written.
@@ -285,20 +325,105 @@ fn a_bitmap_misses_nothing_that_is_written_while_its_node_is_not_there() {
             qmp.event(|event| event["event"] == "BLOCK_EXPORT_DELETED");
             qmp.run("blockdev-del", json!({"node-name": "other"}));
         }
-        if written {
+        if missing {
             std::fs::rename(&away, &base).unwrap();
         }
-        wait_until("the disk is there", || {
+        wait_until("the disk and its bitmap are there", || {
             let nodes = qmp.run("query-named-block-nodes", json!({"flat": true}));
-            nodes.as_array().unwrap().iter().any(|node| node["node-name"] == "top")
+            let disk = nodes.as_array().unwrap().iter().find(|node| node["node-name"] == "top").cloned();
+            disk.is_some_and(|disk| disk["dirty-bitmaps"].is_array())
         });
         let [bitmap] = &bitmaps(&mut qmp)[..] else { panic!("it is gone") };
         assert_eq!(bitmap.get("inconsistent"), written.then_some(&json!(true)));
         if !written {
-            assert_eq!(place.marked(&mut qmp, "b"), Vec::from_iter(16..32));
+            assert_eq!(place.marked(&mut qmp, "b"), Vec::from_iter((0..16).chain(256..272)));
         }
         daemon.quit(&mut qmp);
     }
+}
+
+/// What qemu-img says of the bitmaps of the image.
+fn stored(place: &Place) -> Value {
+    let path = place.path("top");
+    let info: Value =
+        serde_json::from_str(&run("qemu-img", &["info", "-U", "--output=json", text(&path)])).unwrap();
+    info["format-specific"]["data"]["bitmaps"].clone()
+}
+
+#[test]
+fn a_persistent_bitmap_comes_back_exactly_and_its_image_is_right_again_after_an_end_in_order() {
+    let place = Place::new();
+    let (mut daemon, mut qmp) = place.start();
+    place.begin_with(&mut qmp, true);
+    place.write(&[1, 2]);
+    command("clear", "b", &mut qmp);
+    place.write(&[5, 600]);
+    // Its image does not know it yet.
+    assert_eq!(stored(&place), Value::Null);
+    end(daemon, false);
+    (daemon, qmp) = place.start();
+    assert_eq!(place.marked(&mut qmp, "b"), [5, 600]);
+    assert_eq!(bitmaps(&mut qmp)[0]["persistent"], json!(true));
+    place.write(&[9]);
+    end(daemon, true);
+    assert_eq!(stored(&place)[0]["flags"], json!(["auto"]));
+    assert_eq!(place.maps(), Vec::<PathBuf>::new(), "the image has it");
+    (daemon, qmp) = place.start();
+    assert_eq!(place.marked(&mut qmp, "b"), [5, 9, 600]);
+    for round in 0..3 {
+        place.write(&[20 + round]);
+        end(daemon, false);
+        assert_eq!(stored(&place)[0]["flags"], json!(["in-use", "auto"]));
+        (daemon, qmp) = place.start();
+        let marked = [5, 9].into_iter().chain(20..=20 + round).chain([600]);
+        assert_eq!(place.marked(&mut qmp, "b"), Vec::from_iter(marked));
+    }
+    // A node that is opened anew has its bitmaps from its image.
+    let file = json!({"driver": "file", "filename": place.path("top")});
+    let node = json!({"driver": "qcow2", "node-name": "top", "file": file, "discard": "ignore"});
+    qmp.run("block-export-del", json!({"id": "e"}));
+    qmp.event(|event| event["event"] == "BLOCK_EXPORT_DELETED");
+    qmp.run("blockdev-reopen", json!({"options": [node]}));
+    let export = json!({"type": "nbd", "id": "e", "node-name": "top", "name": "disk", "writable": true});
+    qmp.run("block-export-add", export);
+    command("disable", "b", &mut qmp);
+    place.write(&[30]);
+    command("enable", "b", &mut qmp);
+    place.write(&[31]);
+    end(daemon, false);
+    (daemon, qmp) = place.start();
+    assert_eq!(place.marked(&mut qmp, "b"), [5, 9, 20, 21, 22, 31, 600]);
+    end(daemon, true);
+    run("qemu-img", &["check", "-q", "-f", "qcow2", text(&place.path("top"))]);
+    // What is done to it by others, between two ends in order, is what it is.
+    run("qemu-img", &["bitmap", "--remove", text(&place.path("top")), "b"]);
+    (daemon, qmp) = place.start();
+    assert_eq!(bitmaps(&mut qmp), [Value::Null; 0]);
+    daemon.quit(&mut qmp);
+}
+
+#[test]
+fn opening_an_image_makes_no_bitmap_of_a_filter_over_it_inconsistent() {
+    let place = Place::new();
+    let (mut daemon, mut qmp) = place.start();
+    place.begin(&mut qmp);
+    let filter = json!({"driver": "copy-on-read", "node-name": "filter", "file": "top"});
+    qmp.run("block-export-del", json!({"id": "e"}));
+    qmp.event(|event| event["event"] == "BLOCK_EXPORT_DELETED");
+    qmp.run("blockdev-add", filter);
+    let export = json!({"type": "nbd", "id": "e", "node-name": "filter", "name": "disk", "writable": true});
+    qmp.run("block-export-add", export);
+    qmp.run("block-dirty-bitmap-add", json!({"node": "filter", "name": "f"}));
+    let client = place.discard_unflushed(&mut qmp, "filter");
+    let written = || std::fs::metadata(place.path("top")).unwrap().modified().unwrap();
+    end(daemon, false);
+    drop(client);
+    let before = written();
+    (daemon, qmp) = place.start();
+    assert_ne!(written(), before, "opening has replayed the journal");
+    let bitmap = &bitmaps_of(&mut qmp, "filter")[0];
+    assert_eq!((bitmap.get("inconsistent"), &bitmap["count"]), (None, &json!(65536)), "{bitmap}");
+    daemon.quit(&mut qmp);
 }
 
 #[test]
@@ -343,10 +468,10 @@ const DAMAGES: [(&str, Damage); 5] = [
 
 #[test]
 fn a_bitmap_without_a_map_that_proves_it_is_inconsistent_and_can_only_be_removed() {
-    for (what, damage) in DAMAGES {
+    for ((what, damage), persistent) in DAMAGES.into_iter().flat_map(|one| [(one, false), (one, true)]) {
         let place = Place::new();
         let (mut daemon, mut qmp) = place.start();
-        place.begin(&mut qmp);
+        place.begin_with(&mut qmp, persistent);
         place.write(&[3]);
         end(daemon, false);
         let [map] = &place.maps()[..] else { panic!("one map") };
@@ -365,6 +490,7 @@ fn a_bitmap_without_a_map_that_proves_it_is_inconsistent_and_can_only_be_removed
             end(daemon, false);
         }
         (daemon, qmp) = place.start();
+        assert_eq!(bitmaps(&mut qmp)[0]["persistent"], json!(persistent));
         command("remove", "b", &mut qmp);
         command("add", "b", &mut qmp);
         end(daemon, false);

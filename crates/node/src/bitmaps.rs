@@ -159,6 +159,13 @@ impl Bitmap {
         read(&self.keeper).is_some()
     }
 
+    /// Is not kept any more, and nobody finds what was.
+    pub(crate) fn keep_no_longer(&self) {
+        if let Some(keeper) = write(&self.keeper).take() {
+            keeper.void();
+        }
+    }
+
     /// Nothing is dirty from here on.
     pub fn clear(&self) {
         if let Some(keeper) = self.keeper() {
@@ -330,9 +337,7 @@ impl Watcher for Bitmap {
     fn resized(&self, len: u64) {
         self.map.resize(len);
         // What is kept is of a disk of the old size.
-        if let Some(keeper) = write(&self.keeper).take() {
-            keeper.void();
-        }
+        self.keep_no_longer();
     }
 }
 

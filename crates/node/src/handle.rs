@@ -500,8 +500,12 @@ impl NodeHandle {
         let kept = self.bitmaps_to_store();
         let stored = match kept.is_empty() {
             true => Ok(()),
-            false => self.0.driver.store_bitmaps(cx, kept).await,
+            false => self.0.driver.store_bitmaps(cx, kept.clone()).await,
         };
+        if stored.is_ok() {
+            // Whoever opens the image next has them from there, and changes that this node does not see.
+            kept.iter().for_each(|bitmap| bitmap.keep_no_longer());
+        }
         let closed = self.0.driver.close(cx).await;
         stored.and(closed)
     }

@@ -10,6 +10,7 @@
 //!   added by name stay until they are deleted.
 
 mod change;
+mod disks;
 mod exchange;
 mod filters;
 mod fleece;
@@ -44,6 +45,7 @@ use infill_storage::{RangeGuard, RangeLock, StorageHandle, rt};
 use crate::objects::Objects;
 use crate::tls::Credentials;
 pub use change::Opened;
+pub use disks::Disks;
 pub use exchange::hold;
 pub use format::{FormatKind, probe_storage};
 pub use hold::Access;
@@ -175,6 +177,8 @@ struct Shared {
     objects: Objects,
     /// Disks as they were, by the filter that keeps them.
     pasts: Mutex<BTreeMap<String, Weak<Past>>>,
+    /// The files that a state names, until all that waits for them is there.
+    disks: Disks,
     next: AtomicU64,
     /// One change of the graph at a time.
     turn: RangeLock,
@@ -193,6 +197,7 @@ impl Blockdevs {
             policy,
             objects: Objects::default(),
             pasts: Mutex::default(),
+            disks: Disks::default(),
             next: AtomicU64::new(0),
             turn: RangeLock::new(),
         }))
@@ -201,6 +206,11 @@ impl Blockdevs {
     /// The objects that descriptions may name.
     pub fn objects(&self) -> &Objects {
         &self.0.objects
+    }
+
+    /// Who has written to the files of a state.
+    pub fn disks(&self) -> &Disks {
+        &self.0.disks
     }
 
     /// The nodes and their edges.

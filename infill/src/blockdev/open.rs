@@ -118,9 +118,12 @@ impl<'a> Opening<'a> {
     /// Closes everything, the last opened first.
     pub async fn abandon(mut self) {
         while let Some(Pending { name, node, entry, .. }) = self.pending.pop() {
+            let path = entry.facts.file.as_deref().and_then(|file| self.locked_path(file));
+            self.begin_own(path.as_deref());
             if let Err(error) = node.close(&Ctx::GUEST).await {
                 tracing::warn!(%error, name, "closing after a failed open");
             }
+            self.end_own(path.as_deref());
             drop((node, entry));
         }
         for (child, user) in self.taken {
@@ -429,7 +432,13 @@ impl<'a> Opening<'a> {
             metadata_cache_bytes: open.metadata_cache_bytes,
         });
         let node = match window {
-            None => format.open(storage, open).await?,
+            None => {
+                let path = self.locked_path(&file);
+                self.begin_own(path.as_deref());
+                let opened = format.open(storage, open).await;
+                self.end_own(path.as_deref());
+                opened?
+            }
             Some((offset, size)) => {
                 let size = size.unwrap_or(storage.len().saturating_sub(offset));
                 let node = RawNode::window(storage, offset, size, open.read_only)?;
@@ -441,6 +450,27 @@ impl<'a> Opening<'a> {
         let entry = Entry { recipe, ..Entry::without_storage(facts) };
         self.pending.push(Pending { name: name.clone(), node, entry, edge: None });
         Ok((name, backing))
+    }
+
+    /// Where the file of a node lies, if its image lock is taken.
+    fn locked_path(&self, file: &str) -> Option<PathBuf> {
+        let path = |entry: &Entry| entry.path.clone().filter(|_| entry.file.is_some());
+        match self.pending.iter().find(|pending| pending.name == file) {
+            Some(pending) => path(&pending.entry),
+            None => lock(&self.blockdevs.0.entries).get(file).and_then(path),
+        }
+    }
+
+    fn begin_own(&self, path: Option<&Path>) {
+        if let Some(path) = path {
+            self.blockdevs.0.disks.begin_own(path);
+        }
+    }
+
+    fn end_own(&self, path: Option<&Path>) {
+        if let Some(path) = path {
+            self.blockdevs.0.disks.end_own(path);
+        }
     }
 
     /// What becomes of changes of an image on the node `file` that only memory has when the process dies.

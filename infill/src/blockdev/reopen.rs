@@ -48,7 +48,11 @@ impl Blockdevs {
             Ok(journal) => {
                 let open =
                     FormatOptions { read_only: false, fenced: false, discard, metadata_cache_bytes, journal };
-                format.open(below.on_storage(storage), open).await
+                let path = self.path(child).filter(|_| file.1.is_some());
+                path.iter().for_each(|path| self.0.disks.begin_own(path));
+                let opened = format.open(below.on_storage(storage), open).await;
+                path.iter().for_each(|path| self.0.disks.end_own(path));
+                opened
             }
             Err(error) => Err(error),
         };

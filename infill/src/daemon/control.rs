@@ -325,10 +325,10 @@ impl Control {
         if options.node_name.is_none() {
             return Err(QmpError::generic("'node-name' must be specified for the root node"));
         }
-        self.look_at_disks_again();
         let added = self.blockdevs.add(options).await.map(drop).map_err(|error| refused(&error));
         if added.is_ok() {
             self.restore_bitmaps().await;
+            self.keep_stored_bitmaps().await;
         }
         self.greet_new_nodes();
         for (node, watch) in self.blockdevs.take_source_watches() {

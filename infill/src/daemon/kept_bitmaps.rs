@@ -1,20 +1,22 @@
-//! Dirty bitmaps that are not persistent, kept for the next daemon (`--state DIR`).
+//! Dirty bitmaps, kept for the next daemon (`--state DIR`).
 //!
 //! A record names the bitmap and a map ([`KeptMap`]), which lies beside those of copies and says at least what the bitmap says.
 //! A restarted daemon adds the bitmap to its node again before anybody can write there, with what the map says. What never
 //! happens: a bitmap comes back that misses a change. Where its map is not there, or not proven to be true (as of copies:
 //! `docs/decisions/0012`), the bitmap comes back *inconsistent*, which can only be taken away.
 //!
+//! A *persistent* one is kept by its image, and by a map all the same: where the image says that what it holds is out of date,
+//! because a daemon has died, the map says what the bitmap said. What an image holds and calls right is right, whatever is
+//! recorded; and what was stored at an end in order is not recorded any more.
+//!
 //! Records follow the bitmaps that there are ([`Control::note_bitmaps`]), so that whatever adds, changes or takes one away is
 //! seen. Maps say less only when what has led to that is noted: a backup that has cleared a bitmap and is not known to the next
 //! daemon would else have taken changes along that nobody has.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
-use std::path::Path;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
 use infill_io::JournalDir;
@@ -30,7 +32,7 @@ use serde_json::json;
 
 use super::control::Control;
 use super::maps::{seconds, written_until};
-use super::state::KeptBitmap;
+use super::state::{KeptBitmap, State, has_made_up_name};
 use crate::blockdev::{hash, hold, identity_of};
 
 /// The most memory that the maps of all bitmaps take, in bytes: that of a host that has other work.
@@ -43,28 +45,13 @@ struct One {
     name: MapName,
 }
 
-/// A file as it was found.
-struct Disk {
-    identity: String,
-    written: SystemTime,
-    /// Whether it was written to since.
-    is_stale: bool,
-}
-
-impl Disk {
-    fn look(path: &str) -> Option<Disk> {
-        let written = std::fs::metadata(path).and_then(|meta| meta.modified()).ok()?;
-        Some(Disk { identity: identity_of(Path::new(path)).ok()?, written, is_stale: false })
-    }
-}
-
 /// The bitmaps of this daemon that the next one is to have.
 pub(super) struct KeptBitmaps {
     all: RefCell<Vec<One>>,
     /// Maps of bitmaps that are gone, to be removed when that is noted.
     gone: RefCell<Vec<Arc<KeptMap>>>,
-    /// The files that the state names as they were when this daemon had opened nothing: by their paths.
-    disks: RefCell<BTreeMap<String, Disk>>,
+    /// Those of images for which there could be no map.
+    without: RefCell<Vec<Weak<Bitmap>>>,
     /// One changes bitmaps at a time.
     pub(super) turn: RangeLock,
     /// How many transactions are half done.
@@ -78,7 +65,7 @@ impl Default for KeptBitmaps {
         KeptBitmaps {
             all: RefCell::default(),
             gone: RefCell::default(),
-            disks: RefCell::default(),
+            without: RefCell::default(),
             turn: RangeLock::new(),
             half_done: Cell::new(0),
             unnoted: Cell::new(0),
@@ -130,6 +117,30 @@ pub(super) fn added_to_memory(command: &Command) -> Vec<&BitmapAdd> {
     adds.into_iter().filter(|add| !add.persistent).collect()
 }
 
+/// Whether a bitmap of that node is to be in the state: what an image shows and will not change speaks for itself.
+fn to_be_noted(state: &State, node: &str, bitmap: &Bitmap) -> bool {
+    match bitmap.is_persistent() {
+        false => true,
+        true if bitmap.is_inconsistent() => state.has_bitmap(node, bitmap.name()),
+        true => !bitmap.is_read_only() && !has_made_up_name(node),
+    }
+}
+
+/// Refuses a persistent bitmap that the image, which shows `stored` of it, could not take at the end.
+fn fits_image(kept: &KeptBitmap, node: &NodeHandle, stored: Option<&Bitmap>) -> Result<(), String> {
+    match stored {
+        _ if !kept.persistent => Ok(()),
+        Some(stored) if stored.is_read_only() => Err("its image is open read-only".into()),
+        Some(stored) if stored.map().granularity() != kept.granularity => {
+            Err("its image has one of another granularity".into())
+        }
+        Some(_) => Ok(()),
+        None => {
+            node.check_persistent(&kept.node, &kept.name, kept.granularity).map_err(|error| error.to_string())
+        }
+    }
+}
+
 impl Control {
     /// Until the guard goes, maps say no less, for jobs may begin that are not noted; with `is_transaction`, no records follow.
     pub(super) fn begin_unnoted(self: &Rc<Self>, is_transaction: bool) -> Unnoted {
@@ -171,7 +182,7 @@ impl Control {
 
     /// Begins the map of a bitmap that is about to be added to `node`. `None`: the next daemon does not have the bitmap's bits.
     pub(super) async fn begin_bitmap(&self, node: &NodeHandle, add: &BitmapAdd) -> Option<Begun> {
-        self.state.as_ref().filter(|_| !add.persistent)?;
+        self.state.as_ref().filter(|_| !(add.persistent && has_made_up_name(&add.node)))?;
         let granularity = add.granularity.map_or_else(|| node.default_bitmap_granularity(), u64::from);
         let begun = async {
             let generation = RandomState::new().build_hasher().finish();
@@ -227,21 +238,62 @@ impl Control {
     async fn keep_bitmaps_anew(&self, node: &str) {
         let Ok(handle) = self.blockdevs().get(node) else { return };
         for bitmap in handle.bitmaps() {
-            if bitmap.is_persistent() || bitmap.is_inconsistent() || bitmap.is_kept() {
+            self.keep_bitmap_anew(node, &handle, &bitmap).await;
+        }
+    }
+
+    async fn keep_bitmap_anew(&self, node: &str, handle: &NodeHandle, bitmap: &Arc<Bitmap>) {
+        if bitmap.is_read_only() || bitmap.is_inconsistent() || bitmap.is_kept() {
+            return;
+        }
+        let add = BitmapAdd {
+            node: node.to_owned(),
+            name: bitmap.name().to_owned(),
+            granularity: u32::try_from(bitmap.map().granularity()).ok(),
+            persistent: bitmap.is_persistent(),
+            disabled: false,
+        };
+        let Some(begun) = self.begin_bitmap(handle, &add).await else { return };
+        if let Ok(_held) = hold(node, handle).await {
+            self.keep_bitmap(bitmap, begun);
+        }
+    }
+
+    /// Has those be kept that images have brought along since the last call. To be called when nodes were opened, before anybody
+    /// writes to them if that can be.
+    pub(super) async fn keep_stored_bitmaps(&self) {
+        if self.state.is_none() || self.is_ending() {
+            return;
+        }
+        for (node, handle) in self.blockdevs().graph().list() {
+            if has_made_up_name(&node) {
                 continue;
             }
-            let add = BitmapAdd {
-                node: node.to_owned(),
-                name: bitmap.name().to_owned(),
-                granularity: u32::try_from(bitmap.map().granularity()).ok(),
-                persistent: false,
-                disabled: false,
-            };
-            let Some(begun) = self.begin_bitmap(&handle, &add).await else { continue };
-            if let Ok(_held) = hold(node, &handle).await {
-                self.keep_bitmap(&bitmap, begun);
+            for bitmap in handle.bitmaps().into_iter().filter(|bitmap| bitmap.is_persistent()) {
+                if bitmap.is_kept() || self.is_without(&bitmap) {
+                    continue;
+                }
+                self.keep_bitmap_anew(&node, &handle, &bitmap).await;
+                if !bitmap.is_kept() {
+                    self.kept_bitmaps.without.borrow_mut().push(Arc::downgrade(&bitmap));
+                }
             }
         }
+    }
+
+    fn is_without(&self, bitmap: &Arc<Bitmap>) -> bool {
+        let mut without = self.kept_bitmaps.without.borrow_mut();
+        without.retain(|one| one.strong_count() > 0);
+        without.iter().any(|one| std::ptr::eq(one.as_ptr(), Arc::as_ptr(bitmap)))
+    }
+
+    /// All nodes are closed, in order: what their images hold is right, and nothing is to be said of it.
+    pub(super) fn forget_stored_bitmaps(&self) {
+        let Some(state) = &self.state else { return };
+        state.forget_stored_bitmaps();
+        let mut all = self.kept_bitmaps.all.borrow_mut();
+        let stored = all.extract_if(.., |one| one.bitmap.is_persistent()).map(|one| one.map);
+        self.kept_bitmaps.gone.borrow_mut().extend(stored);
     }
 
     /// Where a bitmap's bits are kept, if they are.
@@ -259,13 +311,15 @@ impl Control {
         }
         let (mut records, mut bitmaps) = (Vec::new(), Vec::new());
         for (node, handle) in self.blockdevs().graph().list() {
-            let in_memory = handle.bitmaps().into_iter().filter(|bitmap| !bitmap.is_persistent());
             // The oldest first.
-            for bitmap in in_memory.collect::<Vec<_>>().into_iter().rev() {
+            for bitmap in
+                handle.bitmaps().into_iter().rev().filter(|bitmap| to_be_noted(state, &node, bitmap))
+            {
                 records.push(KeptBitmap {
                     node: node.clone(),
                     name: bitmap.name().to_owned(),
                     granularity: bitmap.map().granularity(),
+                    persistent: bitmap.is_persistent(),
                     disabled: !bitmap.is_recording(),
                     bits: self.bits_of(&bitmap),
                 });
@@ -354,15 +408,28 @@ impl Control {
         held: Option<&Held>,
     ) -> Result<(), QmpError> {
         let error = |error: infill_node::BitmapError| QmpError::generic(error.to_string());
-        node.check_new_bitmap(&kept.name).map_err(error)?;
+        let stored = node.bitmap(&kept.name).ok().filter(|stored| kept.persistent && stored.is_persistent());
+        if stored.as_ref().is_some_and(|stored| !stored.is_inconsistent()) {
+            return Ok(());
+        }
+        if stored.is_none() {
+            node.check_new_bitmap(&kept.name).map_err(error)?;
+        }
         let bitmap = Bitmap::new(kept.name.as_str(), node.len(), kept.granularity).map_err(error)?;
+        bitmap.set_persistent(kept.persistent);
         let found = match (held, &kept.bits) {
-            (Some(held), Some(name)) => self.found_bits(kept, name, node).await.map(|map| (held, map, name)),
             (None, _) => Err("its node could not be held".into()),
             (_, None) => Err("its bits were not kept".into()),
+            (Some(held), Some(name)) => match fits_image(kept, node, stored.as_deref()) {
+                Ok(()) => self.found_bits(kept, name, node).await.map(|map| (held, map, name)),
+                Err(reason) => Err(reason),
+            },
         };
         match found {
             Ok((held, map, name)) => {
+                if let Some(stored) = &stored {
+                    node.remove_bitmap(stored);
+                }
                 map.copy_into(bitmap.map());
                 bitmap.set_recording(!kept.disabled);
                 let bitmap = Arc::new(bitmap);
@@ -378,7 +445,9 @@ impl Control {
                     reason,
                     "a bitmap has come back inconsistent: begin with a full backup"
                 );
-                node.show_lost(bitmap.lost());
+                if stored.is_none() {
+                    node.show_lost(bitmap.lost());
+                }
             }
         }
         Ok(())
@@ -397,45 +466,11 @@ impl Control {
         let (memory, owner) = self.bitmap_memory(name, kept.granularity)?;
         let map = Arc::new(rt::offload(move || KeptMap::find(memory, owner)).await?);
         let until = written_until(&map);
-        let checked = self.check_disk(name, until);
+        let checked = self.blockdevs().disks().check(&name.identity, until);
         if checked.is_err() {
             map.remove();
         }
         checked.map(|()| map)
-    }
-
-    /// Refuses a map whose disk was written to after `until`, or by this daemon while its bitmap was not there.
-    fn check_disk(&self, name: &MapName, until: u64) -> Result<(), String> {
-        let disks = self.kept_bitmaps.disks.borrow();
-        let mut files = disks.values().filter(|disk| name.identity.contains(&disk.identity)).peekable();
-        if files.peek().is_none() {
-            return Err("when its file was written to last is not known".into());
-        }
-        match files.all(|disk| !disk.is_stale && seconds(disk.written) <= until) {
-            true => Ok(()),
-            false => Err("its file was written to while nobody kept its bits".into()),
-        }
-    }
-
-    /// Looks when the files of the state were written to last. To be called before this daemon opens any of them.
-    pub(super) fn look_at_disks(&self) {
-        let Some(state) = self.state.as_ref().filter(|state| !state.held_bitmaps().is_empty()) else {
-            return;
-        };
-        let found = state.files().into_iter().filter_map(|path| Disk::look(&path).map(|disk| (path, disk)));
-        self.kept_bitmaps.disks.borrow_mut().extend(found);
-    }
-
-    /// Notes which of these files were written to since: bitmaps that are not there yet have missed that. To be called before a
-    /// node is opened.
-    pub(super) fn look_at_disks_again(&self) {
-        if self.state.as_ref().is_none_or(|state| state.held_bitmaps().is_empty()) {
-            return;
-        }
-        for (path, disk) in self.kept_bitmaps.disks.borrow_mut().iter_mut() {
-            let same = |now: Disk| now.identity == disk.identity && now.written == disk.written;
-            disk.is_stale |= !Disk::look(path).is_some_and(same);
-        }
     }
 
     /// Notes in all maps of bitmaps that this daemon lives.

@@ -6,7 +6,8 @@
 //! job of its map watches the disk itself, a guard does; where there is none the map is not used.
 //!
 //! Nor is one used after somebody else has written to a file of the copy: a file that was written to after the last daemon was
-//! known to live ([`Control::tick_maps`]) was.
+//! known to live ([`Control::tick_maps`]) was, and one that was written to at all since this daemon has started
+//! ([`Disks`](crate::blockdev::Disks)).
 //!
 //! Source and target lie on local files or block devices: what was written there is there after any death of the process. The
 //! server of an NBD export may die with this daemon and what it was told, so that a copy from or to one begins anew.
@@ -14,7 +15,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
-use std::path::Path;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -61,8 +62,6 @@ pub(super) struct Maps {
     guarded: RefCell<BTreeMap<String, Guarded>>,
     /// Those whose jobs run.
     running: RefCell<BTreeMap<String, Arc<KeptMap>>>,
-    /// When files were written to last, as this daemon has found them: in seconds since 1970, by their identity.
-    written: RefCell<BTreeMap<String, u64>>,
 }
 
 /// A copy that is about to begin.
@@ -110,19 +109,11 @@ impl Control {
         Ok(Arc::new(map))
     }
 
-    /// Refuses a map where a file of its copy was written to after `until`, or is not known (of those there are, `all` or some).
-    fn check_files(&self, name: &MapName, until: u64, all: bool) -> Result<(), String> {
-        let written = self.maps.written.borrow();
-        let files = written.iter().filter(|(file, _)| name.identity.contains(file.as_str()));
-        let times: Vec<u64> = files.map(|(_, time)| *time).collect();
-        if times.iter().any(|time| *time > until) {
-            return Err("a file of it was written to after the last daemon had ended".into());
-        }
-        match times.len() {
-            2 => Ok(()),
-            0 | 1 if !all => Ok(()),
-            _ => Err("when its files were written to last is not known".into()),
-        }
+    /// Refuses a map where the file of this node of its copy is another one than when the last daemon had ended, at `until`.
+    fn check_file_of(&self, node: &str, until: u64) -> Result<(), String> {
+        let path = self.blockdevs().bottom_path(node).ok_or("its disks are no local files")?;
+        let file = identity_of(&path).map_err(|error| format!("{error:#}"))?;
+        self.blockdevs().disks().check(&file, until)
     }
 
     /// How a copy is named in its record; `None` where what is left to do of it is not kept.
@@ -146,15 +137,18 @@ impl Control {
         let node = guarded.as_ref().map(|guarded| guarded.node.clone());
         // From here on: where it is not used, it is removed.
         let (kept, until) = match guarded {
+            // Guests may have written to its source since: they were seen.
             Some(guarded) => (KeptCopy::guarded(guarded.map, guarded.watching), guarded.until),
             None if name.watched.is_some() => return Err("its source was not watched".into()),
             None => {
                 let found = self.find_map(copy.id, &name).await?;
                 let until = written_until(&found);
-                (KeptCopy::new(found), until)
+                let kept = KeptCopy::new(found);
+                self.check_file_of(copy.source, until)?;
+                (kept, until)
             }
         };
-        self.check_files(&name, until, true)?;
+        self.check_file_of(copy.target, until)?;
         if self.map_name(copy, name.generation).as_ref() != Some(&name) {
             return Err("source or target is another one".into());
         }
@@ -242,7 +236,7 @@ impl Control {
             let found = self.find_map(&id, &name).await;
             let found = found.and_then(|map| {
                 let until = written_until(&map);
-                self.check_files(&name, until, false).map(|()| (map, until))
+                self.check_file_of(watched, until).map(|()| (map, until))
             });
             match found {
                 Ok((map, until)) => {
@@ -273,14 +267,12 @@ impl Control {
         }
     }
 
-    /// Looks when files were written to last. To be called before this daemon opens them for the first time.
-    pub(super) fn look_at_files(&self, paths: &[String]) {
-        let mut written = self.maps.written.borrow_mut();
-        for path in paths {
-            let time = std::fs::metadata(path).and_then(|meta| meta.modified());
-            if let (Ok(time), Ok(file)) = (time, identity_of(Path::new(path))) {
-                written.entry(file).or_insert(seconds(time));
-            }
+    /// Looks when files of the state were written to last, if a map of theirs may wait for its job or its bitmap. To be called
+    /// before this daemon opens them.
+    pub(super) fn look_at_disks(&self, files: Vec<String>) {
+        let Some(state) = &self.state else { return };
+        if !state.held_bitmaps().is_empty() || !state.held_maps().is_empty() {
+            self.blockdevs().disks().look(files.into_iter().map(PathBuf::from));
         }
     }
 

@@ -302,6 +302,9 @@ async fn end(control: &Rc<Control>) -> Result<()> {
     }
     let closed = control.blockdevs().close_all().await.context("closing the nodes");
     control.tick_maps();
+    if closed.is_ok() {
+        control.forget_stored_bitmaps();
+    }
     control.tell_ended().await;
     if rt::timeout(FAREWELL_TIME, control.monitors().drained()).await.is_none() {
         tracing::warn!("a monitor did not take what was left for it");

@@ -15,6 +15,8 @@ pub struct KeptBitmap {
     pub name: String,
     /// Bytes that a bit stands for.
     pub granularity: u64,
+    /// Whether its image keeps it, too.
+    pub persistent: bool,
     /// Whether it does not record.
     pub disabled: bool,
     /// Where its bits are; `None` where they are lost.
@@ -34,6 +36,9 @@ impl KeptBitmap {
         put("name", json!(self.name));
         put("granularity", json!(self.granularity));
         put("disabled", json!(self.disabled));
+        if self.persistent {
+            put("persistent", json!(true));
+        }
         let command = "block-dirty-bitmap-add".into();
         Record { key, command, given, strings: false, now: None, job: None, bits: self.bits }
     }
@@ -48,6 +53,7 @@ impl KeptBitmap {
             node: text("node")?,
             name: text("name")?,
             granularity: record.given.get("granularity")?.as_u64()?,
+            persistent: record.given.get("persistent").is_some_and(|persistent| persistent == true),
             disabled: record.given.get("disabled")?.as_bool()?,
             bits: record.bits.clone(),
         })
@@ -74,6 +80,21 @@ impl State {
                 self.keep(record);
             }
         }
+    }
+
+    /// Whether there is a record of that bitmap.
+    pub fn has_bitmap(&self, node: &str, name: &str) -> bool {
+        self.find(&bitmap_key(node, name)).is_some()
+    }
+
+    /// Their images hold the persistent bitmaps whose bits are kept: those that wait for their nodes stay.
+    pub fn forget_stored_bitmaps(&self) {
+        let is_stored = |(at, entry): (&u64, &Entry)| {
+            let kept = KeptBitmap::of(&entry.record).filter(|_| entry.held.is_none())?;
+            (kept.persistent && kept.bits.is_some()).then_some(*at)
+        };
+        let stored: Vec<u64> = self.entries.borrow().iter().filter_map(is_stored).collect();
+        stored.into_iter().for_each(|at| self.forget_at(at));
     }
 
     /// Bitmaps that are not there again.

@@ -28,10 +28,15 @@ impl State {
     }
 }
 
+/// Whether a node's name was made up.
+pub(in crate::daemon) fn has_made_up_name(node: &str) -> bool {
+    node.starts_with(MADE_UP)
+}
+
 /// Refuses to keep what names a node by a made-up name: it has another one after a restart.
 pub(in crate::daemon) fn check_names(control: &Control, value: &Value) -> Result<(), QmpError> {
     match value {
-        Value::String(name) if name.starts_with(MADE_UP) && control.blockdevs().get(name).is_ok() => {
+        Value::String(name) if has_made_up_name(name) && control.blockdevs().get(name).is_ok() => {
             Err(QmpError::generic(format!(
                 "node '{name}' was given no node-name, and has another one after a restart: give it one, so that what is \
                  kept with --state can name it"
@@ -114,6 +119,9 @@ impl Control {
         }
         let now = self.comes_back_as(&command, &object);
         let value = self.carry_out(command).await?;
+        if !name.contains("query-") {
+            self.keep_stored_bitmaps().await;
+        }
         let kept = |id: &str| self.jobs().get(id).map(|job| job.kept()).unwrap_or_default();
         let job_of = |kind, key: &Key| JobRecord { kind, kept: kept(&key.name), done: false };
         if let Some((key, kind)) = made {

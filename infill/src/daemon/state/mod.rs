@@ -32,7 +32,7 @@ use serde_json::{Map, Value, json};
 
 use crate::blockdev::Blockdevs;
 pub use bitmaps::KeptBitmap;
-pub(super) use keep::check_names;
+pub(super) use keep::{check_names, has_made_up_name};
 use record::{Key, Kind, Record};
 use store::Store;
 

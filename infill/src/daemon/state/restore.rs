@@ -41,7 +41,7 @@ impl Control {
     /// tried again as long as the daemon lives.
     pub async fn restore(self: &Rc<Self>) {
         let Some(state) = &self.state else { return };
-        self.look_at_disks();
+        self.look_at_disks(state.files());
         if state.held_entries().is_empty() {
             self.forget_old_maps();
             self.forget_old_bitmaps();
@@ -97,9 +97,8 @@ impl Control {
             // Somebody has taken it away or made it meanwhile.
             _ => return Ok(()),
         };
-        if !state.held_maps().is_empty() {
-            self.look_at_files(&record.files());
-        }
+        // They may not have been there when the daemon started.
+        self.look_at_disks(record.files());
         let id = &record.key.name;
         if record.key.kind == Kind::Bitmap {
             self.restore_bitmaps().await;

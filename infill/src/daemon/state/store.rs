@@ -20,9 +20,9 @@ use rustix::fs::{FlockOperation, flock};
 use super::record::Record;
 
 /// The layout of the database that this program writes. A daemon that knew the first one alone would begin a copy anew and leave
-/// the map that its record names as it is, and one that knew the second one knows no bitmaps, so neither may read what this
-/// one has written.
-const SCHEMA: u64 = 3;
+/// the map that its record names as it is; one that knew the second one knows no bitmaps, and one that knew the third none of an
+/// image. So none of them may read what this one has written.
+const SCHEMA: u64 = 4;
 /// The oldest layout that is read.
 const SCHEMA_OLDEST: u64 = 1;
 /// Records, in the order in which what they tell of was made.
