@@ -3,6 +3,8 @@
 //! It takes requests at any byte. With `direct` it goes around the page cache: what is not aligned is read, changed and
 //! written under a lock on its blocks, and the file's length becomes a multiple of the block size.
 //!
+//! Large pieces that a job writes go around the page cache in any case ([`bulk`]).
+//!
 //! A read costs one ring operation. Zeroing, discarding, extents and growing are system calls on a helper thread
 //! (about 15 µs more), because the ring has no operation for them here.
 
@@ -24,6 +26,9 @@ use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use crate::locks::{self, Share};
+use bulk::Bulk;
+
+mod bulk;
 
 /// Most runs that one write hands to the kernel (its own limit is 1024).
 const MAX_RUNS: usize = 1024;
@@ -83,6 +88,8 @@ pub struct FileStorage {
     /// Blocks that a direct write changes.
     blocks: RangeLock,
     poisoned: AtomicBool,
+    /// For large pieces of jobs.
+    bulk: Bulk,
     /// The file system has said that it cannot do it.
     no_zero: AtomicBool,
     no_punch: AtomicBool,
@@ -137,6 +144,7 @@ impl FileStorage {
             align: u64::from(align),
             blocks: RangeLock::new(),
             poisoned: AtomicBool::new(false),
+            bulk: Bulk::default(),
             no_zero: AtomicBool::new(false),
             no_punch: AtomicBool::new(false),
         })
@@ -235,6 +243,11 @@ impl FileStorage {
 
     /// Writes all of `data`. Aligned if `direct`.
     async fn write_plain(&self, at: u64, data: Gather) -> IoResult<()> {
+        self.write_to(&self.fd, at, data).await
+    }
+
+    /// Writes all of `data` through `fd`, which is open on this file.
+    async fn write_to(&self, fd: &Arc<OwnedFd>, at: u64, data: Gather) -> IoResult<()> {
         let total = data.len();
         let (mut at, mut left) = (at, data);
         while !left.is_empty() {
@@ -243,7 +256,7 @@ impl FileStorage {
             } else {
                 left.clone().into_runs()
             };
-            let op = WriteVectoredAt::new(self.fd.clone(), at, runs);
+            let op = WriteVectoredAt::new(fd.clone(), at, runs);
             let BufResult(result, _) = compio::runtime::submit(op).await;
             match result {
                 Ok(0) => {
@@ -398,7 +411,7 @@ impl Storage for FileStorage {
         }
         if self.align > 1 {
             self.write_direct(at, data).await?;
-        } else {
+        } else if !(self.is_bulk(cx, at, data.len() as u64) && self.write_bulk(at, &data).await?) {
             self.write_plain(at, data).await?;
         }
         if flags.contains(WriteFlags::FUA) { self.sync(cx).await } else { Ok(()) }
@@ -471,8 +484,8 @@ impl Storage for FileStorage {
         }
     }
 
-    async fn write_back(&self, _cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
-        if self.align > 1 {
+    async fn write_back(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        if self.align > 1 || (self.is_bulk(cx, at, len) && self.bulk.is_open()) {
             return Ok(());
         }
         self.blocking(move |fd| {

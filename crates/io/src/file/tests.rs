@@ -1,5 +1,6 @@
 use super::*;
 use crate::Reactors;
+use infill_base::Class;
 
 fn run<F: Future<Output = ()> + 'static>(make: impl FnOnce(PathBuf) -> F + Send + 'static) {
     let dir = tempfile::tempdir().unwrap();
@@ -175,5 +176,51 @@ fn a_fifo_is_refused_at_once_and_a_file_waits_for_its_disk() {
         std::fs::remove_file(&path).unwrap();
         let file = FileStorage::open(&path, FileOptions::create_new(4096)).unwrap();
         assert!(!rustix::fs::fcntl_getfl(&*file.fd).unwrap().contains(OFlags::NONBLOCK));
+    });
+}
+
+#[test]
+fn large_pieces_of_jobs_go_around_the_cache_and_everybody_reads_them() {
+    run(|path| async move {
+        let file = FileStorage::open(&path, FileOptions::create_new(1 << 20)).unwrap();
+        let can = rustix::fs::open(&path, OFlags::RDWR | OFlags::DIRECT, Mode::empty()).is_ok();
+        let mut model = vec![0_u8; 1 << 20];
+        for round in 0..40_usize {
+            let (at, len, class) = match round % 4 {
+                // Behind the end, over what is cached, beside what is dirty.
+                0 => (round * 40_960, 65_536, Class::Fill),
+                1 => (round * 32_768 % 900_000 / 4096 * 4096, 131_072, Class::Fill),
+                2 => (round * 7919 % 900_000, 5001, Class::Guest),
+                _ => (round * 6151 % 700_000 + 1, 70_000, Class::Fill),
+            };
+            let data = pattern(len, round as u8);
+            model.resize(model.len().max(at + len), 0);
+            model[at..at + len].copy_from_slice(&data);
+            let cx = Ctx::of(class);
+            // Two runs, of which none is where direct I/O wants it.
+            let mut gather = Gather::new();
+            let cut = data.len() / 3;
+            gather.push(data[..cut].to_vec().into());
+            gather.push(data[cut..].to_vec().into());
+            file.write(&cx, at as u64, gather, WriteFlags::empty()).await.unwrap();
+            file.write_back(&cx, at as u64, len as u64).await.unwrap();
+            assert_eq!(file.len(), model.len() as u64);
+            assert_eq!(get(&file, 0, model.len()).await, model, "round {round}");
+        }
+        assert_eq!(file.bulk.is_open(), can);
+        file.sync(&Ctx::GUEST).await.unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), model);
+    });
+}
+
+#[test]
+fn the_locks_of_an_image_outlive_the_descriptor_for_large_pieces() {
+    run(|path| async move {
+        let file = FileStorage::open(&path, FileOptions::create_new(1 << 20)).unwrap();
+        let data = Bytes::from(pattern(1 << 17, 1));
+        file.write(&Ctx::FILL, 0, data.into(), WriteFlags::empty()).await.unwrap();
+        assert!(FileStorage::open(&path, FileOptions::default()).is_err());
+        drop(file);
+        FileStorage::open(&path, FileOptions::default()).unwrap();
     });
 }
