@@ -44,6 +44,7 @@ mod read;
 mod refcount;
 mod runs;
 mod snapshots;
+mod tree;
 mod write;
 mod write_back;
 mod writer;

@@ -33,12 +33,12 @@ use infill_storage::sync::{Arc, Mutex, lock};
 use crate::entry::{L1Entry, L2Entry, L2TableRef, L2View, StandardCluster, be64};
 use crate::features::Incompatible;
 use crate::format::limits::{SNAPSHOT_TABLE_BYTES_MAX, SNAPSHOTS_MAX};
-use crate::geometry::{Geometry, HostCluster, HostOffset, L1Index, TABLE_ENTRY_BYTES};
+use crate::geometry::{HostOffset, L1Index, TABLE_ENTRY_BYTES};
 use crate::header::{Header, HeaderChange, TableRef};
 use crate::image::Image;
 use crate::metaio;
 use crate::refcount::HostRun;
-use crate::write_back::Freed;
+use crate::tree::Named;
 use table::Listed;
 
 mod table;
@@ -367,7 +367,7 @@ impl Image {
                 .map_err(|error| IoError::from(error).in_node(self.storage.name()))?;
             let Some(table) = table else { continue };
             let mut bytes = self.read_table(table.at).await?;
-            let (mut runs, mut changed) = (Runs::default(), false);
+            let (mut runs, mut changed) = (Named::default(), false);
             for field in bytes.chunks_exact_mut(self.geometry.l2_entry_bytes() as usize) {
                 let entry = L2Entry::from_bytes(field, &self.geometry);
                 if entry.is_absent() {
@@ -387,8 +387,7 @@ impl Image {
             }
             runs.push(self.geometry.host_cluster(table.at).0, 1);
             let refcounts = &self.writer()?.refcounts;
-            for (first, length) in runs.0 {
-                let run = HostRun { first: HostCluster(first), count: length, zeroed: false };
+            for run in runs.runs() {
                 match count {
                     Count::Up => refcounts.raise(&Ctx::GUEST, run).await?,
                     Count::Down => refcounts.release(&Ctx::GUEST, run).await?,
@@ -402,15 +401,6 @@ impl Image {
             }
         }
         Ok(())
-    }
-
-    async fn read_table(&self, at: HostOffset) -> IoResult<BytesMut> {
-        if at.0 >= self.storage.len() {
-            let why = format!("an L1 entry names an L2 table at byte {}, behind the end of the file", at.0);
-            return Err(self.corrupt(why));
-        }
-        self.check_table(&Ctx::GUEST, at.0).await?;
-        metaio::read(&Ctx::GUEST, &self.storage, at.0, self.geometry.cluster_bytes() as usize).await
     }
 
     /// Gives the flag *copied* to whatever of the active tables is named once, in file and memory.
@@ -460,33 +450,6 @@ impl Image {
             }
         }
         Ok(changed.then(|| bytes.freeze()))
-    }
-}
-
-/// Runs of host clusters, neighbours joined.
-#[derive(Default)]
-struct Runs(Vec<(u64, u64)>);
-
-impl Runs {
-    fn push(&mut self, first: u64, count: u64) {
-        match self.0.last_mut() {
-            Some((start, length)) if *start + *length == first => *length += count,
-            _ => self.0.push((first, count)),
-        }
-    }
-
-    /// What an entry names.
-    fn add(&mut self, view: &L2View, geometry: &Geometry) {
-        match view {
-            L2View::Standard(StandardCluster { host: Some(host), .. }) => {
-                self.push(geometry.host_cluster(*host).0, 1);
-            }
-            L2View::Standard(_) => {}
-            L2View::Compressed(found) => {
-                let run = Freed::compressed(*found, geometry).run();
-                self.push(run.first.0, run.count);
-            }
-        }
     }
 }
 

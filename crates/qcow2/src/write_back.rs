@@ -28,7 +28,7 @@ use infill_storage::sync::{Arc, lock};
 use crate::entry::CompressedCluster;
 #[cfg(feature = "planted-faults")]
 use crate::faults::Fault;
-use crate::geometry::{Geometry, HostCluster};
+use crate::geometry::{Geometry, HostCluster, HostOffset};
 use crate::image::Image;
 use crate::l1::L1Copy;
 use crate::refcount::{HostRun, RefcountCopy};
@@ -45,6 +45,8 @@ pub(crate) struct Freed {
     run: HostRun,
     /// An L2 table: slices of it may be cached.
     table: bool,
+    /// With what it names.
+    tree: bool,
     /// The guest gave it up: its space goes back to the file system.
     punch: bool,
 }
@@ -57,7 +59,7 @@ impl Freed {
 
     /// A cluster of data.
     pub(crate) fn data(cluster: HostCluster, punch: bool) -> Freed {
-        Freed { run: HostRun { first: cluster, count: 1, zeroed: false }, table: false, punch }
+        Freed { run: HostRun { first: cluster, count: 1, zeroed: false }, table: false, tree: false, punch }
     }
 
     /// An L2 table.
@@ -65,9 +67,14 @@ impl Freed {
         Freed { table: true, ..Freed::data(cluster, false) }
     }
 
+    /// An L2 table, and all that it names. Nobody changes it any more.
+    pub(crate) fn tree(cluster: HostCluster) -> Freed {
+        Freed { tree: true, ..Freed::table(cluster) }
+    }
+
     /// A longer table of the header's.
     pub(crate) fn clusters(first: HostCluster, count: u64) -> Freed {
-        Freed { run: HostRun { first, count, zeroed: false }, table: false, punch: false }
+        Freed { run: HostRun { first, count, zeroed: false }, table: false, tree: false, punch: false }
     }
 
     /// A compressed cluster: each host cluster that it touches counts it once.
@@ -204,10 +211,10 @@ impl Image {
     }
 
     /// Punches and lowers refcounts. A failure leaks.
-    async fn lower(&self, freed: &[Freed]) {
+    async fn lower(self: &Arc<Image>, freed: &[Freed]) {
         let Ok(writer) = self.writer() else { return };
         let cx = &Ctx::GUEST;
-        for Freed { run, table, punch } in freed.iter().copied() {
+        for Freed { run, table, tree, punch } in freed.iter().copied() {
             let at = self.geometry.host_offset(run.first).0;
             if table {
                 let slices = self.geometry.cluster_bytes() / self.slices.layout().slice_bytes as u64;
@@ -220,6 +227,14 @@ impl Image {
             if let Err(error) = checked {
                 tracing::warn!(%error, at, "clusters are not given back");
                 continue;
+            }
+            if tree {
+                if let Err(error) = self.lower_tree(HostOffset(at)).await {
+                    tracing::warn!(%error, at, "what a table names is not given back");
+                    continue;
+                }
+                // A failure is told to whoever syncs next.
+                let _ = self.relieve().await;
             }
             if punch
                 && self.options.discard == DiscardMode::Unmap
@@ -237,7 +252,12 @@ impl Image {
 
 #[cfg(feature = "planted-faults")]
 impl Image {
-    async fn plant_before_writes(&self, writer: &Writer, freed: &mut Vec<Freed>, slices: &[FrozenSlice]) {
+    async fn plant_before_writes(
+        self: &Arc<Image>,
+        writer: &Writer,
+        freed: &mut Vec<Freed>,
+        slices: &[FrozenSlice],
+    ) {
         if self.fault(Fault::SliceEvictedBeforeWrite) {
             let count = self.geometry.cluster_bytes() / self.slices.layout().slice_bytes as u64;
             slices.iter().for_each(|slice| self.slices.forget_table(slice.key().table, count as u32));

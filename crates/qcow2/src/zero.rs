@@ -9,10 +9,11 @@ use infill_base::{
 };
 use infill_storage::sync::Arc;
 
-use crate::entry::{L2View, StandardCluster};
-use crate::geometry::{GuestCluster, GuestOffset};
+use crate::entry::{L1Entry, L2View, StandardCluster};
+use crate::geometry::{GuestCluster, GuestOffset, L1Index};
 use crate::image::Image;
 use crate::lookup::Place;
+use crate::write_back::Freed;
 
 /// Bytes of one piece where zeroes have to be written.
 const ZERO_WRITE_BYTES: u64 = 1 << 20;
@@ -106,10 +107,28 @@ impl Image {
 
     /// Makes everything absent, over a backing too, and that stable. Nothing else changes meanwhile, and nothing links.
     ///
-    /// Cut off in the middle, some clusters are absent and others are not: whoever empties an overlay sees to it that both
-    /// read the same.
-    pub(crate) async fn make_empty(self: &Arc<Image>, cx: &Ctx) -> IoResult<()> {
-        self.forget(cx, 0, self.size()).await?;
+    /// The L1 table is emptied, which takes two syncs whatever the size of the disk; what it named is counted down afterwards,
+    /// when nobody waits for it. Cut off in the middle, some tables are absent and others are not: whoever empties an overlay
+    /// sees to it that both read the same. What was not counted down by then leaks until a check.
+    pub(crate) async fn make_empty(self: &Arc<Image>) -> IoResult<()> {
+        let writer = self.prepare().await?;
+        {
+            // Whoever has looked up a table to change is done with it.
+            let _steady = writer.steady.exclusive(0, 1).await;
+            for index in (0..self.l1.table().count).map(L1Index) {
+                let entry = self.l1.get(index);
+                if entry == L1Entry::EMPTY {
+                    continue;
+                }
+                self.relieve().await?;
+                let table = entry.view(&self.geometry);
+                let table = table.map_err(|error| IoError::from(error).in_node(self.storage.name()))?;
+                self.set_table(index, L1Entry::EMPTY);
+                if let Some(table) = table {
+                    self.unmapped(Freed::tree(self.geometry.host_cluster(table.at)));
+                }
+            }
+        }
         self.sync().await
     }
 
