@@ -89,7 +89,6 @@ fn below(node: &NodeHandle) -> Option<NodeHandle> {
 /// Starts a commit on this thread's reactor (`block-commit`).
 pub fn start(jobs: &Jobs, job: JobOptions, mut options: CommitOptions) -> Result<Job, JobError> {
     let kept = options.kept.take();
-    let map = kept.as_ref().map(|kept| kept.map().clone());
     let CommitOptions { top, base, overlay, .. } = &options;
     let layers: Vec<_> = std::iter::successors(below(top), below)
         .take(CHAIN_LAYERS_MAX)
@@ -106,7 +105,8 @@ pub fn start(jobs: &Jobs, job: JobOptions, mut options: CommitOptions) -> Result
         )));
     }
     let claim = jobs.claim(&job.id, base, std::iter::once(top.clone()).chain(layers.clone()).collect())?;
-    let transfer = Transfer::kept(top.clone(), base.clone(), Scope::Above(base.clone()), true, map);
+    let scope = Scope::Above(base.clone());
+    let transfer = Transfer::kept(top.clone(), base.clone(), scope, true, kept.as_ref());
     let policy = CopyPolicy {
         on_source_error: options.on_error,
         on_target_error: options.on_error,

@@ -6,6 +6,8 @@
 //! 2. A piece that is taken to be copied is under way in the same step.
 //! 3. A bit is cleared when the target has its block: a write of it has succeeded, which the target's own journal or the page
 //!    cache keeps, nothing of the block is under way, and nothing is marked. One lock makes these one step.
+//! 4. A target on a server, which may die with what it was told, has a block when a sync that began after the write has
+//!    succeeded ([`KeptCopy::until_synced`]), and no later write of it waits for the next one.
 //!
 //! # Order, of a copy of the past
 //! 1. The target has a block; its bit is cleared; it is called old no more, and only then a guest's write to it goes on.
@@ -16,7 +18,7 @@ use std::ops::Range;
 
 use futures_util::future::LocalBoxFuture;
 use infill_base::{Ctx, IoResult, align_down};
-use infill_node::{Change, Kept, Watcher, Watching};
+use infill_node::{Change, DirtyMap, Kept, Watcher, Watching};
 use infill_storage::sync::atomic::Ordering;
 use infill_storage::sync::{Arc, Mutex, MutexGuard, lock};
 
@@ -28,6 +30,9 @@ use crate::job::WorkEnd;
 pub(super) struct Keeping {
     pub(super) map: Arc<KeptMap>,
     under_way: Mutex<Vec<Range<u64>>>,
+    /// What was written to the target since its last sync began, where that is not there to stay. Changed under the lock of
+    /// what is under way.
+    unsynced: Option<DirtyMap>,
 }
 
 /// A guest's change that is under way while this lives.
@@ -41,6 +46,7 @@ pub(super) struct UnderWay {
 pub struct KeptCopy {
     map: Arc<KeptMap>,
     guard: Option<Watching>,
+    until_synced: bool,
     has_ended: bool,
 }
 
@@ -61,12 +67,18 @@ impl Drop for KeptCopy {
 impl KeptCopy {
     /// A map that was begun for this copy.
     pub fn new(map: Arc<KeptMap>) -> KeptCopy {
-        KeptCopy { map, guard: None, has_ended: false }
+        KeptCopy { map, guard: None, until_synced: false, has_ended: false }
     }
 
     /// A map that was found, and what has kept it true since.
     pub fn guarded(map: Arc<KeptMap>, guard: Watching) -> KeptCopy {
-        KeptCopy { map, guard: Some(guard), has_ended: false }
+        KeptCopy { map, guard: Some(guard), until_synced: false, has_ended: false }
+    }
+
+    /// What was written to the target is there to stay only when a sync has covered it. For mirrors and commits alone.
+    pub fn until_synced(mut self, until_synced: bool) -> KeptCopy {
+        self.until_synced = until_synced;
+        self
     }
 
     /// The map.
@@ -128,8 +140,15 @@ impl Watcher for MapGuard {
 }
 
 impl Keeping {
+    /// Of a copy of the past.
     pub(super) fn new(map: Arc<KeptMap>) -> Keeping {
-        Keeping { map, under_way: Mutex::default() }
+        Keeping { map, under_way: Mutex::default(), unsynced: None }
+    }
+
+    /// Of a copy in pieces of so many bytes.
+    pub(super) fn of(kept: &KeptCopy, piece: u64) -> Keeping {
+        let unsynced = kept.until_synced.then(|| DirtyMap::new(kept.map.disk_bytes(), piece));
+        Keeping { unsynced, ..Keeping::new(kept.map.clone()) }
     }
 
     fn begin(&self, range: Range<u64>) {
@@ -147,12 +166,21 @@ impl Keeping {
         under_way
     }
 
-    /// Clears the bits of a range of which the target has all.
-    fn clear(&self, transfer: &Transfer, range: &Range<u64>) {
+    /// A range was written to the target.
+    fn written(&self, transfer: &Transfer, range: &Range<u64>) {
         let under_way = self.end(range);
+        match &self.unsynced {
+            Some(unsynced) => unsynced.mark(range.start, range.end - range.start),
+            None => self.clear(&under_way, transfer, range),
+        }
+    }
+
+    /// Clears the bits of a range of which the target has all.
+    fn clear(&self, under_way: &[Range<u64>], transfer: &Transfer, range: &Range<u64>) {
         let unit = self.map.granularity();
         let is_clean = |at: u64, end: u64| {
             !under_way.iter().any(|other| other.start < end && other.end > at)
+                && self.unsynced.as_ref().is_none_or(|unsynced| unsynced.is_clean(at, end - at))
                 && transfer.hot.is_clean(at, end - at)
                 && transfer.cold.is_clean(at, end - at)
         };
@@ -181,7 +209,7 @@ impl UnderWay {
     pub(super) fn end_copied(mut self) {
         self.is_over = true;
         if let Some(keeping) = &self.transfer.keeping {
-            keeping.clear(&self.transfer, &self.range);
+            keeping.written(&self.transfer, &self.range);
         }
     }
 }
@@ -265,7 +293,31 @@ impl Transfer {
         match self.is_of_the_past() {
             // What is old says it.
             true => drop(keeping.end(&(at..at + len))),
-            false => keeping.clear(self, &(at..at + len)),
+            false => keeping.written(self, &(at..at + len)),
+        }
+    }
+
+    /// Whether something waits for a sync of the target.
+    pub(super) fn has_unsynced(&self) -> bool {
+        let unsynced = self.keeping.as_ref().and_then(|keeping| keeping.unsynced.as_ref());
+        unsynced.is_some_and(|unsynced| unsynced.dirty_bytes() > 0)
+    }
+
+    /// What a sync of the target that begins now covers.
+    pub(super) fn begin_sync(&self) -> Vec<Range<u64>> {
+        let Some(keeping) = &self.keeping else { return Vec::new() };
+        let Some(unsynced) = &keeping.unsynced else { return Vec::new() };
+        let _alone = lock(&keeping.under_way);
+        std::iter::from_fn(|| unsynced.take_next(0, u64::MAX)).collect()
+    }
+
+    /// That sync has succeeded.
+    pub(super) fn end_sync(&self, covered: &[Range<u64>]) {
+        let Some(keeping) = &self.keeping else { return };
+        for range in covered {
+            // Guests do not wait for all of it.
+            let under_way = lock(&keeping.under_way);
+            keeping.clear(&under_way, self, range);
         }
     }
 

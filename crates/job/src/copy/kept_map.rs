@@ -183,6 +183,11 @@ impl KeptMap {
         self.owner.granularity
     }
 
+    /// Size of the disk, in bytes.
+    pub fn disk_bytes(&self) -> u64 {
+        self.owner.len
+    }
+
     /// Memory that it takes, in bytes.
     pub fn bytes(&self) -> usize {
         self.owner.bytes()

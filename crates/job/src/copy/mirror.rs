@@ -138,7 +138,7 @@ pub fn start(jobs: &Jobs, job: JobOptions, options: MirrorOptions) -> Result<Job
         (MirrorSync::Top, Some(below)) => Scope::Above(below),
         (MirrorSync::Top, None) | (MirrorSync::Full, _) => Scope::Full,
     };
-    let transfer = Transfer::kept(source, target, scope, unmap, kept.as_ref().map(|kept| kept.map().clone()));
+    let transfer = Transfer::kept(source, target, scope, unmap, kept.as_ref());
     let policy = CopyPolicy {
         on_source_error: options.on_source_error,
         on_target_error: options.on_target_error,

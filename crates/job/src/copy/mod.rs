@@ -20,6 +20,7 @@ mod kept_map;
 pub mod mirror;
 mod transfer;
 
+use std::ops::Range;
 use std::time::Duration;
 
 use futures_util::future::{Fuse, LocalBoxFuture};
@@ -86,7 +87,8 @@ struct Piece {
 enum Done {
     Copied(Piece, Result<(), Failed>),
     Walked(Result<bool, Failed>),
-    Synced(IoResult<()>),
+    /// With what a target that forgets had not synced before.
+    Synced(IoResult<()>, Vec<Range<u64>>),
 }
 
 /// Wants latencies while it lives.
@@ -367,10 +369,11 @@ impl Copier {
                 }
                 self.answers(job);
             }
-            Done::Synced(result) => {
+            Done::Synced(result, covered) => {
                 self.syncing = false;
                 // After a failed sync nothing is known; no policy makes that good.
                 result?;
+                self.transfer.end_sync(&covered);
                 job.set_durable(self.copied_bytes);
             }
         }
@@ -436,11 +439,13 @@ impl Copier {
         if now >= self.next_tick {
             self.tick(now);
         }
-        if now >= self.next_sync && self.unsynced && !self.syncing {
+        let unsynced = self.unsynced || self.transfer.has_unsynced();
+        if now >= self.next_sync && unsynced && !self.syncing {
             self.next_sync = now + SYNC_INTERVAL;
             (self.syncing, self.unsynced) = (true, false);
-            let target = self.transfer.target.clone();
-            self.in_flight.push(Box::pin(async move { Done::Synced(target.sync(&Ctx::FILL).await) }));
+            let (target, covered) = (self.transfer.target.clone(), self.transfer.begin_sync());
+            self.in_flight
+                .push(Box::pin(async move { Done::Synced(target.sync(&Ctx::FILL).await, covered) }));
         }
         if now >= self.next_progress {
             self.next_progress = now + PROGRESS_INTERVAL;

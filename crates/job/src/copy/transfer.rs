@@ -10,7 +10,7 @@ use infill_storage::RangeLock;
 use infill_storage::sync::Arc;
 use infill_storage::sync::atomic::{AtomicU64, Ordering};
 
-use super::keeping::Keeping;
+use super::keeping::{Keeping, KeptCopy};
 use super::kept_map::KeptMap;
 use crate::control::REQUEST_BYTES_MAX;
 use crate::state::Operation;
@@ -119,15 +119,16 @@ impl Transfer {
         Transfer::kept(source, target, scope, unmap, None)
     }
 
-    /// As [`Transfer::new`]; what is left to do is in `map`, too, from [`Transfer::begin_keeping`] on.
+    /// As [`Transfer::new`]; what is left to do is in a map, too, from [`Transfer::begin_keeping`] on.
     pub(super) fn kept(
         source: NodeHandle,
         target: NodeHandle,
         scope: Scope,
         unmap: bool,
-        map: Option<Arc<KeptMap>>,
+        kept: Option<&KeptCopy>,
     ) -> Arc<Transfer> {
-        Arc::new(Transfer::of(source, target, scope, unmap, None, map))
+        let keeping = kept.map(|kept| Keeping::of(kept, piece_bytes(&target, &scope)));
+        Arc::new(Transfer::of(source, target, scope, unmap, None, keeping))
     }
 
     /// A copy of the source as it is now, whatever is written there later: `old` is what is to be copied of it, at
@@ -149,7 +150,7 @@ impl Transfer {
             Some(slot) if !slot.is_some() => target.info().backing.is_none(),
             _ => true,
         };
-        Arc::new(Transfer::of(source, target, scope, unmap, Some(old), map))
+        Arc::new(Transfer::of(source, target, scope, unmap, Some(old), map.map(Keeping::new)))
     }
 
     fn of(
@@ -158,7 +159,7 @@ impl Transfer {
         scope: Scope,
         unmap: bool,
         old: Option<DirtyMap>,
-        map: Option<Arc<KeptMap>>,
+        keeping: Option<Keeping>,
     ) -> Transfer {
         let (len, piece) = (source.len(), piece_bytes(&target, &scope));
         let walked = AtomicU64::new(if matches!(scope, Scope::Nothing) { len } else { 0 });
@@ -175,7 +176,7 @@ impl Transfer {
             unmap,
             scope,
             walked,
-            keeping: map.map(Keeping::new),
+            keeping,
             written_bytes: AtomicU64::new(0),
         }
     }
