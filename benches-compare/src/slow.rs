@@ -44,6 +44,11 @@ pub fn enter_namespaces() {
     eprintln!("no namespaces: {error}");
 }
 
+/// Whether what is mounted here goes with the program.
+pub fn has_namespaces() -> bool {
+    std::env::var_os(MARK).is_some()
+}
+
 /// The file system; gone with this.
 pub struct Slow {
     dir: PathBuf,
