@@ -740,6 +740,34 @@ fn what_cannot_move_is_refused_before_the_freeze() {
     judge(&a, &guest.lock().unwrap());
 }
 
+/// A target that died ahead of its first record has left an image, which is in nobody's way; one that holds something is.
+#[test]
+fn an_image_that_an_earlier_try_left_is_made_anew_unless_it_holds_something() {
+    const MIGRATION: &str = "5c9f2a10-7d1e-4b62-9c3f-1e2d3c4b5a69";
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (Host::new(dir.path(), "a"), Host::new(dir.path(), "b"));
+    a.has_disk();
+    let left = b.dir.join(format!("{DISK}-{}.qcow2", &MIGRATION[..8]));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", text(&left), &DISK_BYTES.to_string()]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 7 1M 4k", text(&left)]);
+    let before = std::fs::read(&left).unwrap();
+    let begin = json!({"disks": [{"name": DISK}], "to": b.address(), "migration": MIGRATION});
+    a.qmp().run("__infill_migrate", begin);
+    wait_until("it is refused", || {
+        a.migration()["error"].as_str().is_some_and(|told| told.contains("is there already: move it away"))
+    });
+    a.wait_for("serving");
+    assert_eq!(std::fs::read(&left).unwrap(), before);
+    std::fs::remove_file(&left).unwrap();
+    let again = MIGRATION.replace('f', "e");
+    let left = b.dir.join(format!("{DISK}-{}.qcow2", &again[..8]));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", text(&left), &DISK_BYTES.to_string()]);
+    let begin = json!({"disks": [{"name": DISK}], "to": b.address(), "migration": again});
+    a.qmp().run("__infill_migrate", begin);
+    wait_until("it has moved", || b.state_of(&again) == "local");
+    judge(&b, &Guest::new(1));
+}
+
 /// How long nobody could write: from the last answer at the one host, whose machine stands then, to the first at the other.
 #[test]
 #[ignore = "measures: cargo test --release -p infill --test migration -- --ignored --nocapture handovers"]

@@ -5,9 +5,9 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use infill_base::Ctx;
+use infill_base::{Ctx, ExtentKind, IoResult};
 use infill_migrate::{DiskId, Gate, Plan};
-use infill_node::BackingRef;
+use infill_node::{BackingRef, NodeHandle};
 use infill_qmp::{BlockExportOptions, BlockdevOptions, Members};
 use infill_storage::{StorageHandle, rt};
 use serde_json::{Map, Value, json};
@@ -33,9 +33,7 @@ pub(super) async fn prepare_disks(
     for (disk, local_disk) in plan.disks.iter().zip(&local.disks) {
         let live = uri_at(local.data.as_deref().unwrap_or_default(), &live_name(disk.id))?;
         let path = &local_disk.path;
-        if path.exists() {
-            bail!("{} is there already: move it away", path.display());
-        }
+        take_away_remains(control, path).await?;
         made.push(path.clone());
         let options = infill_qcow2::CreateOptions {
             size: disk.bytes,
@@ -44,12 +42,7 @@ pub(super) async fn prepare_disks(
             extended_l2: true,
             ..infill_qcow2::CreateOptions::default()
         };
-        let file = path.to_str().context("the path of the directory for images is not UTF-8")?;
-        let storage = make_file(file, 0).map_err(|error| anyhow!(error.desc))?;
-        let storage = StorageHandle::new(storage);
-        infill_qcow2::create(&Ctx::GUEST, &storage, &options).await?;
-        drop(storage);
-        sync_directory(path)?;
+        make_image(path, &options).await?;
         let below = open_source(control, &live, node_name('l', disk.id)).await?;
         let found = control.blockdevs().get(&below)?.len();
         if found != disk.bytes {
@@ -59,6 +52,55 @@ pub(super) async fn prepare_disks(
         export(control, disk.id, local_disk, Some(&below))?;
     }
     Ok(())
+}
+
+/// Makes the image whole under another name first: what has its own name can be opened, whenever this daemon dies.
+async fn make_image(path: &Path, options: &infill_qcow2::CreateOptions) -> Result<()> {
+    let part = path.with_extension("qcow2.part");
+    let made = async {
+        let file = part.to_str().context("the path of the directory for images is not UTF-8")?;
+        let storage = StorageHandle::new(make_file(file, 0).map_err(|error| anyhow!(error.desc))?);
+        infill_qcow2::create(&Ctx::GUEST, &storage, options).await?;
+        drop(storage);
+        std::fs::rename(&part, path).with_context(|| format!("cannot name {}", path.display()))
+    };
+    let made = made.await;
+    if made.is_err() {
+        let _gone = std::fs::remove_file(&part);
+    }
+    made?;
+    Ok(sync_directory(path)?)
+}
+
+/// Takes away what this migration made when it began before, and the daemon died ahead of its record. Nothing is put into
+/// an image before there is a record, so one that holds anything is somebody's, and stays.
+async fn take_away_remains(control: &Control, path: &Path) -> Result<()> {
+    if !path.exists() {
+        return Ok(());
+    }
+    let there_already = || format!("{} is there already: move it away", path.display());
+    let file = path.to_str().context("the path of the directory for images is not UTF-8")?;
+    let image = Image { format: Some(FormatKind::Qcow2), alone: true, ..Image::read_only(file) };
+    let name = control.blockdevs().add_image(&image).await.with_context(there_already)?;
+    let holds = holds_anything(&control.blockdevs().get(&name)?).await;
+    control.blockdevs().del(&name).await?;
+    if holds.with_context(there_already)? {
+        bail!("{}", there_already());
+    }
+    std::fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))
+}
+
+/// Whether anything is present in an overlay.
+async fn holds_anything(node: &NodeHandle) -> IoResult<bool> {
+    let mut at = 0;
+    while at < node.len() {
+        let extents = node.extents(&Ctx::GUEST, at, node.len() - at).await?;
+        if extents.iter().any(|extent| extent.kind != ExtentKind::Absent) {
+            return Ok(true);
+        }
+        at = extents.last().map_or(node.len(), |last| last.start + last.len);
+    }
+    Ok(false)
 }
 
 /// Opens an export of the source, read-only.
