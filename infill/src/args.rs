@@ -555,9 +555,13 @@ pub struct MigrateArgs {
     /// Copy nothing before the disks change hands.
     #[arg(long, conflicts_with = "pre_copy")]
     pub post_copy: bool,
-    /// Copy everything before the disks change hands.
+    /// Copy everything before the disks change hands: nothing is left at the source.
     #[arg(long)]
     pub pre_copy: bool,
+    /// What the other daemon's certificate is for, if not the host in --to. (Credentials are those of the daemon's own
+    /// --migration tls-creds=DIR.)
+    #[arg(long, value_name = "NAME")]
+    pub tls_hostname: Option<String>,
     /// Stop before the disks change hands, until `infill switch`.
     #[arg(long)]
     pub hold: bool,

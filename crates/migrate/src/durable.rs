@@ -109,7 +109,11 @@ pub(crate) mod source {
     impl Prepared<'_> {
         pub(crate) fn prepare(self) -> Outgoing {
             let plan = &self.0.plan;
-            self.say(Body::Prepare { disks: plan.disks.clone(), block_bytes: plan.block_bytes })
+            self.say(Body::Prepare {
+                disks: plan.disks.clone(),
+                block_bytes: plan.block_bytes,
+                whole: plan.whole,
+            })
         }
 
         pub(crate) fn round(self, bitmap: BitmapId, round: Round, dirty: Vec<BlockSet>) -> Outgoing {

@@ -32,6 +32,9 @@ pub enum Body {
         disks: Vec<Disk>,
         /// The unit of all sets of blocks.
         block_bytes: u32,
+        /// Nothing is to be left at the source when the disks change hands.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        whole: bool,
     },
     /// D → S: the overlay exists.
     Prepared,

@@ -40,6 +40,8 @@ pub struct Plan {
     pub peer: String,
     /// Who else keeps the owner's name, and decides.
     pub witness: Option<String>,
+    /// The target accepts no offer before it has everything: nothing is left at the source when the disks change hands.
+    pub whole: bool,
 }
 
 /// A disk of a migration.
@@ -291,6 +293,7 @@ impl Record {
             seq: self.seq,
             peer: self.plan.peer.clone(),
             witness: self.plan.witness.clone(),
+            whole: self.plan.whole,
             block_bytes: self.plan.block_bytes,
             disks: disks.collect(),
             forced_from: self.forced_from.map(|term| term.0),
@@ -369,6 +372,8 @@ struct WireRecord {
     peer: String,
     #[serde(deserialize_with = "present")]
     witness: Option<String>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    whole: bool,
     block_bytes: u32,
     disks: Vec<WireDisk>,
     #[serde(deserialize_with = "present")]
@@ -414,6 +419,7 @@ impl WireRecord {
             block_bytes: self.block_bytes,
             peer: self.peer,
             witness: self.witness,
+            whole: self.whole,
         };
         Ok(Record {
             plan: Arc::new(plan),
@@ -445,6 +451,7 @@ mod tests {
             block_bytes: 65536,
             peer: "b.example:10809".into(),
             witness: None,
+            whole: true,
         }
     }
 
@@ -473,6 +480,7 @@ mod tests {
             (r#""version":1"#, r#""version":1,"more":0"#),
             (r#""seq":9,"#, ""),
             (r#""witness":null,"#, ""),
+            (r#""whole":true"#, r#""whole":1"#),
             (r#""role":"target""#, r#""role":"source""#),
             (r#""state":"owner""#, r#""state":"owned""#),
             (r#""state":"owner""#, r#""state":"prepared""#),

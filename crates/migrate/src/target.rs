@@ -547,7 +547,7 @@ impl Target {
             return vec![TargetAction::Refuse("another migration, or a term that is not possible")];
         }
         match (message.body, self.state()) {
-            (Body::Prepare { disks, block_bytes }, _) => self.prepare_again(disks, block_bytes),
+            (Body::Prepare { disks, block_bytes, whole }, _) => self.prepare_again(disks, block_bytes, whole),
             (Body::Round { bitmap, round, dirty }, TargetState::Prepared) => self.round(bitmap, round, dirty),
             (Body::Offer { bitmap, residual }, TargetState::Prepared | TargetState::Accepted)
                 if term > mine || (term != mine && self.planted.is(Fault::AcceptsOlderOffer)) =>
@@ -567,9 +567,9 @@ impl Target {
         }
     }
 
-    fn prepare_again(&mut self, disks: Vec<crate::Disk>, block_bytes: u32) -> Actions {
+    fn prepare_again(&mut self, disks: Vec<crate::Disk>, block_bytes: u32, whole: bool) -> Actions {
         let plan = &self.record().plan;
-        if plan.disks != disks || plan.block_bytes != block_bytes {
+        if plan.disks != disks || plan.block_bytes != block_bytes || plan.whole != whole {
             return vec![TargetAction::Refuse(
                 "the disks are not those that this migration was prepared for",
             )];

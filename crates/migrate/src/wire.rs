@@ -152,7 +152,8 @@ mod tests {
         let (bitmap, round) = (BitmapId(9), Round(2));
         let disk = Disk { id: DiskId(Uuid::from_u128(1)), bytes: 6 << 20, epoch_before: Epoch(41) };
         let bodies = [
-            Body::Prepare { disks: vec![disk], block_bytes: 65536 },
+            Body::Prepare { disks: vec![disk.clone()], block_bytes: 65536, whole: false },
+            Body::Prepare { disks: vec![disk], block_bytes: 65536, whole: true },
             Body::Prepared,
             Body::Round { bitmap, round, dirty: vec![set.clone(), BlockSet::empty(0)] },
             Body::Applied { bitmap, round },

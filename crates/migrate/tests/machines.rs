@@ -21,6 +21,7 @@ fn plan() -> Plan {
         block_bytes: 512,
         peer: "peer".into(),
         witness: None,
+        whole: false,
     }
 }
 
@@ -203,7 +204,7 @@ fn nonsense_from_a_peer_changes_nothing() {
     foreign.migration = MigrationId(uuid::Uuid::from_u128(99));
     let mut disks = plan().disks;
     disks[0].bytes += 1;
-    let wrong_size = Body::Prepare { disks, block_bytes: 512 };
+    let wrong_size = Body::Prepare { disks, block_bytes: 512, whole: false };
     for message in [
         foreign,
         message(u64::MAX, offer(BLOCKS)),

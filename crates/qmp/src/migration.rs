@@ -11,11 +11,16 @@ pub enum MigrationMode {
     Hybrid,
     /// All of it after the switch.
     PostCopy,
+    /// All of it before the switch.
+    PreCopy,
 }
 
 impl Words for MigrationMode {
-    const WORDS: &'static [(&'static str, MigrationMode)] =
-        &[("hybrid", MigrationMode::Hybrid), ("post-copy", MigrationMode::PostCopy)];
+    const WORDS: &'static [(&'static str, MigrationMode)] = &[
+        ("hybrid", MigrationMode::Hybrid),
+        ("post-copy", MigrationMode::PostCopy),
+        ("pre-copy", MigrationMode::PreCopy),
+    ];
 
     fn of(word: &str) -> Option<&'static MigrationMode> {
         Self::WORDS.iter().find(|(name, _)| *name == word).map(|(_, mode)| mode)
@@ -35,6 +40,8 @@ pub struct Migrate {
     pub migration: Option<String>,
     /// Whether the disks change hands by themselves, as soon as they can.
     pub auto_switch: bool,
+    /// What the other daemon's certificate is for, where that is not the host that is dialled.
+    pub tls_hostname: Option<String>,
 }
 
 /// The names in `disks`, a list of objects with one member each.
@@ -75,6 +82,7 @@ impl MigrationCommand {
                 mode: arguments.opt_word("mode")?.unwrap_or_default(),
                 migration: arguments.opt_str("migration")?,
                 auto_switch: arguments.opt_bool("auto-switch")?.unwrap_or(true),
+                tls_hostname: arguments.opt_str("tls-hostname")?,
             }),
             "__infill_query-migrations" => MigrationCommand::Query,
             "__infill_migration-switch" => MigrationCommand::Switch(arguments.str("migration")?),

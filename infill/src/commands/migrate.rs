@@ -27,14 +27,16 @@ fn word<'a>(value: &'a Value, key: &str) -> &'a str {
 
 /// `infill migrate`.
 pub fn migrate(args: MigrateArgs) -> Result<ExitCode> {
-    if args.pre_copy {
-        bail!(
-            "--pre-copy is not built yet: without it most of the data goes before the switch, and the rest after it"
-        );
-    }
-    let mode = if args.post_copy { "post-copy" } else { "hybrid" };
+    let mode = match (args.pre_copy, args.post_copy) {
+        (true, _) => "pre-copy",
+        (_, true) => "post-copy",
+        _ => "hybrid",
+    };
     let disks: Vec<Value> = args.disks.iter().map(|name| json!({ "name": name })).collect();
     let mut arguments = json!({ "disks": disks, "to": args.to, "mode": mode, "auto-switch": !args.hold });
+    if let Some(name) = &args.tls_hostname {
+        arguments["tls-hostname"] = json!(name);
+    }
     if let Some(migration) = &args.migration {
         arguments["migration"] = json!(migration);
     }

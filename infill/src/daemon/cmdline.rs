@@ -300,12 +300,14 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
                          can be kept, every allocation is written through
 
   --migration listen=<host>:<port>,data=<host>:<port>[,reach=<host>:<port>]
-              [,directory=<dir>]
+              [,directory=<dir>][,tls-creds=<dir>[,tls-hostname=<name>]]
                          disks change hosts: other daemons bring theirs at the first
                          address and read those that have left at the second (either
                          may be the path of a socket), which they find at <reach> if
                          not there; images of disks that come are made in <dir>;
-                         needs --state
+                         with tls-creds, a directory of credentials of both ends,
+                         only over TLS and with those who show a certificate; needs
+                         --state
 
   --sandbox on|off|auto  give up what a storage daemon never needs: running
                          programs, other users and processes, writing below /etc,

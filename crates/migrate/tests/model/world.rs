@@ -106,6 +106,7 @@ impl Bounds {
             block_bytes: 512,
             peer: "peer".into(),
             witness: self.witness.then(|| "witness".into()),
+            whole: false,
         }
     }
 }

@@ -204,9 +204,9 @@ impl ServerTls {
         Ok(ServerTls(Arc::new(config)))
     }
 
-    /// The server's side of the handshake, over a connection on which STARTTLS was agreed. `received` is what has come
-    /// behind it.
-    pub(crate) async fn accept(&self, connection: Connection, received: BytesMut) -> IoResult<Connection> {
+    /// The server's side of the handshake, over a connection on which TLS was agreed (by STARTTLS, or because nothing else is
+    /// ever spoken there). `received` is what has come behind that. How long it may take is the caller's to say.
+    pub async fn accept(&self, connection: Connection, received: BytesMut) -> IoResult<Connection> {
         let tls =
             ServerConnection::new(self.0.clone()).map_err(|error| explain::failure(&error, "client"))?;
         stream::handshake(tls.into(), connection, received, "client").await
@@ -277,9 +277,9 @@ impl fmt::Debug for ClientTls {
 }
 
 impl ClientTls {
-    /// The client's side of the handshake, over a connection on which the server has agreed to STARTTLS. `received` is
-    /// what has come behind that.
-    pub(crate) async fn connect(&self, connection: Connection, received: BytesMut) -> IoResult<Connection> {
+    /// The client's side of the handshake, over a connection on which TLS was agreed (by STARTTLS, or because nothing else is
+    /// ever spoken there). `received` is what has come behind that. How long it may take is the caller's to say.
+    pub async fn connect(&self, connection: Connection, received: BytesMut) -> IoResult<Connection> {
         let tls = ClientConnection::new(self.config.clone(), self.name.clone());
         let tls = tls.map_err(|error| explain::failure(&error, "server"))?;
         stream::handshake(tls.into(), connection, received, "server").await

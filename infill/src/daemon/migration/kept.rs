@@ -17,6 +17,9 @@ pub(super) struct Local {
     pub(super) auto_switch: bool,
     /// Of a target: where the source's exports are.
     pub(super) data: Option<String>,
+    /// Of a source: what the target's certificate is for, where that is not the host that is dialled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) tls_hostname: Option<String>,
     /// In the order of the record's.
     pub(super) disks: Vec<LocalDisk>,
 }

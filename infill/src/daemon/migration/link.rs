@@ -16,13 +16,18 @@ use futures_util::future::{Either, select};
 use infill_base::{ErrorKind, Gather, IoError, IoResult};
 use infill_io::{Address, connector};
 use infill_migrate::{FRAME_BYTES_MAX, Frame, WIRE_VERSION};
+use infill_nbd::ClientTls;
 use infill_storage::rt;
 use infill_storage::stream::{Connection, StreamRead, StreamWrite};
+
+use super::secure;
 
 /// What may wait to be sent, in bytes; more is lost.
 const QUEUE_BYTES_MAX: usize = 2 * FRAME_BYTES_MAX;
 /// How much is read at a time, in bytes.
 const READ_BYTES: usize = 64 << 10;
+/// What a record of TLS begins with that a line does not: an alert, or a greeting.
+const TLS_RECORDS: [u8; 2] = [21, 22];
 /// How long the peer may take to say who it is.
 const HELLO_TIME: Duration = Duration::from_secs(10);
 /// How long the source waits before it connects again, at first and at most.
@@ -39,6 +44,8 @@ pub(super) struct Link {
     changed: Event,
     /// Where the peer's exports are, as it says.
     data: RefCell<Option<String>>,
+    /// Why there is no connection.
+    trouble: RefCell<Option<String>>,
 }
 
 impl Link {
@@ -60,6 +67,11 @@ impl Link {
     /// Whether the peer is there.
     pub(super) fn is_up(&self) -> bool {
         self.up.get()
+    }
+
+    /// Why the peer is not there, where that is known.
+    pub(super) fn trouble(&self) -> Option<String> {
+        self.trouble.borrow().clone().filter(|_| !self.is_up())
     }
 
     /// Where the peer's exports are.
@@ -124,7 +136,12 @@ impl Link {
                 return Err(IoError::new(ErrorKind::Unsupported, why));
             }
             Some(_) => return Err(IoError::new(ErrorKind::InvalidInput, "the peer does not greet")),
-            None => return Ok(()),
+            None => {
+                return Err(IoError::new(
+                    ErrorKind::SourceLost,
+                    "the peer hangs up before it says who it is",
+                ));
+            }
         }
         self.queue.borrow_mut().clear();
         self.bytes.set(0);
@@ -151,22 +168,39 @@ impl Link {
     }
 }
 
-/// Keeps a connection to `address` while the link is not closed.
-pub(super) async fn dial(link: Rc<Link>, address: Address, hello: Frame, heard: impl Fn(Frame) + Clone) {
+/// Keeps a connection to `address`, by TLS where that is given, while the link is not closed. What the peer says is
+/// `heard`; that one of the two does not take the other at all is said to `refused`, each time.
+pub(super) async fn dial(
+    link: Rc<Link>,
+    address: Address,
+    tls: Option<ClientTls>,
+    hello: Frame,
+    heard: impl Fn(Frame) + Clone,
+    refused: impl Fn(String),
+) {
     let connector = connector(&address);
     let mut pause = PAUSE_MIN;
     let mut told = String::new();
     while !link.closed.get() {
         let began = rt::now();
-        let ended = match connector.connect().await {
-            Ok(connection) => link.talk(connection, hello.clone(), heard.clone()).await,
-            Err(error) => Err(error),
+        let ended = async {
+            let connection = connector.connect().await?;
+            let connection = match &tls {
+                Some(tls) => secure::connect(tls, connection).await?,
+                None => connection,
+            };
+            link.talk(connection, hello.clone(), heard.clone()).await
         };
-        if let Err(error) = ended
-            && told != error.to_string()
-        {
-            told = error.to_string();
-            tracing::warn!(peer = %address, "the migration's peer: {told}");
+        if let Err(error) = ended.await {
+            let why = format!("{address}: {error}");
+            link.trouble.replace(Some(why.clone()));
+            if told != why {
+                tracing::warn!("the migration's peer {why}");
+                told.clone_from(&why);
+            }
+            if matches!(error.kind(), ErrorKind::NotPermitted | ErrorKind::Unsupported) {
+                refused(why);
+            }
         }
         pause = if rt::now() - began > PAUSE_MAX { PAUSE_MIN } else { (pause * 2).min(PAUSE_MAX) };
         rt::timeout(pause, link.until_closed()).await;
@@ -185,6 +219,10 @@ impl Lines {
     /// The next frame; `None` when the peer has closed.
     async fn next(&mut self) -> IoResult<Option<Frame>> {
         loop {
+            if self.buf.first().is_some_and(|first| TLS_RECORDS.contains(first)) {
+                let why = "the peer speaks TLS, and this daemon does not: start it with --migration …,tls-creds=DIR, too";
+                return Err(IoError::new(ErrorKind::NotPermitted, why));
+            }
             if let Some(end) = self.buf[self.searched..].iter().position(|byte| *byte == b'\n') {
                 let line = self.buf.split_to(self.searched + end + 1);
                 self.searched = 0;

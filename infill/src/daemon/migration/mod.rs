@@ -15,6 +15,7 @@ mod link;
 mod options;
 mod overlay;
 mod query;
+mod secure;
 mod source;
 mod target;
 mod warm;
@@ -27,11 +28,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use event_listener::Event;
-use infill_io::{Address, Listener};
+use infill_base::{ErrorKind, IoResult};
+use infill_io::{Accepted, Address, Listener};
 use infill_migrate::{
     Busy, DiskId, Epoch, Frame, Gate, Message, MigrationId, Side, State as RecordState, WIRE_VERSION,
 };
-use infill_nbd::{Exports, NbdUri, Server, ServerLimits};
+use infill_nbd::{Exports, Server, ServerLimits, UriTls};
 use infill_node::Edge;
 use infill_qmp::QmpError;
 use infill_qmp::migration::MigrationCommand;
@@ -46,6 +48,7 @@ use kept::{Kept, Local, LocalDisk};
 use link::Link;
 pub use options::Options;
 use options::address;
+use secure::PeerTls;
 use source::ToSource;
 use target::ToTarget;
 
@@ -66,6 +69,7 @@ struct Peers {
     data: String,
     directory: Option<PathBuf>,
     exports: Exports,
+    tls: Option<PeerTls>,
     listener: RefCell<Option<Listener>>,
     _listening: Listening,
 }
@@ -268,17 +272,22 @@ impl Control {
         let bind = |address: &Address| {
             Listener::bind(address).map_err(|error| anyhow!("--migration {address}: {}", error.message()))
         };
+        let tls = options.tls.as_deref().map(PeerTls::read).transpose();
+        let tls = tls.map_err(|error| anyhow!("--migration …,tls-creds: {error:#}"))?;
         let data = bind(&options.data)?;
         // Listening at port 0 finds one.
-        let told = uri_of(options.reach.as_ref().unwrap_or(data.address()), "", None);
+        let told_tls =
+            tls.as_ref().map(|_| UriTls { hostname: options.tls_hostname.clone(), ..UriTls::default() });
+        let told = uri_of(options.reach.as_ref().unwrap_or(data.address()), "", told_tls);
         let exports = Exports::default();
         let limits = ServerLimits::default();
         let most = limits.connections_max;
-        let server = Server::over(exports.clone(), limits, None);
+        let server = Server::over(exports.clone(), limits, tls.as_ref().map(PeerTls::server));
         let peers = Peers {
             data: told,
             directory: options.directory.clone(),
             exports,
+            tls,
             listener: RefCell::new(Some(bind(&options.listen)?)),
             _listening: Listening::start(data, server, self.reactors.clone(), most),
         };
@@ -332,6 +341,12 @@ impl Control {
         let Some(peers) = self.migrations.peers() else { return };
         let Some(listener) = peers.listener.borrow_mut().take() else { return };
         rt::spawn(accept(self.clone(), peers, listener));
+    }
+
+    /// The URI of an export of the peer whose exports are at `data`.
+    fn source_uri(&self, data: &str, export: &str) -> Result<String> {
+        let peers = self.migrations.peers();
+        secure::source_uri(peers.as_ref().and_then(|peers| peers.tls.as_ref()), data, export)
     }
 
     /// Other daemons read nothing any more: what they have in flight is answered.
@@ -511,29 +526,33 @@ async fn accept(control: Rc<Control>, peers: Rc<Peers>, listener: Listener) {
                 continue;
             }
         };
-        let (control, hello) = (control.clone(), hello(Some(peers.data.clone())));
+        let (control, peers) = (control.clone(), peers.clone());
         rt::spawn(async move {
-            let link = Rc::new(Link::default());
-            let ended = match accepted.into_connection() {
-                Ok(connection) => link.talk(connection, hello, |frame| control.hear(&link, frame)).await,
-                Err(error) => Err(error),
-            };
-            if let Err(error) = ended {
-                tracing::info!(%error, "a peer's connection ended");
+            match meet(&control, &peers, accepted).await {
+                Ok(()) => {}
+                // Somebody may wonder why.
+                Err(error) if error.kind() == ErrorKind::NotPermitted => {
+                    tracing::warn!(%error, "a migration's peer was not let in");
+                }
+                Err(error) => tracing::info!(%error, "a peer's connection ended"),
             }
             drop(slot);
         });
     }
 }
 
-fn hello(data: Option<String>) -> Frame {
-    Frame::Hello { version: WIRE_VERSION, data }
+/// Talks to a peer that has come, to the connection's end.
+async fn meet(control: &Rc<Control>, peers: &Peers, accepted: Accepted) -> IoResult<()> {
+    let mut connection = accepted.into_connection()?;
+    if let Some(tls) = &peers.tls {
+        connection = tls.accept(connection).await?;
+    }
+    let link = Rc::new(Link::default());
+    link.talk(connection, hello(Some(peers.data.clone())), |frame| control.hear(&link, frame)).await
 }
 
-/// The URI of an export of the peer whose exports are at `data`.
-fn uri_at(data: &str, export: &str) -> Result<String> {
-    let uri: NbdUri = data.parse()?;
-    Ok(NbdUri { export: export.to_owned(), ..uri }.to_string())
+fn hello(data: Option<String>) -> Frame {
+    Frame::Hello { version: WIRE_VERSION, data }
 }
 
 /// The name of the live image's export.
@@ -566,9 +585,11 @@ mod tests {
     #[test]
     fn names_of_exports_hold_the_epoch_and_fit_into_uris() {
         let disk: DiskId = "6f1c2f0e-4d8a-4a63-9d0b-5a4f0f7f7c11".parse().unwrap();
-        let uri = uri_at("nbd+unix:///?socket=/run/d.sock", &base_name(disk, Epoch(43))).unwrap();
+        let uri =
+            secure::source_uri(None, "nbd+unix:///?socket=/run/d.sock", &base_name(disk, Epoch(43))).unwrap();
         assert_eq!(uri, format!("nbd+unix:///{disk}.e43.base?socket=/run/d.sock"));
-        assert_eq!(uri_at("nbd://b:1", &live_name(disk)).unwrap(), format!("nbd://b:1/{disk}.live"));
+        let uri = secure::source_uri(None, "nbd://b:1", &live_name(disk)).unwrap();
+        assert_eq!(uri, format!("nbd://b:1/{disk}.live"));
         assert!(node_name('d', disk).len() <= crate::blockdev::NODE_NAME_BYTES_MAX);
     }
 }

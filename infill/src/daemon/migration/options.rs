@@ -17,6 +17,10 @@ pub struct Options {
     pub(super) reach: Option<Address>,
     /// Where images of disks are made that come.
     pub(super) directory: Option<PathBuf>,
+    /// The directory of credentials that both ends show; without, nothing is encrypted.
+    pub(super) tls: Option<PathBuf>,
+    /// What the certificate of the server of data is for, where that is not the host of its address.
+    pub(super) tls_hostname: Option<String>,
 }
 
 /// An address as people write it.
@@ -33,17 +37,22 @@ pub(super) fn address(text: &str) -> Result<Address> {
 }
 
 impl Options {
-    /// Reads `listen=ADDRESS,data=ADDRESS[,reach=ADDRESS][,directory=DIR]`.
+    /// Reads `listen=ADDRESS,data=ADDRESS[,reach=ADDRESS][,directory=DIR][,tls-creds=DIR[,tls-hostname=NAME]]`.
     pub fn read(text: &str) -> Result<Options> {
         let (mut listen, mut data, mut reach, mut directory) = (None, None, None, None);
+        let (mut tls, mut tls_hostname) = (None, None);
         for part in text.split(',') {
             match part.split_once('=') {
                 Some(("listen", at)) => listen = Some(address(at)?),
                 Some(("data", at)) => data = Some(address(at)?),
                 Some(("reach", at)) => reach = Some(address(at)?),
                 Some(("directory", at)) => directory = Some(std::path::absolute(at)?),
+                Some(("tls-creds", at)) => tls = Some(std::path::absolute(at)?),
+                Some(("tls-hostname", name)) => tls_hostname = Some(name.to_owned()),
                 Some((name, _)) => {
-                    bail!("'{name}' is not known: there are listen, data, reach and directory")
+                    bail!(
+                        "'{name}' is not known: there are listen, data, reach, directory, tls-creds and tls-hostname"
+                    )
                 }
                 None => bail!("'{part}' has no value: give listen=, data= and directory="),
             }
@@ -55,7 +64,12 @@ impl Options {
             data: data.ok_or_else(|| missing("data="))?,
             reach,
             directory,
+            tls,
+            tls_hostname,
         };
+        if options.tls_hostname.is_some() && options.tls.is_none() {
+            bail!("tls-hostname is for TLS: name the directory of credentials with tls-creds=DIR");
+        }
         if let Address::Tcp { host, .. } = options.reached()
             && host.parse::<IpAddr>().is_ok_and(|address| address.is_unspecified())
         {
@@ -84,6 +98,8 @@ mod tests {
         assert_eq!(read.listen, Address::Tcp { host: "127.0.0.1".into(), port: 10900 });
         assert_eq!(read.data, Address::Unix("/run/d.sock".into()));
         assert_eq!(read.directory, Some("/srv".into()));
+        let read = Options::read("listen=/s,data=/t,tls-creds=/etc/pki,tls-hostname=a.example").unwrap();
+        assert_eq!((read.tls, read.tls_hostname.as_deref()), (Some("/etc/pki".into()), Some("a.example")));
         let read = Options::read("listen=/s,data=0.0.0.0:1,reach=a.example:1").unwrap();
         assert_eq!(read.reached(), &Address::Tcp { host: "a.example".into(), port: 1 });
         for (wrong, why) in [
@@ -93,6 +109,7 @@ mod tests {
             ("listen=h:70000,data=/s", "a port is a number"),
             ("listen=/s,data=/t,more=1", "'more' is not known"),
             ("listen=/s,data", "'data' has no value"),
+            ("listen=/s,data=/t,tls-hostname=a", "tls-creds=DIR"),
             ("listen=/s,data=0.0.0.0:1", "reach=HOST:PORT"),
             ("listen=/s,data=[::]:1,reach=[::]:1", "reach=HOST:PORT"),
         ] {

@@ -13,7 +13,7 @@ use infill_storage::{StorageHandle, rt};
 use serde_json::{Map, Value, json};
 
 use super::gate::DiskGate;
-use super::{Local, LocalDisk, live_name, node_name, sync_directory, uri_at};
+use super::{Local, LocalDisk, live_name, node_name, sync_directory};
 use crate::blockdev::{FormatKind, Image, Located, locate};
 use crate::daemon::control::Control;
 use crate::daemon::create::make_file;
@@ -31,7 +31,7 @@ pub(super) async fn prepare_disks(
     made: &mut Vec<PathBuf>,
 ) -> Result<()> {
     for (disk, local_disk) in plan.disks.iter().zip(&local.disks) {
-        let live = uri_at(local.data.as_deref().unwrap_or_default(), &live_name(disk.id))?;
+        let live = control.source_uri(local.data.as_deref().unwrap_or_default(), &live_name(disk.id))?;
         let path = &local_disk.path;
         take_away_remains(control, path).await?;
         made.push(path.clone());
@@ -220,7 +220,7 @@ pub(super) async fn lay_on(
     export_name: &str,
     prefix: char,
 ) -> Result<()> {
-    let uri = uri_at(data, export_name)?;
+    let uri = control.source_uri(data, export_name)?;
     let is_base = prefix == 'b';
     if is_base
         && control.blockdevs().get(&local.node).is_err()
@@ -253,7 +253,7 @@ pub(super) async fn tidy_up(
     local: &LocalDisk,
     export: &str,
 ) -> Result<()> {
-    let filename = uri_at(data, export)?;
+    let filename = control.source_uri(data, export)?;
     let node = control.blockdevs().get(&local.node)?;
     if node.info().backing.is_some_and(|named| named.filename != filename) {
         node.set_backing_ref(&Ctx::GUEST, Some(BackingRef { filename, format: Some("raw".into()) })).await?;

@@ -17,10 +17,10 @@ impl Control {
     fn migration_info(&self, key: &str, kept: &Kept) -> Value {
         let (record, plan) = (&kept.record, kept.record.plan());
         let drivers = self.migrations.drivers.borrow();
-        let (told, connected) = match drivers.get(key) {
-            Some(Driver::Source { told, link, .. }) => (Some(told), link.is_up()),
-            Some(Driver::Target { told, link, .. }) => (Some(told), link.borrow().is_up()),
-            None => (None, false),
+        let (told, connected, trouble) = match drivers.get(key) {
+            Some(Driver::Source { told, link, .. }) => (Some(told), link.is_up(), link.trouble()),
+            Some(Driver::Target { told, link, .. }) => (Some(told), link.borrow().is_up(), None),
+            None => (None, false, None),
         };
         let gates = plan.disks.iter().filter_map(|disk| self.migrations.gate(&disk.id.to_string()));
         let gates: Vec<DiskGate> = gates.collect();
@@ -53,7 +53,7 @@ impl Control {
             "missing-bytes": told.map_or(0, |told| told.missing_bytes.get()),
             "disks": disks.collect::<Vec<_>>(),
         });
-        if let Some(error) = told.and_then(|told| told.error.borrow().clone()) {
+        if let Some(error) = told.and_then(|told| told.error.borrow().clone()).or(trouble) {
             out["error"] = json!(error);
         }
         out

@@ -44,7 +44,12 @@ const FENCE_TRIES: u32 = 100;
 const FENCE_PAUSE: Duration = Duration::from_millis(20);
 /// Rounds of copying before the switch.
 const ROUNDS: u8 = 4;
-/// So little that was written since a round began is left for after the switch, in bytes.
+/// Rounds of a copy that is to be whole before the switch.
+const ROUNDS_WHOLE: u8 = 200;
+/// How long after a round of such a copy, whose disks are held, there is another one.
+const HELD_ROUND_TIME: Duration = Duration::from_secs(5);
+/// So little that was written since a round began is left for after the switch, or is copied while the guest waits, in
+/// bytes.
 const RESIDUAL_BYTES: u64 = 1 << 20;
 /// Least size of a block, in bytes, and the most blocks of all disks: a set of them is a bit each.
 const BLOCK_BYTES_MIN: u64 = 16 << 10;
@@ -62,6 +67,8 @@ pub(super) enum ToSource {
     Late(u32),
     /// The target does not begin.
     Refused(String),
+    /// One of the daemons does not take the other at all.
+    NotLetIn(String),
 }
 
 struct SourceDisk {
@@ -91,8 +98,12 @@ struct SourceDriver {
     freezes: u32,
     /// Numbers the freezes, so that what is late of one is not taken for the next one's.
     drains: u32,
-    /// What is dirty now is left for after the switch.
+    /// What is dirty now is left for after the switch; of a copy that is whole before, for the time in which the guest waits.
     rounds_over: bool,
+    /// The last offer came to nothing, and another round comes before the next one.
+    retry_round: bool,
+    /// Not before then is there another round of a disk that is held.
+    round_at: Duration,
     /// Not before then.
     freeze_at: Duration,
     /// Since when it is offered.
@@ -123,7 +134,16 @@ pub(super) async fn begin(control: &Rc<Control>, migrate: Migrate) -> Result<Mig
         Some(text) => text.parse::<MigrationId>().map_err(|why| anyhow!("migration: {why}"))?,
         None => MigrationId(Uuid::new_v4()),
     };
-    let peer = address(&migrate.to)?.to_string();
+    let to = address(&migrate.to)?;
+    match &peers.tls {
+        // That it names a host.
+        Some(tls) => drop(tls.for_peer(&to, migrate.tls_hostname.as_deref())?),
+        None if migrate.tls_hostname.is_some() => bail!(
+            "tls-hostname is for TLS, which this daemon does not speak to others: start it with --migration …,tls-creds=DIR"
+        ),
+        None => {}
+    }
+    let peer = to.to_string();
     if let Some(found) = found_again(control, &migrate, migration, &ids, &peer)? {
         return Ok(found);
     }
@@ -136,9 +156,15 @@ pub(super) async fn begin(control: &Rc<Control>, migrate: Migrate) -> Result<Mig
         disks.push(local);
     }
     let block_bytes = block_bytes(&plan_disks);
-    let plan = Plan { migration, disks: plan_disks, block_bytes, peer, witness: None };
-    let post_copy = migrate.mode == MigrationMode::PostCopy;
-    let local = Local { post_copy, auto_switch: migrate.auto_switch, data: None, disks };
+    let whole = migrate.mode == MigrationMode::PreCopy;
+    let plan = Plan { migration, disks: plan_disks, block_bytes, peer, witness: None, whole };
+    let local = Local {
+        post_copy: migrate.mode == MigrationMode::PostCopy,
+        auto_switch: migrate.auto_switch,
+        data: None,
+        tls_hostname: migrate.tls_hostname,
+        disks,
+    };
     let (machine, actions) = Source::prepare(plan)?;
     let mut driver = SourceDriver::new(control, peers, machine, local)?;
     for (disk, planned) in driver.disks.iter().zip(&driver.machine.record().plan().disks) {
@@ -280,6 +306,8 @@ impl SourceDriver {
             freezes: 0,
             drains: 0,
             rounds_over: false,
+            retry_round: false,
+            round_at: Duration::ZERO,
             freeze_at: Duration::ZERO,
             offered_at: None,
             asked_at: rt::now(),
@@ -314,9 +342,17 @@ impl SourceDriver {
             Err(error) => return tracing::error!("migration {}: {error:#}", self.migration()),
         };
         {
-            let (control, link) = (self.control.clone(), self.link.clone());
+            let tls = self.peers.tls.as_ref();
+            let tls = match tls.map(|tls| tls.for_peer(&peer, self.local.tls_hostname.as_deref())).transpose()
+            {
+                Ok(tls) => tls,
+                Err(error) => return tracing::error!("migration {}: {error:#}", self.migration()),
+            };
+            let (control, link, inbox) = (self.control.clone(), self.link.clone(), self.inbox.clone());
             let heard = move |frame| control.hear(&link, frame);
-            rt::spawn(dial(self.link.clone(), peer, hello(Some(self.peers.data.clone())), heard));
+            let refused = move |why| inbox.push(ToSource::NotLetIn(why));
+            let hello = hello(Some(self.peers.data.clone()));
+            rt::spawn(dial(self.link.clone(), peer, tls, hello, heard, refused));
         }
         for disk in &self.disks {
             rt::spawn(watch_gate(disk.gate.clone(), self.inbox.clone()));
@@ -362,6 +398,13 @@ impl SourceDriver {
                 self.switch = false;
                 self.step(SourceInput::Abort).await;
             }
+            // Nothing is at the target yet, and nobody there will say so.
+            ToSource::NotLetIn(why) if self.state() == SourceState::Prepared && !self.machine.is_linked() => {
+                self.tell_error(&format!("the target cannot be spoken to: {why}"));
+                self.switch = false;
+                self.step(SourceInput::Abort).await;
+            }
+            ToSource::NotLetIn(_) => {}
         }
     }
 
@@ -479,13 +522,49 @@ impl SourceDriver {
 
     /// The target has read a round: another one, or the switch.
     fn after_round(&mut self, round: Round) -> Option<SourceInput> {
-        let dirty: u64 = self.disks.iter().map(|disk| disk.gate.dirty_bytes()).sum();
-        if dirty <= RESIDUAL_BYTES || round.0 >= ROUNDS {
+        let most = if self.is_whole() { ROUNDS_WHOLE } else { ROUNDS };
+        if self.dirty_bytes() <= RESIDUAL_BYTES {
             self.rounds_over = true;
             return None;
         }
+        if round.0 >= most {
+            self.rounds_over = !self.is_whole();
+            if self.is_whole() {
+                self.tell_error(&format!(
+                    "after {most} rounds the guest still writes more than can be copied while it waits: abort this, and                      migrate with mode hybrid"
+                ));
+            }
+            return None;
+        }
+        self.round_at = rt::now() + HELD_ROUND_TIME;
+        self.another_round()
+    }
+
+    /// What was written since the last round is what the next one is of.
+    fn another_round(&self) -> Option<SourceInput> {
         let sets: Option<Vec<BlockSet>> = self.disks.iter().map(|disk| disk.gate.close_round()).collect();
         sets.map(SourceInput::NextRound)
+    }
+
+    /// Whether the target is to have everything before the disks change hands.
+    fn is_whole(&self) -> bool {
+        self.machine.record().plan().whole
+    }
+
+    fn dirty_bytes(&self) -> u64 {
+        self.disks.iter().map(|disk| disk.gate.dirty_bytes()).sum()
+    }
+
+    /// Whether a copy that is to be whole has become too much less than that since its last round: its disks are held, or
+    /// an offer came to nothing.
+    fn wants_another_round(&self) -> bool {
+        let round = self.machine.round().map_or(0, |round| round.0);
+        let due = self.switch || rt::now() >= self.round_at;
+        self.is_whole()
+            && self.rounds_over
+            && due
+            && round < ROUNDS_WHOLE
+            && self.dirty_bytes() > RESIDUAL_BYTES
     }
 
     /// What comes next where the machine waits for a decision.
@@ -497,6 +576,8 @@ impl SourceDriver {
         if self.offered_at.is_some_and(|since| now - since > OFFER_TIME) {
             self.tell_error("the target did not answer the offer in time: the disk stays here");
             self.freeze_at = now + FREEZE_AGAIN;
+            // It may have been started again, and not know any more what it has: a round tells.
+            self.retry_round = self.is_whole();
             return self.step(SourceInput::Timeout).await;
         }
         let ready = self.state() == SourceState::Prepared
@@ -510,6 +591,14 @@ impl SourceDriver {
             self.rounds_over = false;
             self.disks.iter().for_each(|disk| disk.gate.start_bitmap());
             return self.step(SourceInput::Warm).await;
+        }
+        if self.retry_round || self.wants_another_round() {
+            if let Some(next) = self.another_round() {
+                (self.rounds_over, self.retry_round) = (false, false);
+                self.round_at = now + HELD_ROUND_TIME;
+                self.step(next).await;
+            }
+            return;
         }
         if self.switch && (self.local.post_copy || self.rounds_over) && now >= self.freeze_at {
             if self.freezes >= FREEZES_MAX {

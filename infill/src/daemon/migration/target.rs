@@ -25,10 +25,10 @@ use super::overlay::{
     close_source, drop_disk, end_job, export_description, job_of, lay_on, open_source, overlay_description,
     prepare_disks, tidy_up,
 };
-use super::warm::copy_absent;
+use super::warm::{copy_absent, copy_blocks};
 use super::{
     Drive, Driver, Inbox, Kept, Local, LocalDisk, RECONNECT_TIME, RESEND_TIME, RESEND_TIME_DONE, Told,
-    base_name, live_name, node_name, uri_at,
+    base_name, live_name, node_name,
 };
 use crate::daemon::control::Control;
 
@@ -36,6 +36,8 @@ use crate::daemon::control::Control;
 const HOT_ROUNDS: u8 = 2;
 /// How long something of the source's that failed is left alone.
 const AGAIN: Duration = Duration::from_millis(500);
+/// How long the copy of what was written last before an offer may take, while the guest waits; the source waits as long.
+const COPY_TIME: Duration = Duration::from_secs(5);
 /// How long at first, while guests wait for it.
 const SOON: Duration = Duration::from_millis(5);
 
@@ -49,6 +51,21 @@ pub(super) enum ToTarget {
     Attached,
     /// The job that fills an overlay has ended.
     JobEnded,
+    /// What was written last before the offer of that term is here, too, or why not.
+    Copied(Term, IoResult<()>),
+}
+
+/// Of a copy that is to be whole before the disks change hands: how far it is.
+#[derive(Default)]
+struct Whole {
+    /// The last round was read to its end in this life of the daemon, and nothing but `residual` was made absent since.
+    read: bool,
+    /// For each disk, what the last demotion has made absent.
+    residual: Option<Vec<BlockSet>>,
+    /// The term whose residual is being copied, until it is told to stop.
+    copying: Option<(Term, Rc<Cell<bool>>)>,
+    /// The term whose residual is here.
+    copied: Option<Term>,
 }
 
 struct TargetDisk {
@@ -71,6 +88,8 @@ struct TargetDriver {
     deferred: VecDeque<TargetInput>,
     /// The round that is being read, until it is told to stop.
     reading: Option<Rc<Cell<bool>>>,
+    /// What goes before the disks change hands, where all does.
+    whole: Whole,
     /// Whether the overlays lie on what the disks' owner needs.
     attached: bool,
     attaching: bool,
@@ -84,11 +103,12 @@ pub(super) async fn prepare(control: &Rc<Control>, link: &Rc<Link>, message: Mes
     if let Some(Driver::Target { inbox, .. }) = control.migrations.driver(migration, Side::Target) {
         return inbox.push(ToTarget::Input(TargetInput::Message(message)));
     }
-    let Body::Prepare { disks, block_bytes } = message.body else {
+    let Body::Prepare { disks, block_bytes, whole } = message.body else {
         return tracing::debug!("a message of migration {migration}, which is not known here");
     };
     let data = link.data();
-    let plan = Plan { migration, disks, block_bytes, peer: data.clone().unwrap_or_default(), witness: None };
+    let peer = data.clone().unwrap_or_default();
+    let plan = Plan { migration, disks, block_bytes, peer, witness: None, whole };
     if let Err(error) = begin(control, link, plan, data).await {
         tracing::warn!("migration {migration} is refused: {error:#}");
         link.say(&Frame::Refused { migration, why: format!("{error:#}") });
@@ -125,7 +145,7 @@ async fn begin(control: &Rc<Control>, link: &Rc<Link>, plan: Plan, data: Option<
         let path = directory.join(format!("{name}-{short}.qcow2"));
         disks.push(LocalDisk { export: format!("disk-{name}"), node: node_name('d', disk.id), path });
     }
-    let local = Local { post_copy: false, auto_switch: false, data: Some(data), disks };
+    let local = Local { post_copy: false, auto_switch: false, data: Some(data), tls_hostname: None, disks };
     let mut made = Vec::new();
     let begun = prepare_disks(control, &plan, &local, &mut made).await;
     let begun = match begun {
@@ -183,6 +203,7 @@ impl TargetDriver {
             told: Rc::default(),
             deferred: VecDeque::new(),
             reading: None,
+            whole: Whole::default(),
             attached: false,
             attaching: false,
             asked_at: rt::now(),
@@ -224,11 +245,16 @@ impl TargetDriver {
                 return self.link.borrow().close();
             }
             match item {
+                Some(ToTarget::Copied(term, outcome)) => self.copied(term, outcome).await,
                 // It is said again.
                 Some(ToTarget::Input(TargetInput::Message(message))) if self.is_early(&message) => {}
                 Some(ToTarget::Input(input)) => {
-                    if let TargetInput::Message(Message { term, body: Body::Offer { .. }, .. }) = &input {
-                        self.expect_base(*term);
+                    match &input {
+                        TargetInput::Message(Message { term, body: Body::Offer { .. }, .. }) => {
+                            self.expect_base(*term);
+                        }
+                        TargetInput::RoundRead(_) => self.whole.read = true,
+                        _ => {}
                     }
                     self.step(input).await
                 }
@@ -243,7 +269,13 @@ impl TargetDriver {
                     self.fill().await;
                 }
                 Some(ToTarget::JobEnded) => self.fill().await,
-                None => self.step(TargetInput::Resend).await,
+                None => {
+                    self.step(TargetInput::Resend).await;
+                    if self.has_everything() {
+                        // It may have been said before the peer was asked, when it did not count.
+                        self.fill().await;
+                    }
+                }
             }
             if matches!(self.state(), TargetState::GivingBack | TargetState::Superseded) {
                 // What lies there is the source's to change.
@@ -297,6 +329,10 @@ impl TargetDriver {
     /// Makes stale blocks absent, durably.
     async fn demote(&mut self, demotion: &Demotion) -> IoResult<()> {
         self.stop_reading();
+        self.stop_copying();
+        let sets = demotion.sets().map(<[BlockSet]>::to_vec);
+        self.whole.read &= sets.is_some();
+        (self.whole.residual, self.whole.copied) = (sets, None);
         let block_bytes = u64::from(self.machine.record().plan().block_bytes);
         for (index, disk) in self.disks.iter_mut().enumerate() {
             let gone = |error: anyhow::Error| IoError::new(ErrorKind::NotFound, format!("{error:#}"));
@@ -330,13 +366,15 @@ impl TargetDriver {
         self.stop_reading();
         let stop = Rc::new(Cell::new(false));
         self.reading = Some(stop.clone());
+        self.whole.read = false;
+        let whole = self.machine.record().plan().whole;
         let block_bytes = u64::from(self.machine.record().plan().block_bytes);
         let mut disks = Vec::new();
         for disk in &self.disks {
             let mut hot = BlockSet::empty(disk.bytes.div_ceil(block_bytes));
             disk.hot
                 .iter()
-                .filter(|(_, rounds)| **rounds >= HOT_ROUNDS)
+                .filter(|(_, rounds)| **rounds >= HOT_ROUNDS && !whole)
                 .for_each(|(block, _)| hot.insert(*block));
             disks.push((disk.local.node.clone(), hot));
         }
@@ -360,14 +398,91 @@ impl TargetDriver {
         });
     }
 
+    fn stop_copying(&mut self) {
+        if let Some((_, stop)) = self.whole.copying.take() {
+            stop.set(true);
+        }
+    }
+
+    /// Whether an offer may be answered with *accepted*: where everything is to be here before, what was written last is
+    /// copied first, from what the source has frozen. Until then it is as if the answer were lost, and a source that
+    /// waits too long goes on by itself.
+    fn may_accept(&mut self, term: Term) -> bool {
+        if !self.machine.record().plan().whole || self.whole.copied == Some(term) {
+            return true;
+        }
+        if self.whole.copying.as_ref().is_some_and(|(of, _)| *of == term) {
+            return false;
+        }
+        let (Some(residual), true) = (self.whole.residual.clone(), self.whole.read) else {
+            self.tell_error(
+                "it is not known what is missing here: the disks change hands after another round",
+            );
+            return false;
+        };
+        self.stop_copying();
+        let stop = Rc::new(Cell::new(false));
+        self.whole.copying = Some((term, stop.clone()));
+        let record = self.machine.record().clone();
+        let block_bytes = u64::from(record.plan().block_bytes);
+        let disks: Vec<(DiskId, String, Epoch, BlockSet)> = self
+            .disks
+            .iter()
+            .zip(&record.plan().disks)
+            .zip(residual)
+            .map(|((disk, planned), set)| (disk.id, disk.local.node.clone(), record.epoch(planned), set))
+            .collect();
+        let (control, inbox) = (self.control.clone(), self.inbox.clone());
+        let data = self.local.data.clone().unwrap_or_default();
+        rt::spawn(async move {
+            let copying = async {
+                for (id, name, epoch, set) in disks {
+                    let gone = |error: anyhow::Error| IoError::new(ErrorKind::NotFound, format!("{error:#}"));
+                    let uri = control.source_uri(&data, &base_name(id, epoch)).map_err(gone)?;
+                    let below = open_source(&control, &uri, node_name('b', id)).await.map_err(gone)?;
+                    let base = control.blockdevs().get(&below).map_err(gone)?;
+                    let overlay = control.blockdevs().get(&name).map_err(gone)?;
+                    copy_blocks(&overlay, &base, &set, block_bytes, &stop).await?;
+                    overlay.sync(&Ctx::GUEST).await?;
+                }
+                Ok(())
+            };
+            let late = || Err(IoError::new(ErrorKind::TimedOut, "it takes too long"));
+            let outcome = rt::timeout(COPY_TIME, copying).await.unwrap_or_else(late);
+            if !stop.get() {
+                inbox.push(ToTarget::Copied(term, outcome));
+            }
+        });
+        false
+    }
+
+    /// The end of what [`TargetDriver::may_accept`] has begun.
+    async fn copied(&mut self, term: Term, outcome: IoResult<()>) {
+        if self.whole.copying.take_if(|(of, _)| *of == term).is_none() {
+            return;
+        }
+        match outcome {
+            Ok(()) => {
+                self.whole.copied = Some(term);
+                self.step(TargetInput::Resend).await;
+            }
+            // The next time that it would be said, it is tried again.
+            Err(error) => self.tell_error(&format!("what was written last does not come over: {error}")),
+        }
+    }
+
     /// Connects to what is offered beside everything else, so that it is there when the disks change hands.
     fn expect_base(&self, term: Term) {
+        if self.machine.record().plan().whole {
+            // That is read before, and opened for it.
+            return;
+        }
         let Some(data) = self.local.data.clone() else { return };
         for disk in &self.machine.record().plan().disks {
             let (control, data, id) = (self.control.clone(), data.clone(), disk.id);
             let epoch = Epoch(disk.epoch_before.0.saturating_add(term.0));
             rt::spawn(async move {
-                let opened = match uri_at(&data, &base_name(id, epoch)) {
+                let opened = match control.source_uri(&data, &base_name(id, epoch)) {
                     Ok(uri) => open_source(&control, &uri, node_name('b', id)).await.map(drop),
                     Err(error) => Err(error),
                 };
@@ -461,6 +576,15 @@ impl TargetDriver {
         if let Some(filled) = filling.settled(synced) {
             self.step(TargetInput::Filled(filled)).await;
         }
+    }
+
+    /// Whether it owns disks that lie on nothing any more.
+    fn has_everything(&self) -> bool {
+        let alone = |disk: &TargetDisk| {
+            let node = self.control.blockdevs().get(&disk.local.node);
+            node.is_ok_and(|node| node.backing().is_none_or(|slot| !slot.is_some()))
+        };
+        self.state() == TargetState::Owner && self.attached && self.disks.iter().all(alone)
     }
 
     /// Begins to fill an overlay, if nobody does.
@@ -566,7 +690,12 @@ impl Drive for TargetDriver {
                 let outcome = self.demote(&demotion).await;
                 return Some(TargetInput::Demoted(demotion.settled(outcome)));
             }
-            TargetAction::Send(message) => self.say(&Frame::Message(message.into_message())),
+            TargetAction::Send(message) => {
+                let message = message.into_message();
+                if message.body != Body::Accepted || self.may_accept(message.term) {
+                    self.say(&Frame::Message(message));
+                }
+            }
             TargetAction::ReadRound(round) => self.read_round(round),
             TargetAction::Own => {
                 self.attached = false;

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use infill_base::{Ctx, IoResult};
+use infill_base::{Ctx, IoResult, is_zero};
 use infill_migrate::BlockSet;
 use infill_node::NodeHandle;
 use infill_node::generic::{FillPiece, StreamCursor};
@@ -57,6 +57,50 @@ async fn copy_piece(node: &NodeHandle, at: u64, len: u64, zero: Option<u64>) -> 
     };
     // What was demoted meanwhile is of a later round.
     tracing::trace!(at, len, ?populated, "warmed");
+    Ok(())
+}
+
+/// Copies the blocks of a set out of `base`, which is frozen, where they are absent in the overlay.
+pub(super) async fn copy_blocks(
+    node: &NodeHandle,
+    base: &NodeHandle,
+    set: &BlockSet,
+    block_bytes: u64,
+    stop: &Rc<Cell<bool>>,
+) -> IoResult<()> {
+    let Some(generation) = node.backing().map(|slot| slot.generation()) else { return Ok(()) };
+    let end = node.len();
+    let mut pieces = set.runs().flat_map(|run| {
+        let (from, to) = (run.start * block_bytes, (run.end * block_bytes).min(end));
+        (from..to).step_by(PIECE_BYTES as usize).map(move |at| (at, (to - at).min(PIECE_BYTES)))
+    });
+    let mut flying = FuturesUnordered::new();
+    loop {
+        while flying.len() < PIECES && !stop.get() {
+            let Some((at, len)) = pieces.next() else { break };
+            flying.push(copy_block(node, base, at, len, generation));
+        }
+        match flying.next().await {
+            Some(done) => done?,
+            None => return Ok(()),
+        }
+    }
+}
+
+async fn copy_block(
+    node: &NodeHandle,
+    base: &NodeHandle,
+    at: u64,
+    len: u64,
+    generation: u64,
+) -> IoResult<()> {
+    let cx = Ctx::FILL;
+    let data = base.read_vec(&cx, at, len as usize).await?;
+    let populated = match is_zero(&data) {
+        true => node.populate_zero(&cx, at, len, generation).await?,
+        false => node.populate(&cx, at, data.freeze(), generation).await?,
+    };
+    tracing::trace!(at, len, ?populated, "copied before the switch");
     Ok(())
 }
 
