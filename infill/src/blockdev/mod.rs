@@ -302,9 +302,14 @@ impl Blockdevs {
         lock(&self.0.entries).get(name).and_then(|entry| entry.path.clone())
     }
 
-    /// Where the file that the node lies on, file child by file child, lies.
+    /// What the node lies on, file child by file child.
+    pub fn bottom(&self, name: &str) -> Option<String> {
+        info::files(self, name).pop()
+    }
+
+    /// Where the file that it lies on lies.
     pub fn bottom_path(&self, name: &str) -> Option<PathBuf> {
-        info::files(self, name).last().and_then(|bottom| self.path(bottom))
+        self.bottom(name).and_then(|bottom| self.path(&bottom))
     }
 
     /// The storage of a protocol node.

@@ -57,6 +57,7 @@ impl Checked {
             node: &self.source,
             is_written: true,
             all: self.options.sync != words::BackupSync::Bitmap,
+            to_server: None,
         }
     }
 }

@@ -108,6 +108,7 @@ impl Control {
             node: &source,
             is_written: true,
             all: false,
+            to_server: (sync == MirrorSync::Full).then_some(&copy),
         };
         let found = self.found_map(&copied).await;
         let (kept, bitmap) = match (found, bitmap) {
@@ -361,6 +362,7 @@ impl Control {
             node: &top_node,
             is_written: top == 0,
             all: false,
+            to_server: Some(&base_node),
         };
         let (kept, map) = self.map_of(copied).await.unzip();
         let mut commit = CommitOptions {

@@ -10,7 +10,9 @@
 //! ([`Disks`](crate::blockdev::Disks)).
 //!
 //! Source and target lie on local files or block devices: what was written there is there after any death of the process. The
-//! server of an NBD export may die with this daemon and what it was told, so that a copy from or to one begins anew.
+//! server of an NBD export may die with this daemon and what it was told, and nobody sees who else writes to it. The target of a
+//! mirror or commit may lie on one all the same ([`Copied::to_server`]): it has what a sync has covered, and some of that is
+//! looked at before the map is used. A copy from one begins anew, and a backup to one fails.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -21,7 +23,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use infill_io::JournalDir;
-use infill_job::copy::{KeptCopy, KeptMap, MapGuard, MapOwner};
+use infill_job::copy::{KeptCopy, KeptMap, MapGuard, MapOwner, has_what_it_should};
 use infill_job::{JobStatus, JobType, MapName};
 use infill_node::{NodeHandle, Watching, WeakNode};
 use infill_storage::journal::JournalMemory;
@@ -35,6 +37,10 @@ pub(super) const NO_MAP: &str = "there is no map of what was copied";
 
 /// How often it is noted that the daemon lives.
 const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
+/// Precedes what names a target on a server, in the identity of a copy.
+const TO_SERVER: &str = " to server ";
+/// How long a server may take until it is known whether it has what it should.
+const SERVER_PATIENCE: Duration = Duration::from_secs(10);
 /// What is written to a file so long after the last such note may be the daemon's own.
 const ALIVE_SLACK: Duration = Duration::from_secs(5);
 
@@ -77,6 +83,8 @@ pub(super) struct Copied<'a> {
     pub(super) is_written: bool,
     /// Whether all of it is left to do at first.
     pub(super) all: bool,
+    /// The target, where it may be a server's: what is copied of it reads as the source does, all over the disk.
+    pub(super) to_server: Option<&'a NodeHandle>,
 }
 
 /// A map for a copy, and its name for the record.
@@ -120,14 +128,37 @@ impl Control {
     fn map_name(&self, copy: &Copied<'_>, generation: u64) -> Option<MapName> {
         self.map_prefix()?;
         let file = |name: &str| identity_of(&self.blockdevs().bottom_path(name)?).ok();
-        let (source, target) = (file(copy.source)?, file(copy.target)?);
+        let source = file(copy.source)?;
+        let target = match file(copy.target) {
+            Some(file) => format!(" to {file}"),
+            None => format!("{TO_SERVER}{}", copy.to_server.and_then(|_| self.server_of(copy.target))?),
+        };
         let Copied { id, kind, .. } = copy;
         Some(MapName {
             generation,
-            identity: format!("{} '{id}' from {source} to {target}", kind.as_str()),
+            identity: format!("{} '{id}' from {source}{target}", kind.as_str()),
             len: copy.node.len(),
             watched: copy.is_written.then(|| copy.source.to_owned()),
         })
+    }
+
+    /// Names the export that a node lies on.
+    fn server_of(&self, node: &str) -> Option<String> {
+        let bottom = self.blockdevs().get(&self.blockdevs().bottom(node)?).ok()?;
+        let info = bottom.info();
+        (info.driver == "nbd").then(|| format!("{} of {} bytes", info.filename, bottom.len()))
+    }
+
+    /// Refuses a map whose target is not as it was left.
+    async fn check_target(&self, copy: &Copied<'_>, kept: &KeptCopy, until: u64) -> Result<(), String> {
+        if self.blockdevs().bottom_path(copy.target).is_some() {
+            return self.check_file_of(copy.target, until);
+        }
+        let target = copy.to_server.ok_or("its target is no local file")?;
+        let looking = has_what_it_should(kept.map(), copy.node, target);
+        rt::timeout(SERVER_PATIENCE, looking)
+            .await
+            .unwrap_or_else(|| Err("its server does not answer".into()))
     }
 
     /// The map of a copy that goes on, if what it says can be relied on; the error says why not.
@@ -148,17 +179,17 @@ impl Control {
                 (kept, until)
             }
         };
-        self.check_file_of(copy.target, until)?;
         if self.map_name(copy, name.generation).as_ref() != Some(&name) {
             return Err("source or target is another one".into());
         }
         if node.is_some_and(|node| !is_same(&node)) {
             return Err("the source was opened anew".into());
         }
+        self.check_target(copy, &kept, until).await?;
         match kept.map().is_live() {
             true => {
                 self.maps.running.borrow_mut().insert(copy.id.to_owned(), kept.map().clone());
-                Ok((kept, name))
+                Ok((kept.until_synced(name.identity.contains(TO_SERVER)), name))
             }
             false => Err("its source was written to".into()),
         }
@@ -198,7 +229,7 @@ impl Control {
                 let map = Arc::new(map);
                 map.set_alive(seconds(SystemTime::now()));
                 self.maps.running.borrow_mut().insert(copy.id.to_owned(), map.clone());
-                Some((KeptCopy::new(map), name))
+                Some((KeptCopy::new(map).until_synced(name.identity.contains(TO_SERVER)), name))
             }
             Err(reason) => {
                 tracing::warn!(

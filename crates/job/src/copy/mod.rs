@@ -18,6 +18,7 @@ mod keep;
 mod keeping;
 mod kept_map;
 pub mod mirror;
+mod sample;
 mod transfer;
 
 use std::ops::Range;
@@ -39,6 +40,7 @@ use crate::state::{ErrorAction, OnError, Operation};
 pub use keep::KeepOld;
 pub use keeping::{KeptCopy, MapGuard};
 pub use kept_map::{KeptMap, MAP_BYTES_MAX, MapOwner};
+pub use sample::has_what_it_should;
 pub use transfer::{BLOCK_BYTES, Failed, Scope, Transfer, piece_bytes};
 
 /// Bytes in memory at a time.
@@ -84,11 +86,18 @@ struct Piece {
     limited: bool,
 }
 
+/// What a sync of the target covers.
+struct Covered {
+    /// Bytes that were copied before it began.
+    copied_bytes: u64,
+    /// Of a target that forgets: what it had not synced.
+    ranges: Vec<Range<u64>>,
+}
+
 enum Done {
     Copied(Piece, Result<(), Failed>),
     Walked(Result<bool, Failed>),
-    /// With what a target that forgets had not synced before.
-    Synced(IoResult<()>, Vec<Range<u64>>),
+    Synced(IoResult<()>, Covered),
 }
 
 /// Wants latencies while it lives.
@@ -373,8 +382,8 @@ impl Copier {
                 self.syncing = false;
                 // After a failed sync nothing is known; no policy makes that good.
                 result?;
-                self.transfer.end_sync(&covered);
-                job.set_durable(self.copied_bytes);
+                self.transfer.end_sync(&covered.ranges);
+                job.set_durable(covered.copied_bytes);
             }
         }
         Ok(())
@@ -443,7 +452,8 @@ impl Copier {
         if now >= self.next_sync && unsynced && !self.syncing {
             self.next_sync = now + SYNC_INTERVAL;
             (self.syncing, self.unsynced) = (true, false);
-            let (target, covered) = (self.transfer.target.clone(), self.transfer.begin_sync());
+            let target = self.transfer.target.clone();
+            let covered = Covered { copied_bytes: self.copied_bytes, ranges: self.transfer.begin_sync() };
             self.in_flight
                 .push(Box::pin(async move { Done::Synced(target.sync(&Ctx::FILL).await, covered) }));
         }

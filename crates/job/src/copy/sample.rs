@@ -1,0 +1,76 @@
+//! Whether a target has what the map of its copy says that it has: looked at where nothing else tells.
+//!
+//! When a file was written to last can be seen; what the server of an export has done since the last process is seen by
+//! nobody. A server that has lost its memory, another disk behind the same name or one that was put back to an older state
+//! differs from the source nearly everywhere. So some blocks all over the disk are compared. This finds a mistake; it is no
+//! proof that nobody has written a single block.
+
+use futures_util::stream::{self, StreamExt};
+use infill_base::{Ctx, align_down};
+use infill_node::{DirtyMap, NodeHandle};
+
+use super::{BLOCK_BYTES, KeptMap};
+
+/// Blocks that are compared.
+const SAMPLES: u64 = 64;
+/// How many of them at once.
+const AT_ONCE: usize = 16;
+
+/// Compares blocks that the target has, as `map` says of a mirror of all the disk or of a commit, with the source. The map is
+/// kept true meanwhile. The error says what is wrong.
+pub async fn has_what_it_should(
+    map: &KeptMap,
+    source: &NodeHandle,
+    target: &NodeHandle,
+) -> Result<(), String> {
+    let compare = |at: u64| async move {
+        let len = BLOCK_BYTES.min(source.len().saturating_sub(at)) as usize;
+        let there = target.read_vec(&Ctx::FILL, at, len).await;
+        let there = there.map_err(|error| format!("the target cannot be read: {error}"))?;
+        let wanted = source.read_vec(&Ctx::FILL, at, len).await;
+        let wanted = wanted.map_err(|error| format!("the source cannot be read: {error}"))?;
+        // Written to meanwhile: it is marked by then.
+        if there == wanted || map.has_marked(at, len as u64) {
+            return Ok(());
+        }
+        Err(format!("the target does not have what was written to it at byte {at}"))
+    };
+    let results: Vec<_> =
+        stream::iter(picked(map).into_iter().map(compare)).buffered(AT_ONCE).collect().await;
+    results.into_iter().collect()
+}
+
+/// Blocks all over what the target has.
+fn picked(map: &KeptMap) -> Vec<u64> {
+    let (unit, end) = (map.granularity(), align_down(map.walked(), map.granularity()));
+    let marked = DirtyMap::new(map.disk_bytes(), unit);
+    map.copy_into(&marked);
+    let (mut there, mut next) = (Vec::new(), 0);
+    while next < end {
+        let run = marked.next_dirty(next, u64::MAX).unwrap_or(end..end);
+        if next < run.start {
+            there.push(next..run.start.min(end));
+        }
+        next = run.end.max(next + unit);
+    }
+    let units: u64 = there.iter().map(|run| (run.end - run.start) / unit).sum();
+    let count = units.min(SAMPLES);
+    let mut random = map.generation() | 1;
+    let nth_unit = |mut nth: u64| {
+        there.iter().find_map(|run| {
+            let units = (run.end - run.start) / unit;
+            let found = (nth < units).then(|| run.start + nth * unit);
+            nth = nth.saturating_sub(units);
+            found
+        })
+    };
+    (0..count)
+        .filter_map(|nth| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            let (first, last) = (nth * units / count, (nth + 1) * units / count);
+            nth_unit(first + random % (last - first))
+        })
+        .collect()
+}
