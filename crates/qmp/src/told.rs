@@ -106,6 +106,7 @@ pub(crate) const EVENTS: &[(&str, Form)] = &[
         "__INFILL_MIGRATION",
         Object(&[("migration", Str), ("side", Word(&["source", "target"])), ("state", Str), ("term", Int)]),
     ),
+    ("__INFILL_READS_HELD", Object(&[("failing", Bool), ("name", Str), ("on-hold", Str)])),
     ("__INFILL_RESTORED", Object(&[("kind", Str), ("name", Str)])),
     ("__INFILL_SOURCE_BACK", Object(&[("*id", Str), ("*node-name", Str)])),
     ("__INFILL_SOURCE_LOST", Object(&[("*id", Str), ("*node-name", Str), ("reason", Str)])),

@@ -300,11 +300,16 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
                          can be kept, every allocation is written through
 
   --migration listen=<host>:<port>,data=<host>:<port>[,reach=<host>:<port>]
-              [,directory=<dir>][,tls-creds=<dir>[,tls-hostname=<name>]]
+              [,directory=<dir>][,on-hold=hold|stop|eio][,hold-time=<secs>]
+              [,tls-creds=<dir>[,tls-hostname=<name>]]
                          disks change hosts: other daemons bring theirs at the first
                          address and read those that have left at the second (either
                          may be the path of a socket), which they find at <reach> if
                          not there; images of disks that come are made in <dir>;
+                         while a disk's source is away, reads of what is only there
+                         wait (on-hold=hold) or fail after <secs> (20), and then a
+                         hypervisor with rerror=stop stops the machine (stop) or the
+                         machine is told (eio);
                          with tls-creds, a directory of credentials of both ends,
                          only over TLS and with those who show a certificate; needs
                          --state

@@ -331,13 +331,18 @@ impl Control {
             self.keep_stored_bitmaps().await;
         }
         self.greet_new_nodes();
-        for (node, watch) in self.blockdevs.take_source_watches() {
-            rt::spawn(self.clone().tell_source(node, watch));
-        }
+        self.watch_sources();
         if added.is_ok() {
             self.guard_maps().await;
         }
         added
+    }
+
+    /// Has it told of the servers of new NBD nodes when they are lost.
+    pub(super) fn watch_sources(self: &Rc<Self>) {
+        for (node, watch) in self.blockdevs.take_source_watches() {
+            rt::spawn(self.clone().tell_source(node, watch));
+        }
     }
 
     /// Nodes that were opened tell what is wrong with them, and count for metrics where that is asked for.
@@ -351,6 +356,7 @@ impl Control {
     /// Tells when the server of an NBD node is lost and when it is back, until the node is closed.
     async fn tell_source(self: Rc<Self>, node: String, mut watch: SourceWatch) {
         while let Some(state) = watch.next().await {
+            self.source_changed(&node, matches!(state, SourceState::Lost(_)));
             match state {
                 SourceState::Connected => self.tell("__INFILL_SOURCE_BACK", json!({ "node-name": node })),
                 SourceState::Lost(error) => {

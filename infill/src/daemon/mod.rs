@@ -7,6 +7,8 @@
 //! # Events of our own
 //! `__INFILL_JOB_PROGRESS`, `__INFILL_JOB_DURABLE`, and `__INFILL_SOURCE_LOST` and `__INFILL_SOURCE_BACK`, which tell of a
 //! node (`node-name`: its server has gone or is back) or of a job (`id`: it has met an error of its source, or got on).
+//! `__INFILL_READS_HELD` tells of a disk that has come (`name`) and whose source is away that reads of what is only there fail
+//! now (`failing`), or are answered again.
 //!
 //! # Order of the beginning
 //! The sandbox is entered ([`sandbox`]). What a state holds is made again ([`state`]). Options are carried out one after

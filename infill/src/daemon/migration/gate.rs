@@ -8,12 +8,19 @@
 //! What never happens: a request that counts itself in after the gate was closed; one that is answered out of a disk that
 //! the other side owns. Costs a lock, twice, for each request.
 
+use std::pin::pin;
+
 use bytes::BytesMut;
 use event_listener::Event;
-use infill_base::{Ctx, ErrorKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags};
+use futures_util::future::{Either, select};
+use infill_base::{
+    Ctx, ErrorKind, ExtentKind, Extents, Gather, IoError, IoResult, Limits, WriteFlags, ZeroFlags,
+};
 use infill_migrate::{BlockSet, Gate, NotDrained, Round, Writes, Writing};
 use infill_node::{Edge, Node, NodeHandle, NodeInfo, Through as _};
 use infill_storage::sync::{Arc, Mutex, lock};
+
+use super::missed::HELD_READS_MAX;
 
 /// What a gate tells the driver of its machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,6 +41,19 @@ struct Inner {
     writes: Writes,
     block_bytes: u64,
     asked: Asked,
+    missed: Missed,
+}
+
+/// What is known of a source that the disk is filled from.
+#[derive(Default)]
+struct Missed {
+    /// Whether reads of what is missing are to fail once they were held for long enough.
+    may_fail: bool,
+    is_lost: bool,
+    /// They fail now.
+    failing: bool,
+    /// Numbers the losses, so that what is late of one is not taken for the next one's.
+    losses: u64,
 }
 
 /// The state of one gate. Cloning shares it.
@@ -46,6 +66,8 @@ struct Shared {
     changed: Event,
     /// Somebody waits for the driver.
     asking: Event,
+    /// More reads wait, or they wait in vain.
+    missed: Event,
 }
 
 /// What a request is.
@@ -88,9 +110,11 @@ impl DiskGate {
                 writes: Writes::new(0),
                 block_bytes: 1,
                 asked: Asked::default(),
+                missed: Missed::default(),
             }),
             changed: Event::new(),
             asking: Event::new(),
+            missed: Event::new(),
         }))
     }
 
@@ -189,6 +213,75 @@ impl DiskGate {
         inner.writes.dirty_blocks() * inner.block_bytes
     }
 
+    /// Whether reads of what is missing are to fail some time after the source was lost.
+    pub fn let_misses_fail(&self, may_fail: bool) {
+        lock(&self.0.inner).missed.may_fail = may_fail;
+    }
+
+    /// The source is lost: the number of this loss, if it was not known.
+    pub fn source_is_lost(&self) -> Option<u64> {
+        let mut inner = lock(&self.0.inner);
+        if std::mem::replace(&mut inner.missed.is_lost, true) {
+            return None;
+        }
+        inner.missed.losses += 1;
+        Some(inner.missed.losses)
+    }
+
+    /// The source is back; whether reads of what is missing have failed.
+    pub fn source_is_back(&self) -> bool {
+        let mut inner = lock(&self.0.inner);
+        inner.missed.is_lost = false;
+        std::mem::take(&mut inner.missed.failing)
+    }
+
+    /// Fires when so many reads wait during that loss that a hypervisor may have none left, or when it is over.
+    pub async fn too_many_held(&self, loss: u64) {
+        loop {
+            let missed = self.0.missed.listen();
+            {
+                let inner = lock(&self.0.inner);
+                let over = !inner.missed.is_lost || inner.missed.losses != loss;
+                if over || inner.reads >= HELD_READS_MAX {
+                    return;
+                }
+            }
+            missed.await;
+        }
+    }
+
+    /// Reads of what is missing fail from now on, if that loss still lasts. Whether it does.
+    pub fn give_up(&self, loss: u64) -> bool {
+        {
+            let mut inner = lock(&self.0.inner);
+            let missed = &mut inner.missed;
+            if !missed.may_fail || !missed.is_lost || missed.losses != loss {
+                return false;
+            }
+            missed.failing = true;
+        }
+        self.0.missed.notify(usize::MAX);
+        true
+    }
+
+    /// Reads, unless that waits in vain for what is at a source.
+    async fn read_below(&self, below: &Edge, cx: &Ctx, at: u64, buf: BytesMut) -> IoResult<BytesMut> {
+        let len = buf.len() as u64;
+        let mut reading = pin!(below.read(cx, at, buf));
+        loop {
+            let missed = self.0.missed.listen();
+            if lock(&self.0.inner).missed.failing && is_missing(below, cx, at, len).await? {
+                let why =
+                    "the source is away, and what is read is only there: it is answered when that is back";
+                return Err(IoError::new(ErrorKind::Io, why));
+            }
+            match select(reading, missed).await {
+                Either::Left((read, _)) => return read,
+                Either::Right((_, waiting)) => reading = waiting,
+            }
+        }
+    }
+
     /// The gate before `below`.
     pub fn before(&self, below: Edge) -> NodeHandle {
         NodeHandle::new(Gated { gate: self.clone(), below })
@@ -263,6 +356,21 @@ impl DiskGate {
     }
 }
 
+/// Whether a part of a range is not in the disk itself.
+async fn is_missing(below: &Edge, cx: &Ctx, at: u64, len: u64) -> IoResult<bool> {
+    let end = at.saturating_add(len).min(below.len());
+    let mut at = at;
+    while at < end {
+        let extents = below.extents(cx, at, end - at).await?;
+        let next = extents.last().map_or(end, |last| last.start + last.len);
+        if extents.iter().any(|extent| extent.kind == ExtentKind::Absent) {
+            return Ok(true);
+        }
+        at = next.max(at + 1);
+    }
+    Ok(false)
+}
+
 fn not_here(owner: &str) -> IoError {
     let owner = if owner.is_empty() { "another host" } else { owner };
     IoError::new(
@@ -295,11 +403,21 @@ impl Node for Gated {
     }
 
     async fn read(&self, cx: &Ctx, at: u64, buf: BytesMut) -> IoResult<BytesMut> {
-        let route = self.gate.pass(Kind::Read, |inner| inner.reads += 1).await?;
-        match route {
-            Route::Below(()) => {
+        let begin = |inner: &mut Inner| {
+            inner.reads += 1;
+            (inner.missed.may_fail, inner.missed.is_lost)
+        };
+        match self.gate.pass(Kind::Read, begin).await? {
+            Route::Below((false, _)) => {
                 let _reading = Reading(&self.gate);
                 self.below.read(cx, at, buf).await
+            }
+            Route::Below((true, is_lost)) => {
+                let _reading = Reading(&self.gate);
+                if is_lost {
+                    self.gate.0.missed.notify(usize::MAX);
+                }
+                self.gate.read_below(&self.below, cx, at, buf).await
             }
             Route::Source(source) => source.read(cx, at, buf).await,
         }
@@ -436,6 +554,61 @@ mod tests {
             gate.set(Gate::Deny, "b.example");
             rt::sleep(Duration::from_secs(1)).await;
             assert_eq!(write(&node, 0, 1).await.unwrap_err().kind(), ErrorKind::NotPermitted);
+        });
+    }
+
+    #[test]
+    fn reads_of_what_is_missing_fail_once_that_is_given_up_and_no_others() {
+        World::new(1).run(async {
+            let source = NodeHandle::new(MemoryOverlay::new(64 << 10, 4096, None));
+            let away = DiskGate::new(Gate::Run);
+            let below = away.before(Edge::new(source));
+            let overlay = NodeHandle::new(MemoryOverlay::new(64 << 10, 4096, Some(below)));
+            let gate = DiskGate::new(Gate::Run);
+            let node = gate.before(Edge::new(overlay));
+            gate.let_misses_fail(true);
+            write(&node, BLOCK, 3).await.unwrap();
+            away.set(Gate::Hold, "");
+            let read = |at: u64, len: usize| {
+                let node = node.clone();
+                async move { node.read_vec(&Ctx::GUEST, at, len).await }
+            };
+            let (failed, answered) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(0)));
+            let held = |at| {
+                let (reading, failed, answered) = (read(at, 512), failed.clone(), answered.clone());
+                rt::spawn(async move {
+                    match reading.await {
+                        Ok(_) => answered.set(answered.get() + 1),
+                        Err(error) => {
+                            assert_eq!(error.kind(), ErrorKind::Io);
+                            failed.set(failed.get() + 1);
+                        }
+                    }
+                });
+            };
+            held(0);
+            rt::sleep(Duration::from_secs(1)).await;
+            let earlier = gate.source_is_lost().unwrap();
+            assert_eq!(gate.source_is_lost(), None);
+            assert!(!gate.source_is_back() && !gate.give_up(earlier));
+            let loss = gate.source_is_lost().unwrap();
+            assert!(!gate.give_up(earlier) && failed.get() == 0);
+            // As many as a hypervisor has open are too many.
+            rt::timeout(Duration::from_secs(1), gate.too_many_held(loss)).await.ok_or(()).unwrap_err();
+            (1..HELD_READS_MAX).for_each(|_| held(3 * BLOCK));
+            gate.too_many_held(loss).await;
+            assert_eq!((failed.get(), answered.get()), (0, 0));
+            assert!(gate.give_up(loss));
+            rt::sleep(Duration::from_secs(1)).await;
+            assert_eq!((failed.get(), answered.get()), (HELD_READS_MAX, 0));
+            // What is here is read, and written.
+            assert_eq!(read(BLOCK, 512).await.unwrap()[0], 3);
+            assert!(read(BLOCK, 2 * BLOCK as usize).await.is_err());
+            write(&node, 2 * BLOCK, 4).await.unwrap();
+            assert_eq!(read(BLOCK, 2 * BLOCK as usize).await.unwrap()[BLOCK as usize], 4);
+            away.set(Gate::Run, "");
+            assert!(gate.source_is_back() && !gate.source_is_back());
+            assert_eq!(read(0, 512).await.unwrap()[0], 0);
         });
     }
 

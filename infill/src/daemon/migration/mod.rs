@@ -12,6 +12,7 @@
 mod gate;
 mod kept;
 mod link;
+mod missed;
 mod options;
 mod overlay;
 mod query;
@@ -46,6 +47,7 @@ use crate::listen::Listening;
 use gate::DiskGate;
 use kept::{Kept, Local, LocalDisk};
 use link::Link;
+use missed::OnHold;
 pub use options::Options;
 use options::address;
 use secure::PeerTls;
@@ -70,6 +72,8 @@ struct Peers {
     directory: Option<PathBuf>,
     exports: Exports,
     tls: Option<PeerTls>,
+    on_hold: OnHold,
+    hold_time: Duration,
     listener: RefCell<Option<Listener>>,
     _listening: Listening,
 }
@@ -288,6 +292,8 @@ impl Control {
             directory: options.directory.clone(),
             exports,
             tls,
+            on_hold: options.on_hold,
+            hold_time: options.hold_time,
             listener: RefCell::new(Some(bind(&options.listen)?)),
             _listening: Listening::start(data, server, self.reactors.clone(), most),
         };

@@ -2,9 +2,12 @@
 
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use infill_io::Address;
+
+use super::missed::{HOLD_TIME, OnHold};
 
 /// What a daemon is told with `--migration`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +20,10 @@ pub struct Options {
     pub(super) reach: Option<Address>,
     /// Where images of disks are made that come.
     pub(super) directory: Option<PathBuf>,
+    /// What becomes of reads of what is still at a source that is away.
+    pub(super) on_hold: OnHold,
+    /// How long they are held before anything else becomes of them.
+    pub(super) hold_time: Duration,
     /// The directory of credentials that both ends show; without, nothing is encrypted.
     pub(super) tls: Option<PathBuf>,
     /// What the certificate of the server of data is for, where that is not the host of its address.
@@ -37,21 +44,30 @@ pub(super) fn address(text: &str) -> Result<Address> {
 }
 
 impl Options {
-    /// Reads `listen=ADDRESS,data=ADDRESS[,reach=ADDRESS][,directory=DIR][,tls-creds=DIR[,tls-hostname=NAME]]`.
+    /// Reads `listen=ADDRESS,data=ADDRESS[,reach=ADDRESS][,directory=DIR][,on-hold=hold|stop|eio][,hold-time=SECONDS][,tls-creds=DIR[,tls-hostname=NAME]]`.
     pub fn read(text: &str) -> Result<Options> {
         let (mut listen, mut data, mut reach, mut directory) = (None, None, None, None);
         let (mut tls, mut tls_hostname) = (None, None);
+        let (mut on_hold, mut hold_time) = (OnHold::default(), HOLD_TIME);
         for part in text.split(',') {
             match part.split_once('=') {
                 Some(("listen", at)) => listen = Some(address(at)?),
                 Some(("data", at)) => data = Some(address(at)?),
                 Some(("reach", at)) => reach = Some(address(at)?),
                 Some(("directory", at)) => directory = Some(std::path::absolute(at)?),
+                Some(("on-hold", word)) => on_hold = OnHold::read(word)?,
+                Some(("hold-time", seconds)) => {
+                    let seconds: u32 = seconds
+                        .parse()
+                        .with_context(|| format!("hold-time={seconds}: give whole seconds"))?;
+                    hold_time = Duration::from_secs(seconds.into());
+                }
                 Some(("tls-creds", at)) => tls = Some(std::path::absolute(at)?),
                 Some(("tls-hostname", name)) => tls_hostname = Some(name.to_owned()),
                 Some((name, _)) => {
                     bail!(
-                        "'{name}' is not known: there are listen, data, reach, directory, tls-creds and tls-hostname"
+                        "'{name}' is not known: there are listen, data, reach, directory, on-hold, \
+                         hold-time, tls-creds and tls-hostname"
                     )
                 }
                 None => bail!("'{part}' has no value: give listen=, data= and directory="),
@@ -64,6 +80,8 @@ impl Options {
             data: data.ok_or_else(|| missing("data="))?,
             reach,
             directory,
+            on_hold,
+            hold_time,
             tls,
             tls_hostname,
         };
@@ -100,6 +118,9 @@ mod tests {
         assert_eq!(read.directory, Some("/srv".into()));
         let read = Options::read("listen=/s,data=/t,tls-creds=/etc/pki,tls-hostname=a.example").unwrap();
         assert_eq!((read.tls, read.tls_hostname.as_deref()), (Some("/etc/pki".into()), Some("a.example")));
+        assert_eq!((read.on_hold, read.hold_time), (OnHold::Hold, HOLD_TIME));
+        let read = Options::read("listen=/s,data=/t,on-hold=stop,hold-time=5").unwrap();
+        assert_eq!((read.on_hold, read.hold_time), (OnHold::Stop, Duration::from_secs(5)));
         let read = Options::read("listen=/s,data=0.0.0.0:1,reach=a.example:1").unwrap();
         assert_eq!(read.reached(), &Address::Tcp { host: "a.example".into(), port: 1 });
         for (wrong, why) in [
@@ -109,6 +130,8 @@ mod tests {
             ("listen=h:70000,data=/s", "a port is a number"),
             ("listen=/s,data=/t,more=1", "'more' is not known"),
             ("listen=/s,data", "'data' has no value"),
+            ("listen=/s,data=/t,on-hold=wait", "hold, stop or eio"),
+            ("listen=/s,data=/t,hold-time=long", "whole seconds"),
             ("listen=/s,data=/t,tls-hostname=a", "tls-creds=DIR"),
             ("listen=/s,data=0.0.0.0:1", "reach=HOST:PORT"),
             ("listen=/s,data=[::]:1,reach=[::]:1", "reach=HOST:PORT"),

@@ -21,6 +21,7 @@ use infill_storage::rt;
 
 use super::gate::DiskGate;
 use super::link::Link;
+use super::missed::OnHold;
 use super::overlay::{
     close_source, drop_disk, end_job, export_description, job_of, lay_on, open_source, overlay_description,
     prepare_disks, tidy_up,
@@ -529,6 +530,7 @@ impl TargetDriver {
                 }
             }
             told.error.replace(None);
+            control.watch_sources();
             inbox.push(ToTarget::Attached);
         });
     }
@@ -662,7 +664,11 @@ impl Drive for TargetDriver {
         }
         let (owner, migration) = (self.machine.record().plan().peer.clone(), self.migration());
         let decided = |disk: &&TargetDisk| self.control.migrations.decides(disk.id, migration, Side::Target);
+        let peers = self.control.migrations.peers();
+        let may_fail =
+            self.state() == TargetState::Owner && peers.is_some_and(|peers| peers.on_hold != OnHold::Hold);
         for disk in self.disks.iter().filter(decided) {
+            disk.gate.let_misses_fail(may_fail);
             disk.gate.set(gate, &owner);
         }
         if self.machine.reading().is_none() {
