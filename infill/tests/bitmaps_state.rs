@@ -150,13 +150,8 @@ fn command(verb: &str, name: &str, qmp: &mut Qmp) {
     qmp.run(&format!("block-dirty-bitmap-{verb}"), json!({"node": "top", "name": name}));
 }
 
-fn end(mut daemon: Daemon, in_order: bool) {
-    if in_order {
-        daemon.process.signal("TERM");
-        daemon.process.wait_for_success();
-    } else {
-        daemon.process.kill();
-    }
+fn end(daemon: Daemon, in_order: bool) {
+    daemon.process.end(in_order);
 }
 
 #[test]

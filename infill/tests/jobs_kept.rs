@@ -15,7 +15,7 @@ use common::{run, text, wait_until};
 use infill_io::Reactors;
 use qmp::{Daemon, Program, Qmp};
 use serde_json::{Value, json};
-use stamped::{BLOCK_BYTES, BLOCKS, DISK_BYTES, Guest, Random, answered_is_kept, content, seed, work};
+use stamped::{BLOCK_BYTES, BLOCKS, DISK_BYTES, Guest, Random, answered_is_kept, content, dies, seed, work};
 
 /// How often a daemon is killed, or told to end, under a guest.
 const ROUNDS: usize = 12;
@@ -232,11 +232,7 @@ fn what_was_copied_before_a_kill_is_not_copied_again() {
         if is_ready {
             wait_copied(&mut qmp, kind);
         }
-        let mut daemon = Some(daemon);
-        work(&place.dir, &place.reactors, &guest, 1 + random.below(2000), || {
-            daemon.take().unwrap().process.kill();
-        });
-        answered_is_kept(&guest);
+        dies(&place.dir, &place.reactors, &guest, 1 + random.below(2000), daemon.process, false);
         let guest = copied(kind, Arc::into_inner(guest).unwrap().into_inner().unwrap());
         let copy = place.dir.join(kind.target());
         let planted = plant(&copy, &guest);
@@ -266,18 +262,8 @@ fn nothing_is_lost_when_a_daemon_dies_again_and_again_under_a_copy() {
             if round == ROUNDS / 2 {
                 wait_copied(&mut qmp, kind);
             }
-            let in_order = round % 4 == 3;
-            let mut old = Some(daemon);
-            work(&place.dir, &place.reactors, &guest, 1 + random.below(1000), || {
-                let mut daemon = old.take().unwrap();
-                if in_order {
-                    daemon.process.signal("TERM");
-                    daemon.process.wait_for_success();
-                } else {
-                    daemon.process.kill();
-                }
-            });
-            answered_is_kept(&guest);
+            let at = 1 + random.below(1000);
+            dies(&place.dir, &place.reactors, &guest, at, daemon.process, round % 4 == 3);
             (daemon, qmp) = place.start();
         }
         wait_copied(&mut qmp, kind);
@@ -324,9 +310,7 @@ fn die_ready(place: &Place, kind: Kind, random: &mut Random) -> (Guest, Vec<bool
     if !kind.is_of_the_past() {
         wait_copied(&mut qmp, kind);
     }
-    let mut daemon = Some(daemon);
-    work(&place.dir, &place.reactors, &guest, 200, || daemon.take().unwrap().process.kill());
-    answered_is_kept(&guest);
+    dies(&place.dir, &place.reactors, &guest, 200, daemon.process, false);
     let guest = copied(kind, Arc::into_inner(guest).unwrap().into_inner().unwrap());
     let planted = plant(&place.dir.join(kind.target()), &guest);
     (guest, planted)
@@ -598,12 +582,7 @@ fn an_end_in_order_stores_persistent_bitmaps_with_every_write_while_jobs_run() {
         let mut daemon = Some(daemon);
         for round in 0..2 {
             let ending = daemon.take();
-            work(&place.dir, &place.reactors, &guest, 100 + random.below(500), || {
-                let mut daemon = ending.unwrap();
-                daemon.process.signal("TERM");
-                daemon.process.wait_for_success();
-            });
-            answered_is_kept(&guest);
+            dies(&place.dir, &place.reactors, &guest, 100 + random.below(500), ending.unwrap().process, true);
             let info = run("qemu-img", &["info", "--output=json", text(&place.dir.join("top"))]);
             let info: Value = serde_json::from_str(&info).unwrap();
             let stored = json!([{"name": "b", "flags": ["auto"], "granularity": BLOCK_BYTES}]);

@@ -27,7 +27,7 @@ use infill_node::{NodeHandle, RawNode};
 use infill_storage::{Storage, StorageHandle, rt};
 use qmp::{Daemon, Program, Qmp};
 use serde_json::json;
-use stamped::{BLOCK_BYTES, DISK_BYTES, Guest, Random, answered_is_kept, content, seed, work};
+use stamped::{BLOCK_BYTES, DISK_BYTES, Guest, Random, content, dies, seed};
 
 /// How often a daemon is killed, or told to end, under a guest.
 const ROUNDS: usize = 20;
@@ -226,18 +226,8 @@ fn dies_under_a_guest(rounds: usize, in_order: impl Fn(usize) -> bool) {
         place.begin(&mut qmp, SPEED);
         while round < rounds && !place.is_done(&mut qmp) {
             round += 1;
-            let in_order = in_order(round);
-            let mut old = Some(daemon);
-            work(&place.dir, &place.reactors, &guest, 1 + random.below(300), || {
-                let mut daemon = old.take().unwrap();
-                if in_order {
-                    daemon.process.signal("TERM");
-                    daemon.process.wait_for_success();
-                } else {
-                    daemon.process.kill();
-                }
-            });
-            answered_is_kept(&guest);
+            let at = 1 + random.below(300);
+            dies(&place.dir, &place.reactors, &guest, at, daemon.process, in_order(round));
             (daemon, qmp) = place.start();
         }
         let guest = Arc::into_inner(guest).unwrap().into_inner().unwrap();

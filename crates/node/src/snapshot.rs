@@ -1,5 +1,7 @@
 //! Internal snapshots, as nodes tell of them.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 /// A snapshot that an image keeps of its disk, in itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
@@ -19,4 +21,21 @@ pub struct Snapshot {
     pub icount: Option<u64>,
     /// Size of the disk then, in bytes, where it is known.
     pub disk_bytes: Option<u64>,
+}
+
+impl Snapshot {
+    /// One of that name, made at `time`, of a disk without a machine; its image gives it an id.
+    pub fn made_at(name: &str, time: SystemTime) -> Snapshot {
+        let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Snapshot {
+            id: String::new(),
+            name: name.to_owned(),
+            vm_state_bytes: 0,
+            date_sec: since.as_secs() as u32,
+            date_nsec: since.subsec_nanos(),
+            vm_clock_nsec: 0,
+            icount: None,
+            disk_bytes: None,
+        }
+    }
 }

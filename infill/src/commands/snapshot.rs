@@ -1,7 +1,7 @@
 //! `infill snapshot`: the snapshots that an image keeps in itself.
 
 use std::process::ExitCode;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use anyhow::{Result, anyhow, bail};
 use infill_base::Ctx;
@@ -55,15 +55,5 @@ async fn carry_out(node: &NodeHandle, args: &SnapshotArgs) -> Result<()> {
 
 /// A snapshot of that name, made now, of no machine.
 fn of_now(name: &str) -> Snapshot {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Snapshot {
-        id: String::new(),
-        name: name.to_owned(),
-        vm_state_bytes: 0,
-        date_sec: now.as_secs() as u32,
-        date_nsec: now.subsec_nanos(),
-        vm_clock_nsec: 0,
-        icount: Some(0),
-        disk_bytes: None,
-    }
+    Snapshot { icount: Some(0), ..Snapshot::made_at(name, SystemTime::now()) }
 }

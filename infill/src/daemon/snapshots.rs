@@ -109,16 +109,8 @@ impl Control {
 
 /// A snapshot of that name, made now. There is no machine here whose clock it could tell: it tells the host's, as QEMU's
 /// daemon does.
-pub fn of_now(name: &str) -> Snapshot {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Snapshot {
-        id: String::new(),
-        name: name.to_owned(),
-        vm_state_bytes: 0,
-        date_sec: now.as_secs() as u32,
-        date_nsec: now.subsec_nanos(),
-        vm_clock_nsec: now.as_nanos() as u64,
-        icount: None,
-        disk_bytes: None,
-    }
+fn of_now(name: &str) -> Snapshot {
+    let now = SystemTime::now();
+    let vm_clock_nsec = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
+    Snapshot { vm_clock_nsec, ..Snapshot::made_at(name, now) }
 }

@@ -41,6 +41,16 @@ impl Process {
         self.0.wait().unwrap();
     }
 
+    /// Ends it in order, which must be a success, or by `kill -9`.
+    pub fn end(mut self, in_order: bool) {
+        if in_order {
+            self.signal("TERM");
+            self.wait_for_success();
+        } else {
+            self.kill();
+        }
+    }
+
     /// Waits for its end, which must be a success.
     pub fn wait_for_success(&mut self) {
         let mut ended = None;

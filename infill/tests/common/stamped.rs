@@ -10,6 +10,8 @@ use infill_io::{Address, Reactors, connector};
 use infill_nbd::{ClientOptions, NbdStorage, OnLost};
 use infill_storage::Storage;
 
+use super::common::Process;
+
 /// Size of the disks, in bytes.
 pub const DISK_BYTES: u64 = 24 << 20;
 /// What the guest writes and reads at a time, in bytes.
@@ -136,6 +138,19 @@ pub fn work(dir: &Path, reactors: &Arc<Reactors>, guest: &Arc<Mutex<Guest>>, at:
     receiver.recv().expect("the guest works until then");
     died();
     worker.join().unwrap();
+}
+
+/// Has `server`, which serves `disk` there, end under the guest at its `at`th operation, in order or not: what was answered is kept.
+pub fn dies(
+    dir: &Path,
+    reactors: &Arc<Reactors>,
+    guest: &Arc<Mutex<Guest>>,
+    at: u64,
+    server: Process,
+    in_order: bool,
+) {
+    work(dir, reactors, guest, at, || server.end(in_order));
+    answered_is_kept(guest);
 }
 
 /// After the death of a process, in order or not: what was acknowledged is there. What was in flight may be.
