@@ -155,6 +155,14 @@ impl FileStorage {
         FileStorage::open(path, options).map(StorageHandle::new)
     }
 
+    /// Looks how long the file is: another process may have changed that while nobody here used it.
+    pub fn look_at_len(&self) -> Result<(), OpenError> {
+        let len =
+            rustix::fs::seek(&self.fd, SeekFrom::End(0)).map_err(|error| self.named(error.into(), 0, 0))?;
+        self.len.store(len, Ordering::Release);
+        Ok(())
+    }
+
     /// Takes the image locks of a reader or a writer, where it was opened without them: for a file that is opened
     /// before it is known who uses it. They last until [`FileStorage::unlock`].
     pub fn lock(&self, read_only: bool) -> Result<(), OpenError> {

@@ -1,7 +1,7 @@
 //! The object-safe twin of [`Node`], the handle that everybody holds, and a node seen as a storage.
 
 use std::future::Future;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Weak};
 
 use bytes::{Bytes, BytesMut};
@@ -169,6 +169,9 @@ struct Cell<D: ?Sized> {
     bitmaps: Bitmaps,
     corruption: Corruption,
     detect_zeroes: AtomicU8,
+    inactive: AtomicBool,
+    /// It is open read-only as long as it is inactive, and writable after that.
+    rests_writable: AtomicBool,
     driver: D,
 }
 
@@ -206,6 +209,8 @@ impl NodeHandle {
             bitmaps: Bitmaps::default(),
             corruption: Corruption::default(),
             detect_zeroes: AtomicU8::new(0),
+            inactive: AtomicBool::new(false),
+            rests_writable: AtomicBool::new(false),
             driver: node,
         }));
         handle.show_stored(stored);
@@ -240,9 +245,10 @@ impl NodeHandle {
         self.0.latency.meter()
     }
 
-    /// See [`Node::limits`].
+    /// See [`Node::limits`]. An inactive node tells what it takes when it is active.
     pub fn limits(&self) -> Limits {
-        self.0.driver.limits()
+        let limits = self.0.driver.limits();
+        Limits { writable: limits.writable || self.0.rests_writable.load(Ordering::Relaxed), ..limits }
     }
 
     /// See [`Node::len`].
@@ -282,6 +288,29 @@ impl NodeHandle {
 
     pub(crate) fn tell_held(&self, begins: bool) {
         self.0.driver.held(begins);
+    }
+
+    /// It takes changes again.
+    pub fn set_active(&self) {
+        self.0.rests_writable.store(false, Ordering::Relaxed);
+        self.0.inactive.store(false, Ordering::Release);
+    }
+
+    /// It takes no changes, which are refused with `NotPermitted`, until it is active; then it takes some if it is `writable`. To be
+    /// called while it is held, or before anybody has it.
+    pub fn set_inactive(&self, writable: bool) {
+        self.0.rests_writable.store(writable, Ordering::Relaxed);
+        self.0.inactive.store(true, Ordering::Release);
+    }
+
+    fn check_active(&self) -> IoResult<()> {
+        match self.0.inactive.load(Ordering::Acquire) {
+            false => Ok(()),
+            true => {
+                let why = "the node is inactive: make it active (blockdev-set-active) before it is changed";
+                Err(IoError::new(ErrorKind::NotPermitted, why).in_node(self.info().filename))
+            }
+        }
     }
 
     /// What becomes of writes of zeroes from now on.
@@ -468,6 +497,7 @@ impl NodeHandle {
     /// See [`Node::resize`].
     pub async fn resize(&self, cx: &Ctx, len: u64) -> IoResult<()> {
         let _in_flight = self.0.changes.enter().await;
+        self.check_active()?;
         self.0.driver.resize(cx, len).await?;
         self.tell_len(len);
         Ok(())
@@ -575,6 +605,7 @@ impl Entered<'_> {
         if let Some(flags) = self.node.as_zeroes(&data, flags) {
             return self.write_zeroes(cx, at, data.len() as u64, flags).await;
         }
+        self.node.check_active()?;
         let (cell, len) = (&*self.node.0, data.len() as u64);
         let done = match cell.changes.watchers() {
             None => {
@@ -590,6 +621,7 @@ impl Entered<'_> {
     }
 
     pub(crate) async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, flags: ZeroFlags) -> IoResult<()> {
+        self.node.check_active()?;
         let cell = &*self.node.0;
         let perform = cell.driver.write_zeroes(cx, at, len, flags);
         let done = match cell.changes.watchers() {
@@ -611,6 +643,7 @@ impl Entered<'_> {
     }
 
     pub(crate) async fn discard(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.node.check_active()?;
         let cell = &*self.node.0;
         let perform = cell.driver.discard(cx, at, len);
         let change = Change { at, len, what: ChangeKind::Discard };

@@ -267,6 +267,8 @@ pub struct BlockdevOptions {
     pub force_share: Option<bool>,
     /// What writes of zeroes become.
     pub detect_zeroes: Option<DetectZeroes>,
+    /// Takes changes, and its image locks.
+    pub active: Option<bool>,
     /// Which driver.
     pub driver: Driver,
 }
@@ -294,6 +296,7 @@ impl BlockdevOptions {
             auto_read_only: None,
             force_share: None,
             detect_zeroes: None,
+            active: None,
             driver,
         }
     }
@@ -324,9 +327,6 @@ impl BlockdevOptions {
         if let Some(name) = &node_name {
             check_node_name(name)?;
         }
-        if active == Some(false) {
-            return Err(unbuilt("'active': false", "leave it out"));
-        }
         Ok(BlockdevOptions {
             node_name,
             discard,
@@ -336,6 +336,7 @@ impl BlockdevOptions {
             auto_read_only,
             force_share,
             detect_zeroes,
+            active,
             driver,
         })
     }
@@ -367,6 +368,7 @@ impl BlockdevOptions {
             ChildRole::Backing => {
                 take(&mut self.read_only, Some(true));
                 take(&mut self.auto_read_only, Some(false));
+                take(&mut self.active, parent.active);
             }
             ChildRole::ImageFile | ChildRole::Filtered => {
                 take(&mut self.read_only, parent.read_only);

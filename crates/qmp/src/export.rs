@@ -89,6 +89,8 @@ pub struct BlockExportOptions {
     pub writethrough: bool,
     /// The I/O thread that was asked for: it must exist.
     pub iothread: Option<String>,
+    /// Whether its node may be inactive: else it is made active, and stays so.
+    pub allow_inactive: bool,
     /// Bitmaps that clients may ask for.
     pub bitmaps: Vec<BitmapRef>,
     /// Whether clients may ask how deep in the chain data lies.
@@ -115,7 +117,7 @@ impl BlockExportOptions {
         let node_name = members.str("node-name")?;
         let writable = members.opt_bool("writable")?.unwrap_or(false);
         let writethrough = members.opt_bool("writethrough")?.unwrap_or(false);
-        members.opt_bool("allow-inactive")?;
+        let allow_inactive = members.opt_bool("allow-inactive")?.unwrap_or(false);
         if kind != ExportType::Nbd {
             return Err(QmpError::generic(
                 "exports over vhost-user-blk, FUSE and VDUSE are not supported yet: use type nbd",
@@ -138,6 +140,7 @@ impl BlockExportOptions {
             writable,
             writethrough,
             iothread,
+            allow_inactive,
             bitmaps,
             allocation_depth,
         })
@@ -164,6 +167,7 @@ impl BlockExportOptions {
             writable,
             writethrough: false,
             iothread: None,
+            allow_inactive: false,
             bitmaps: bitmap.into_iter().map(|name| BitmapRef { node: None, name }).collect(),
             allocation_depth: false,
         })

@@ -38,6 +38,9 @@ impl Blockdevs {
         if before == wanted {
             return Ok(());
         }
+        if !self.is_active(name) {
+            bail!("'{name}' is inactive: make it active (blockdev-set-active) before it is opened anew");
+        }
         if node.backing().is_some_and(|slot| slot.copy_on_read().is_some()) {
             bail!("'{name}' keeps what is read from below: it cannot be opened anew");
         }
@@ -72,7 +75,6 @@ impl Blockdevs {
             return outcome;
         }
         let old = self.0.graph.get(name)?;
-        let parents = self.parents(name)?;
         let held = hold(name, &old).await?;
         // All of it stable, and its journal ended: from here on the old instance only answers what was asked.
         old.close(&Ctx::GUEST).await.with_context(|| format!("closing '{name}', to open it anew"))?;
@@ -85,20 +87,26 @@ impl Blockdevs {
                 (again, Err(error))
             }
         };
+        self.put_instance(name, &old, node).await?;
+        drop(held);
+        outcome?;
+        self.note_opened(name, wanted)
+    }
+
+    /// The image of the format node `name`, whose changes are held, was opened anew as `node`: for everybody who used the `old` one.
+    pub(super) async fn put_instance(&self, name: &str, old: &NodeHandle, node: NodeHandle) -> Result<()> {
         if let (Some(new), Some(old)) = (node.backing(), old.backing()) {
             new.replace(old.node()).await;
         }
         node.set_detect_zeroes(self.facts(name)?.detect_zeroes);
-        node.take_bitmaps_of(&old);
+        node.take_bitmaps_of(old);
         self.0.graph.set_node(name, node.clone())?;
-        for parent in parents {
+        for parent in self.parents(name)? {
             if let Some(slot) = parent.backing() {
                 slot.replace(Some(node.clone())).await;
             }
         }
-        drop(held);
-        outcome?;
-        self.note_opened(name, wanted)
+        Ok(())
     }
 
     fn set_discard(&self, name: &str, to: DiscardMode) {
@@ -110,7 +118,7 @@ impl Blockdevs {
     }
 
     /// The image of the format node `name`, opened.
-    async fn instance(&self, name: &str, how: Opened) -> Result<NodeHandle> {
+    pub(super) async fn instance(&self, name: &str, how: Opened) -> Result<NodeHandle> {
         let child = self.facts(name)?.file.ok_or_else(|| anyhow!("'{name}' lies on no file"))?;
         let Some(Recipe::Format { format, metadata_cache_bytes, .. }) = self.recipe(name) else {
             bail!("Block node '{name}' cannot be opened anew");

@@ -8,6 +8,7 @@ use infill_node::{Held, NodeHandle};
 use infill_storage::sync::lock;
 use infill_storage::{RangeGuard, rt};
 
+use super::active::check_below;
 use super::{Access, Blockdevs, unknown};
 
 /// How long guest writes that are in flight are waited for before an exchange gives up. New ones wait meanwhile.
@@ -39,6 +40,7 @@ impl Blockdevs {
         {
             bail!("'{to}' lies on '{filter}', which would lie on it then");
         }
+        check_below(to, self.is_active(to), "file", from, self.is_active(from))?;
         let (old, new) = (self.0.graph.get(from)?.limits(), self.0.graph.get(to)?.limits());
         if new.request_align > old.request_align {
             bail!(
@@ -179,6 +181,7 @@ impl Blockdevs {
         if top.backing().is_none() {
             bail!("The overlay does not support backing images");
         }
+        check_below(name, self.is_active(name), "backing", overlay, facts.active)?;
         if self.chain(name).iter().any(|layer| layer == overlay) {
             bail!("Making '{overlay}' an overlay of '{name}' would create a cycle");
         }

@@ -9,6 +9,7 @@
 //! * Nodes that a description contains, or a header names, belong to their parent and go with it; nodes that have been
 //!   added by name stay until they are deleted.
 
+mod active;
 mod change;
 mod disks;
 mod exchange;
@@ -107,6 +108,8 @@ pub struct NodeFacts {
     pub detect_zeroes: DetectZeroes,
     /// Whether it belongs to its parent, and goes with it.
     pub implicit: bool,
+    /// Whether it may be changed, and has its image locks ([`Blockdevs::inactivate`]).
+    pub active: bool,
 }
 
 impl NodeFacts {
@@ -129,6 +132,8 @@ struct Entry {
     facts: NodeFacts,
     /// Of a protocol node: what formats lie on directly.
     storage: Option<StorageHandle>,
+    /// Of a file: itself.
+    disk: Option<Arc<FileStorage>>,
     /// Of a file: where its image lock is taken.
     file: Option<Arc<FileStorage>>,
     /// Of a file: where it lies.
@@ -150,6 +155,7 @@ impl Entry {
         Entry {
             facts,
             storage: None,
+            disk: None,
             file: None,
             path: None,
             watch: None,
@@ -390,7 +396,16 @@ impl Blockdevs {
         if access.writes() && entry.facts.read_only {
             bail!("Block node '{name}' is read-only");
         }
-        entry.holds.take(name, user, access, entry.file.as_deref())
+        match entry.facts.active {
+            true => entry.holds.take(name, user, access, entry.file.as_deref()),
+            // One that does not let it be so has made it active before.
+            false if user.starts_with("export '") => {
+                entry.holds.take_resting(user, access);
+                Ok(())
+            }
+            false if access.writes() => bail!("Permission 'write' unavailable on inactive node"),
+            false => bail!("Inactive '{name}' can't be used by {user}, which is active"),
+        }
     }
 
     /// How `user` uses the node.

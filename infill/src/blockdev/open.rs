@@ -22,6 +22,7 @@ use infill_storage::journal::Journaling;
 use infill_storage::sync::lock;
 use infill_storage::{NullStorage, StorageHandle, rt};
 
+use super::active::check_below;
 use super::format::{FormatKind, FormatOptions, probe_storage};
 use super::hold::{Access, Holds};
 use super::journal::journaling;
@@ -103,6 +104,9 @@ impl<'a> Opening<'a> {
             edges.extend(entry.facts.backing.clone().map(|below| (name.clone(), below)));
             let children = entry.facts.file.iter().chain(&entry.facts.target).cloned().collect();
             node.set_detect_zeroes(entry.facts.detect_zeroes);
+            if !entry.facts.active {
+                node.set_inactive(!entry.facts.read_only);
+            }
             self.blockdevs.0.graph.insert(&name, node, children)?;
             if let (Some(edge), Some(file)) = (edge, &entry.facts.file) {
                 self.blockdevs.0.graph.point(&name, file, edge);
@@ -256,13 +260,15 @@ impl<'a> Opening<'a> {
             bail!("force-share=on can only be used with read-only images");
         }
         let driver = options.driver.as_str();
-        let (mut file, mut path, mut watch, mut credentials) = (None, None, None, None);
+        let (mut disk, mut file, mut path) = (None, None, None);
+        let (mut watch, mut credentials) = (None, None);
         let storage = match &options.driver {
             Driver::File { filename, locking, .. } => {
                 let storage = Arc::new(open_file(Path::new(filename), &options)?);
                 self.meet(file_identity(Path::new(filename))?, filename)?;
                 file = (*locking != Locking::Off && !force_share).then(|| storage.clone());
                 path = Some(PathBuf::from(filename));
+                disk = Some(storage.clone());
                 StorageHandle::from_arc(storage)
             }
             Driver::Null { size, latency_ns, read_zeroes } => StorageHandle::new(NullStorage {
@@ -309,6 +315,7 @@ impl<'a> Opening<'a> {
         let entry = Entry {
             facts,
             storage: Some(storage),
+            disk,
             file,
             path,
             watch,
@@ -346,18 +353,37 @@ impl<'a> Opening<'a> {
                 self.open(*options, true).await?
             }
         };
-        let node = self.hold(&name, parent, access)?;
+        let role = if role == ChildRole::Backing { "backing" } else { "file" };
+        let active = settings.active.unwrap_or(true);
+        let node = self.hold(&name, parent, access, active, role)?;
         Ok((name, node))
     }
 
-    /// Holds the child `name`, which is open already.
-    fn hold(&mut self, name: &str, parent: &str, access: Access) -> Result<NodeHandle> {
+    /// Holds the child `name`, which is open already, for a parent that is `active`.
+    fn hold(
+        &mut self,
+        name: &str,
+        parent: &str,
+        access: Access,
+        active: bool,
+        role: &str,
+    ) -> Result<NodeHandle> {
+        let take = |entry: &mut Entry, user: &str| {
+            check_below(name, entry.facts.active, role, parent, active)?;
+            match active {
+                true => entry.holds.take(name, user, access, entry.file.as_deref()),
+                false => {
+                    entry.holds.take_resting(user, access);
+                    Ok(())
+                }
+            }
+        };
         let user = format!("node '{parent}'");
         if let Some(pending) = self.pending.iter_mut().find(|pending| pending.name == name) {
             if access.writes() && pending.entry.facts.read_only {
                 bail!("{} is read-only", pending.node.info().filename);
             }
-            pending.entry.holds.take(name, &user, access, pending.entry.file.as_deref())?;
+            take(&mut pending.entry, &user)?;
             return Ok(pending.node.clone());
         }
         let unknown = |_| anyhow!("Cannot find device='{name}' nor node-name='{name}'");
@@ -367,7 +393,7 @@ impl<'a> Opening<'a> {
         if access.writes() && entry.facts.read_only {
             bail!("Block node '{name}' is read-only");
         }
-        entry.holds.take(name, &user, access, entry.file.as_deref())?;
+        take(entry, &user)?;
         self.taken.push((name.to_owned(), user));
         Ok(node)
     }
@@ -410,6 +436,14 @@ impl<'a> Opening<'a> {
             Driver::Qed { file, backing } => (FormatKind::Qed, file, backing, None),
             _ => bail!("not a format"),
         };
+        // As others have it: the file of a layer below an inactive image is inactive with it, that of the image itself is not.
+        let file = match file {
+            BlockdevRef::Definition(mut file) if implicit && settings.active == Some(false) => {
+                file.active = file.active.or(settings.active);
+                BlockdevRef::Definition(file)
+            }
+            file => file,
+        };
         let access = match (open.read_only, window) {
             (true, _) => Access::Stable,
             // Several windows of one file may be open side by side.
@@ -423,6 +457,8 @@ impl<'a> Opening<'a> {
             None => StorageHandle::new(NodeStorage::new(below)),
         };
         let read_only = open.read_only;
+        // Until it is active, nobody has the right to write to it.
+        open.read_only |= settings.active == Some(false);
         if format != FormatKind::Raw {
             open.journal = self.journaling(&file, &storage)?;
         }
@@ -620,7 +656,12 @@ impl<'a> Opening<'a> {
 
     /// Puts the edge from `above`, which is pending, to `below` in place.
     async fn put_below(&mut self, above: &str, below: &str) -> Result<()> {
-        let node = self.hold(below, above, Access::Stable)?;
+        let active = self
+            .pending
+            .iter()
+            .find(|pending| pending.name == above)
+            .is_none_or(|above| above.entry.facts.active);
+        let node = self.hold(below, above, Access::Stable, active, "backing")?;
         let pending = self.pending.iter_mut().find(|pending| pending.name == above);
         let pending = pending.ok_or_else(|| anyhow!("'{above}' is not open"))?;
         let slot = pending
@@ -725,6 +766,7 @@ pub(super) fn settings_of(options: &BlockdevOptions) -> BlockdevOptions {
         auto_read_only: options.auto_read_only,
         force_share: options.force_share,
         detect_zeroes: options.detect_zeroes,
+        active: options.active,
         driver,
     }
 }
@@ -740,6 +782,7 @@ fn facts_of(options: &BlockdevOptions, driver: &'static str, read_only: bool, im
         cache_no_flush: options.cache_no_flush.unwrap_or(false),
         detect_zeroes: options.detect_zeroes.unwrap_or_default(),
         implicit,
+        active: options.active.unwrap_or(true),
     }
 }
 

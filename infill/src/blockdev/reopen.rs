@@ -48,7 +48,7 @@ impl Blockdevs {
             Ok(journal) => {
                 let open =
                     FormatOptions { read_only: false, fenced: false, discard, metadata_cache_bytes, journal };
-                let path = self.path(child).filter(|_| file.1.is_some());
+                let path = self.path(child).filter(|_| self.is_locked(child));
                 path.iter().for_each(|path| self.0.disks.begin_own(path));
                 let opened = format.open(below.on_storage(storage), open).await;
                 path.iter().for_each(|path| self.0.disks.end_own(path));
@@ -70,7 +70,9 @@ impl Blockdevs {
         {
             let mut entries = lock(&self.0.entries);
             let entry = entries.get_mut(child).ok_or_else(|| unknown(child))?;
-            (entry.storage, entry.file) = (Some(file.0.clone()), file.1);
+            entry.storage = Some(StorageHandle::from_arc(file.clone()));
+            entry.file = entry.file.is_some().then(|| file.clone());
+            entry.disk = Some(file);
             entry.facts.read_only = false;
             entry.holds.own(&format!("node '{name}'"));
             self.0.graph.set_node(child, below)?;
@@ -118,29 +120,32 @@ impl Blockdevs {
     }
 
     /// Opens the file for writing and takes its image lock, which the reading one gives back.
-    #[expect(clippy::type_complexity, reason = "a storage, and the file in it")]
     fn reopen_file(
         &self,
         name: &str,
         child: &str,
         options: BlockdevOptions,
-    ) -> Result<(StorageHandle, (StorageHandle, Option<Arc<infill_io::FileStorage>>))> {
+    ) -> Result<(StorageHandle, Arc<infill_io::FileStorage>)> {
         let Driver::File { filename, .. } = &options.driver else {
             bail!("Block node '{name}' is read-only")
         };
         let options = BlockdevOptions { read_only: Some(false), auto_read_only: None, ..options.clone() };
         let file = Arc::new(open_file(Path::new(filename), &options)?);
         let storage = StorageHandle::from_arc(file.clone());
-        let guarded = lock(&self.0.entries).get(child).is_some_and(|entry| entry.file.is_some());
-        if !guarded {
-            return Ok((storage.clone(), (storage, None)));
+        if !self.is_locked(child) {
+            return Ok((storage, file));
         }
         self.lock_again(child, false);
         if let Err(error) = file.lock(false) {
             self.lock_again(child, true);
             return Err(error).with_context(|| format!("'{name}' is to be written to"));
         }
-        Ok((storage.clone(), (storage, Some(file))))
+        Ok((storage, file))
+    }
+
+    /// Whether the image lock of that file is taken by whoever uses it.
+    fn is_locked(&self, child: &str) -> bool {
+        lock(&self.0.entries).get(child).is_some_and(|entry| entry.file.is_some())
     }
 
     /// Takes the lock of the reading file again, or gives it back.

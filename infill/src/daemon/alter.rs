@@ -61,6 +61,9 @@ impl Control {
     }
 
     async fn resize(&self, name: &str, size: u64) -> Result<(), QmpError> {
+        if !self.blockdevs().is_active(name) {
+            return Err(QmpError::generic("Permission 'resize' unavailable on inactive node"));
+        }
         self.check_resizable(name)?;
         let node = self.blockdevs().get(name).map_err(|error| refused(&error))?;
         // As others word it; the drivers would refuse it too.

@@ -296,8 +296,14 @@ impl Control {
             }
             Command::NbdServerStart(options) => self.nbd_server_start(&options)?,
             Command::NbdServerStop => self.nbd_server_stop().await?,
-            Command::BlockExportAdd(options) => self.block_export_add(options)?,
-            Command::NbdServerAdd(options) => self.nbd_server_add(options)?,
+            Command::BlockExportAdd(options) => {
+                self.activate_for_export(&options).await?;
+                self.block_export_add(options)?;
+            }
+            Command::NbdServerAdd(options) => {
+                self.activate_for_export(&options).await?;
+                self.nbd_server_add(options)?;
+            }
             Command::BlockExportDel { id, mode } => self.block_export_del(&id, mode)?,
             Command::BlockStream(stream) => self.block_stream(stream).await?,
             Command::Job { id, command, block } => self.job_command(&id, command, block).await?,

@@ -34,6 +34,8 @@ struct Entry {
     edge: Edge,
     name: String,
     shutting_down: bool,
+    /// Whether its node may become inactive.
+    allows_inactive: bool,
     /// What clients are told of, which nobody changes meanwhile.
     _bitmaps: Vec<BitmapUse>,
 }
@@ -197,7 +199,9 @@ impl Control {
                 other => other.to_string(),
             }));
         }
-        let entry = Entry { edge, name, shutting_down: false, _bitmaps: bitmaps };
+        // One that only reads loses no write; but a daemon that comes after this one would make its node active for it.
+        let allows_inactive = options.allow_inactive || !(*writable || self.keeps_state());
+        let entry = Entry { edge, name, shutting_down: false, allows_inactive, _bitmaps: bitmaps };
         self.exported.entries.borrow_mut().insert(options.id, entry);
         Ok(())
     }
@@ -241,6 +245,11 @@ impl Control {
             used.push(use_);
         }
         Ok(used)
+    }
+
+    /// Whether this user of a node, which is no node, lets it become inactive.
+    pub(super) fn lets_be_inactive(&self, who: &str) -> bool {
+        self.exported.entries.borrow().iter().any(|(id, entry)| entry.allows_inactive && user(id) == who)
     }
 
     /// The export of that name: its id, and its node.

@@ -22,6 +22,7 @@
 //! 3. Nodes are synced and closed, each after those that lie on it.
 //! 4. Monitors are sent what is left for them, for at most [`FAREWELL_TIME`]; the pid file goes.
 
+mod active;
 mod alter;
 mod backup;
 mod bitmaps;

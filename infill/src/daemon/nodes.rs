@@ -103,7 +103,7 @@ impl Control {
         }
         out.insert("backing_file_depth".into(), json!(layers.len() - 1));
         out.insert("ro".into(), json!(facts.read_only));
-        out.insert("active".into(), json!(true));
+        out.insert("active".into(), json!(facts.active));
         out.insert("encrypted".into(), json!(false));
         out.insert("detect_zeroes".into(), json!(facts.detect_zeroes.as_str()));
         let cache =

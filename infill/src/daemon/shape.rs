@@ -7,7 +7,7 @@ use infill_qmp::shape::{JobChange, Shape};
 use infill_qmp::transaction::{Transaction, TransactionAction};
 use infill_qmp::{QmpError, copy};
 
-use super::control::{Control, refused};
+use super::control::Control;
 use super::jobs::job_refused;
 
 impl Control {
@@ -26,29 +26,9 @@ impl Control {
             Shape::DriveMirror(drive) => self.drive_mirror(*drive).await,
             Shape::DriveBackup(drive) => self.drive_backup(*drive).await,
             Shape::Reopen(options) => self.blockdev_reopen(options).await,
-            Shape::SetActive { node_name, active } => self.set_active(node_name.as_deref(), active),
+            Shape::SetActive { node_name, active } => self.set_active(node_name.as_deref(), active).await,
             Shape::JobChange { id, change } => self.change_job(&id, change),
         }
-    }
-
-    /// `blockdev-set-active`. Every node here is active as long as it is there.
-    fn set_active(&self, name: Option<&str>, active: bool) -> Result<(), QmpError> {
-        if let Some(name) = name {
-            self.blockdevs().get(name).map_err(|error| refused(&error))?;
-        }
-        if active {
-            return Ok(());
-        }
-        let used = |name: &str| !self.blockdevs().graph().users(name).is_empty();
-        let nodes = self.blockdevs().graph().list();
-        Err(QmpError::generic(match name {
-            Some(name) if used(name) => "Failed to inactivate node: Operation not permitted".to_owned(),
-            None if nodes.iter().any(|(name, _)| used(name)) => {
-                "Failed to inactivate all nodes: Operation not permitted".to_owned()
-            }
-            _ => "'active': false is not supported yet: delete the node, whose image is then free for others"
-                .into(),
-        }))
     }
 
     /// `block-job-change`.

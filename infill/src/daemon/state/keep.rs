@@ -306,6 +306,13 @@ impl Control {
         }
     }
 
+    /// Whether the node `name` is active from now on.
+    pub(in crate::daemon) fn note_active(&self, name: &str, active: bool) {
+        if let Some(state) = &self.state {
+            state.describe_active(name, active);
+        }
+    }
+
     /// After a job has changed what lies below `overlay`.
     pub(in crate::daemon) fn note_backing(&self, overlay: &str) {
         if let (Some(state), Ok(facts)) = (&self.state, self.blockdevs().facts(overlay)) {

@@ -312,6 +312,21 @@ impl State {
         self.dirty.borrow_mut().insert(at);
     }
 
+    /// The node `name`, if it was added by name, is active or not.
+    fn describe_active(&self, name: &str, active: bool) {
+        let Some(at) = self.find(&Key::new(Kind::Node, name)) else { return };
+        if let Some(entry) = self.entries.borrow_mut().get_mut(&at) {
+            let mut now = entry.record.now.clone().unwrap_or_else(|| entry.record.given.clone());
+            let mut active = json!(active);
+            if entry.record.strings {
+                as_strings(&mut active);
+            }
+            now.insert("active".into(), active);
+            entry.record.now = Some(now);
+        }
+        self.dirty.borrow_mut().insert(at);
+    }
+
     /// The group `id` has these limits, all of them.
     fn describe_limits(&self, id: &str, mut limits: Value) {
         let Some(at) = self.find(&Key::new(Kind::Object, id)) else { return };
