@@ -23,6 +23,10 @@ struct Members {
     /// Those that are not over.
     jobs: Vec<Job>,
     waiting: usize,
+    /// How many have not begun again after a restart.
+    absent: usize,
+    /// One has failed or was cancelled.
+    failed: bool,
     /// All have waited at once.
     released: bool,
 }
@@ -33,8 +37,35 @@ impl Group {
         Group::default()
     }
 
+    /// Of so many that were together in a process before this one: they join as they begin again, and are waited for until then.
+    pub fn of_absent(members: usize) -> Group {
+        let group = Group::default();
+        lock(&group.0.members).absent = members;
+        group
+    }
+
+    /// One of those that were together before does not begin again: it is over, and has `succeeded` or not.
+    pub fn absent_is_over(&self, succeeded: bool) {
+        let mut members = lock(&self.0.members);
+        members.absent = members.absent.saturating_sub(1);
+        members.failed |= !succeeded;
+        let others = if succeeded { Vec::new() } else { members.jobs.clone() };
+        drop(members);
+        self.0.changed.notify(usize::MAX);
+        for other in others {
+            let _over = other.cancel();
+        }
+    }
+
     pub(crate) fn join(&self, job: &Job) {
-        lock(&self.0.members).jobs.push(job.clone());
+        let mut members = lock(&self.0.members);
+        members.absent = members.absent.saturating_sub(1);
+        members.jobs.push(job.clone());
+        let failed = members.failed;
+        drop(members);
+        if failed {
+            let _over = job.cancel();
+        }
     }
 
     /// Waits for the others; a member that is cancelled meanwhile finds that out by `give_up`.
@@ -45,7 +76,7 @@ impl Group {
             give_up()?;
             {
                 let mut members = lock(&self.0.members);
-                if members.released || members.waiting == members.jobs.len() {
+                if members.released || (members.absent == 0 && members.waiting == members.jobs.len()) {
                     members.released = true;
                     drop(members);
                     self.0.changed.notify(usize::MAX);
@@ -60,6 +91,7 @@ impl Group {
     pub(crate) fn left(&self, job: &Job, succeeded: bool) {
         let mut members = lock(&self.0.members);
         members.jobs.retain(|other| !other.is_same(job));
+        members.failed |= !succeeded;
         let others = if succeeded { Vec::new() } else { members.jobs.clone() };
         drop(members);
         for other in others {

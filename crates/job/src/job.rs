@@ -706,7 +706,9 @@ impl Job {
     }
 
     fn conclude(&self, outcome: IoResult<()>) {
-        let group = self.state().group.take();
+        let goes_on = outcome.is_err() && self.goes_on_later();
+        // Those that a later process goes on with are together again there.
+        let group = self.state().group.take().filter(|_| !goes_on);
         if let Some(group) = group {
             group.left(self, outcome.is_ok());
         }

@@ -449,6 +449,37 @@ fn a_disk_as_it_was_reads_the_same_for_ever() {
 }
 
 #[test]
+fn a_job_of_a_group_waits_for_one_that_has_not_begun_again() {
+    for (is_over, succeeded) in [(false, true), (true, true), (true, false)] {
+        let world = World::new(4);
+        world.run(async {
+            let scene = Scene::new(&world).await;
+            let group = Group::of_absent(2);
+            let held = scene.disk.hold_changes().await;
+            let [first, second] = ["a", "b"].map(|id| {
+                let (target, _) = scene.slow(None, 4 * KIB, MS / 100);
+                let options = BackupOptions::new(scene.disk.clone(), target);
+                prepare(&scene.jobs, JobOptions::new(id), options, &held).unwrap()
+            });
+            drop(held);
+            let first = first.start(&scene.jobs).unwrap();
+            first.join(&group);
+            until(|| first.status() == JobStatus::Waiting).await;
+            rt::sleep(5000 * MS).await;
+            assert_eq!(first.status(), JobStatus::Waiting, "the other one is not there");
+            if is_over {
+                drop(second);
+                group.absent_is_over(succeeded);
+            } else {
+                second.start(&scene.jobs).unwrap().join(&group);
+            }
+            let told = if succeeded { Ok(()) } else { Err("the job was cancelled".into()) };
+            assert_eq!(first.wait().await, told);
+        });
+    }
+}
+
+#[test]
 fn jobs_of_a_group_complete_together_and_one_that_fails_takes_the_others_along() {
     for fails in [false, true] {
         let world = World::new(4);

@@ -219,6 +219,7 @@ impl Control {
     pub(super) fn start_backup(&self, ready: Ready) -> Result<Job, QmpError> {
         let job = ready.prepared.start(self.jobs()).map_err(job_refused)?;
         job.set_map(ready.map);
+        self.join_group(&job);
         Ok(job)
     }
 }

@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use super::chardevs::Devices;
 use super::corrupt::Corruptions;
 use super::exports::Exported;
+use super::groups::Groups;
 use super::kept_bitmaps::KeptBitmaps;
 use super::maps::Maps;
 use super::migration::Migrations;
@@ -47,6 +48,8 @@ pub struct Control {
     pub(super) maps: Maps,
     /// Bitmaps that the next daemon is to have.
     pub(super) kept_bitmaps: KeptBitmaps,
+    /// Jobs that complete together, of a daemon before this one.
+    pub(super) groups: Groups,
     /// Disks that change hosts.
     pub(super) migrations: Migrations,
     /// What is kept for the next daemon, where that was asked for.
@@ -93,6 +96,7 @@ impl Control {
             corruptions: Corruptions::default(),
             migrations: Migrations::default(),
             chardevs: RefCell::default(),
+            groups: Groups::default(),
             maps: Maps::default(),
             kept_bitmaps: KeptBitmaps::default(),
             state,

@@ -38,6 +38,7 @@ mod detach;
 mod drive;
 mod experimental;
 mod exports;
+mod groups;
 mod inspect;
 mod jobs;
 mod kept_bitmaps;

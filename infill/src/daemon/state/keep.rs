@@ -1,9 +1,11 @@
 //! Carrying commands out so that what they make is kept, and what is kept is named by its owner.
 
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::rc::Rc;
 
 use infill_job::{JobStatus, JobType, KeptJob};
 use infill_qmp::command::{Command, JobCommand};
+use infill_qmp::transaction::Transaction;
 use infill_qmp::{Members, QmpError};
 use serde_json::{Map, Value, json};
 
@@ -100,6 +102,8 @@ impl Control {
             false => None,
         };
         let is_transaction = matches!(command, Command::Transaction(_));
+        let grouped = matches!(&command, Command::Transaction(Transaction { grouped: true, .. }));
+        let group = grouped.then(|| RandomState::new().build_hasher().finish());
         let starts_job = made.as_ref().is_some_and(|(_, job)| job.is_some());
         let _unnoted = (is_transaction || starts_job).then(|| self.begin_unnoted(is_transaction));
         let (object, strings) = given.into_parts();
@@ -123,7 +127,7 @@ impl Control {
             self.keep_stored_bitmaps().await;
         }
         let kept = |id: &str| self.jobs().get(id).map(|job| job.kept()).unwrap_or_default();
-        let job_of = |kind, key: &Key| JobRecord { kind, kept: kept(&key.name), done: false };
+        let job_of = |kind, key: &Key| JobRecord { kind, kept: kept(&key.name), done: false, group };
         if let Some((key, kind)) = made {
             let job = kind.map(|kind| job_of(kind, &key));
             state.keep(Record { command: name.into(), given: object, strings, now, job, bits: None, key });
@@ -155,6 +159,7 @@ impl Control {
                 outcome
                     .map_err(|why| QmpError::generic(why.unwrap_or_else(|| refused_verb(id, *command))))?;
                 if matches!(command, JobCommand::Cancel { .. }) {
+                    self.absent_is_over(state, id);
                     state.forget(key);
                     self.drop_map(id);
                     let gone = JobStatus::Null.as_str();

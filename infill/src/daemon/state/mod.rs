@@ -144,6 +144,21 @@ impl State {
         self.dir.clone()
     }
 
+    /// The number of the group of that job, if it is to complete together with others.
+    pub fn group_of(&self, id: &str) -> Option<u64> {
+        let at = self.find(&Key::new(Kind::Job, id))?;
+        self.entries.borrow().get(&at)?.record.job.as_ref()?.group
+    }
+
+    /// How many jobs of a group are not over, and how many have failed or were cancelled.
+    pub fn members_of(&self, group: u64) -> (usize, usize) {
+        let entries = self.entries.borrow();
+        let of_group = |job: &&record::JobRecord| job.group == Some(group);
+        let jobs = || entries.values().filter_map(|entry| entry.record.job.as_ref()).filter(of_group);
+        let failed = |job: &&record::JobRecord| job.kept.error.is_some() || job.kept.cancelled;
+        (jobs().filter(|job| !job.is_over()).count(), jobs().filter(failed).count())
+    }
+
     /// The ids of all jobs that are kept and not over.
     pub fn job_names(&self) -> Vec<String> {
         let entries = self.entries.borrow();

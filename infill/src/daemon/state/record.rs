@@ -88,6 +88,9 @@ pub struct JobRecord {
     /// not begin again, or it would copy the old disk over the new one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub done: bool,
+    /// Which jobs complete together with it: those of the same number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<u64>,
 }
 
 impl JobRecord {

@@ -108,7 +108,7 @@ impl Control {
                 false => Ok(()),
             };
         }
-        if let Some(job @ JobRecord { kind, kept, done }) = &record.job {
+        if let Some(job @ JobRecord { kind, kept, done, .. }) = &record.job {
             if job.is_over() {
                 if kept.auto_dismiss {
                     state.forget_at(at);
@@ -122,6 +122,7 @@ impl Control {
                 return shown.map(drop).map_err(|error| QmpError::generic(error.message));
             }
             self.jobs().go_on_as(id, Some(kept.clone()));
+            self.join_again(state, id);
         }
         let outcome = match record.now() {
             Ok(mut command) => {
@@ -143,6 +144,7 @@ impl Control {
         };
         if record.job.is_some() {
             self.jobs().go_on_as(id, None);
+            self.has_joined_again(state, id, outcome.is_ok());
             if outcome.is_ok() {
                 // It may have ended at once.
                 state.touch_job(id);
