@@ -291,7 +291,7 @@ fn a_state_that_is_damaged_or_of_another_version_is_refused_and_left_as_it_is() 
         transaction.commit().unwrap();
     }
     let why = place.refused(&[]);
-    assert!(why.contains("has schema 99") && why.contains("knows schema 3"), "{why}");
+    assert!(why.contains("has schema 99") && why.contains("knows schema 4"), "{why}");
     std::fs::write(&file, &sound).unwrap();
     let (daemon, mut qmp) = place.start(&[]);
     place.reads_as_the_base();

@@ -328,7 +328,7 @@ mod tests {
         drop(Store::open(dir.path()).unwrap());
         set_schema(dir.path(), 7);
         let why = refused(dir.path());
-        assert!(why.contains("has schema 7") && why.contains("knows schema 3"), "{why}");
+        assert!(why.contains("has schema 7") && why.contains(&format!("knows schema {SCHEMA}")), "{why}");
     }
 
     #[test]
