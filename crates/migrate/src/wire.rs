@@ -1,4 +1,6 @@
-//! What goes over a control connection: lines of JSON, each one [`Frame`].
+//! What goes over a control connection: lines, each one [`Frame`]: the checksum (CRC-32) of what follows, in eight hexadecimal
+//! digits, a space, and JSON. TCP's own checksum lets one damaged segment in 65,536 pass, and one digit decides which blocks
+//! are stale.
 //!
 //! Strict, as records are: what is unknown, missing or beyond a limit ends the connection, never the daemon. A peer can make
 //! the receiver hold one line of [`FRAME_BYTES_MAX`] and the sets in it, of [`SETS_BLOCKS_MAX`] blocks together.
@@ -12,7 +14,7 @@ use crate::message::{Message, Standing};
 use crate::record::BLOCKS_MAX;
 
 /// The version of the frames.
-pub const WIRE_VERSION: u32 = 1;
+pub const WIRE_VERSION: u32 = 2;
 /// Longest line, in bytes.
 pub const FRAME_BYTES_MAX: usize = 64 << 20;
 /// Blocks of all sets of one message together: a bit each.
@@ -64,7 +66,9 @@ impl std::error::Error for WireError {}
 impl Frame {
     /// Its line, with the end.
     pub fn encode(&self) -> Vec<u8> {
-        let mut line = serde_json::to_vec(self).unwrap_or_default();
+        let json = serde_json::to_vec(self).unwrap_or_default();
+        let mut line = format!("{:08x} ", checksum(&json)).into_bytes();
+        line.extend_from_slice(&json);
         line.push(b'\n');
         line
     }
@@ -74,8 +78,46 @@ impl Frame {
         if line.len() > FRAME_BYTES_MAX {
             return Err(WireError(format!("expected at most {FRAME_BYTES_MAX} bytes, found {}", line.len())));
         }
-        serde_json::from_slice(line).map_err(|error| WireError(error.to_string()))
+        let line = line.strip_suffix(b"\n").unwrap_or(line);
+        let none = || WireError("expected a checksum of eight digits, a space and JSON".into());
+        let (sum, json) = line.split_at_checked(SUM_BYTES).ok_or_else(none)?;
+        let said = std::str::from_utf8(sum).ok().and_then(|sum| sum.strip_suffix(' '));
+        let said = said.and_then(|sum| u32::from_str_radix(sum, 16).ok()).ok_or_else(none)?;
+        let found = checksum(json);
+        if said != found {
+            return Err(WireError(format!(
+                "it was damaged on its way: its checksum is {found:08x}, and it says {said:08x}"
+            )));
+        }
+        Frame::parse(json)
     }
+
+    /// The frame of a line's JSON.
+    fn parse(json: &[u8]) -> Result<Frame, WireError> {
+        serde_json::from_slice(json).map_err(|error| WireError(error.to_string()))
+    }
+}
+
+/// Of the checksum and the space behind it.
+const SUM_BYTES: usize = 9;
+
+/// CRC-32 as of Ethernet, a byte at a time.
+fn checksum(bytes: &[u8]) -> u32 {
+    const TABLE: [u32; 256] = {
+        let mut table = [0; 256];
+        let mut at = 0;
+        while at < table.len() {
+            let (mut rest, mut bit) = (at as u32, 0);
+            while bit < 8 {
+                rest = if rest & 1 == 1 { rest >> 1 ^ 0xedb8_8320 } else { rest >> 1 };
+                bit += 1;
+            }
+            table[at] = rest;
+            at += 1;
+        }
+        table
+    };
+    !bytes.iter().fold(!0, |sum, byte| sum >> 8 ^ TABLE[((sum ^ u32::from(*byte)) & 0xff) as usize])
 }
 
 /// Sets of blocks on the wire: how many blocks, and the lengths of runs, out and in by turns.
@@ -194,7 +236,7 @@ mod tests {
                 r#"{{"message":{{"migration":"{}","term":1,"body":{{"offer":{{"bitmap":null,"residual":{sets}}}}}}}}}"#,
                 Uuid::from_u128(7)
             );
-            Frame::decode(from.as_bytes())
+            Frame::parse(from.as_bytes())
         };
         assert!(sets(r#"[{"blocks":4,"runs":[1,3]}]"#).is_ok());
         for wrong in [
@@ -209,6 +251,23 @@ mod tests {
         let many = format!("[{}]", vec![r#"{"blocks":0,"runs":[]}"#; 65].join(","));
         assert!(sets(&many).is_err());
         for wrong in ["", "{}", "null", r#"{"hello":{"version":1}}x"#, r#"{"ask":"7"}"#, r#"{"other":1}"#] {
+            assert!(Frame::parse(wrong.as_bytes()).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_line_that_was_damaged_is_refused_whichever_bit_it_is() {
+        assert_eq!(checksum(b"123456789"), 0xcbf4_3926);
+        let line = Frame::Ask(MigrationId(Uuid::from_u128(7))).encode();
+        let end = line.len() - 1;
+        for bit in 0..8 * end {
+            let mut damaged = line.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            // A sum in capitals is the same sum.
+            let same = damaged[..9].eq_ignore_ascii_case(&line[..9]) && damaged[9..] == line[9..];
+            assert!(same || Frame::decode(&damaged).is_err(), "bit {bit}");
+        }
+        for wrong in ["", "\n", "0", "00000000", "00000000 ", "+0000000 {}", "ééééé"] {
             assert!(Frame::decode(wrong.as_bytes()).is_err(), "{wrong}");
         }
     }
@@ -216,13 +275,13 @@ mod tests {
     proptest! {
         #[test]
         fn lines_from_anywhere_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), at in 0usize..300) {
-            let _ = Frame::decode(&bytes);
+            let _ = (Frame::decode(&bytes), Frame::parse(&bytes));
             let mut set = BlockSet::empty(64);
             set.insert(5);
             let mut line = message(Body::Offer { bitmap: Some(BitmapId(1)), residual: vec![set] }).encode();
             let at = at % line.len();
             line.splice(at..at, bytes.into_iter().take(3));
-            let _ = Frame::decode(&line);
+            let _ = (Frame::decode(&line), Frame::parse(&line[SUM_BYTES..]));
         }
     }
 }
