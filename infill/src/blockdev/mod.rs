@@ -248,6 +248,14 @@ impl Blockdevs {
         self.settle(opening, result).await
     }
 
+    /// Opens an NBD export of so many bytes, read-only, whether its server is there or not: who reads it waits.
+    pub async fn add_awaited(&self, options: BlockdevOptions, bytes: u64) -> Result<String> {
+        let _turn = self.change_graph().await;
+        let mut opening = open::Opening::new(self, false).awaiting(bytes);
+        let result = opening.open(options, false).await;
+        self.settle(opening, result).await
+    }
+
     /// Opens an image by its name, with its whole chain unless `alone`.
     pub async fn add_image(&self, image: &Image) -> Result<String> {
         let _turn = self.0.turn.exclusive(0, 1).await;

@@ -82,6 +82,8 @@ pub struct Opening<'a> {
     chain: Vec<(Identity, String)>,
     /// Images that moved to another host are opened too, if read-only.
     fenced: bool,
+    /// Of an NBD node: it is not waited for until its server is there, for its size is known.
+    awaited_bytes: Option<u64>,
 }
 
 impl<'a> Opening<'a> {
@@ -94,7 +96,13 @@ impl<'a> Opening<'a> {
             taken: Vec::new(),
             names: HashSet::new(),
             chain: Vec::new(),
+            awaited_bytes: None,
         }
+    }
+
+    /// As `self`; the NBD export that is opened has so many bytes, and its server may be away.
+    pub fn awaiting(self, bytes: u64) -> Opening<'a> {
+        Opening { awaited_bytes: Some(bytes), ..self }
     }
 
     /// Puts everything into the graph.
@@ -297,7 +305,10 @@ impl<'a> Opening<'a> {
                     ..ClientOptions::default()
                 };
                 let within = Duration::from_secs(open_timeout.unwrap_or(0).into());
-                let storage = connect_nbd(&address, client, within, auto_read_only).await?;
+                let storage = match self.awaited_bytes {
+                    Some(bytes) => NbdStorage::await_export(connector(&address), client, bytes),
+                    None => connect_nbd(&address, client, within, auto_read_only).await?,
+                };
                 watch = Some(storage.watch());
                 StorageHandle::new(storage)
             }

@@ -301,7 +301,7 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
 
   --migration listen=<host>:<port>,data=<host>:<port>[,reach=<host>:<port>]
               [,directory=<dir>][,on-hold=hold|stop|eio][,hold-time=<secs>]
-              [,tls-creds=<dir>[,tls-hostname=<name>]]
+              [,tls-creds=<dir>[,tls-hostname=<name>]][,reconnect-time=<secs>]
                          disks change hosts: other daemons bring theirs at the first
                          address and read those that have left at the second (either
                          may be the path of a socket), which they find at <reach> if
@@ -311,7 +311,9 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
                          hypervisor with rerror=stop stops the machine (stop) or the
                          machine is told (eio);
                          with tls-creds, a directory of credentials of both ends,
-                         only over TLS and with those who show a certificate; needs
+                         only over TLS and with those who show a certificate; one
+                         that has restarted asks its peer for <reconnect-time> (60)
+                         before it serves what the peer may have a say in; needs
                          --state
 
   --sandbox on|off|auto  give up what a storage daemon never needs: running

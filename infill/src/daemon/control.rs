@@ -348,18 +348,18 @@ impl Control {
         added
     }
 
-    /// Has it told of the servers of new NBD nodes when they are lost.
-    pub(super) fn watch_sources(self: &Rc<Self>) {
-        for (node, watch) in self.blockdevs.take_source_watches() {
-            rt::spawn(self.clone().tell_source(node, watch));
-        }
-    }
-
     /// Nodes that were opened tell what is wrong with them, and count for metrics where that is asked for.
     pub(super) fn greet_new_nodes(&self) {
         self.listen_to_new_nodes();
         if self.metered.get() {
             self.meter_nodes();
+        }
+    }
+
+    /// Has it told of the servers of new NBD nodes when they are lost.
+    pub(super) fn watch_sources(self: &Rc<Self>) {
+        for (node, watch) in self.blockdevs.take_source_watches() {
+            rt::spawn(self.clone().tell_source(node, watch));
         }
     }
 

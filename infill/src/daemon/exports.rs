@@ -259,9 +259,9 @@ impl Control {
         Some((id.clone(), self.blockdevs().graph().name_of(&entry.edge.node())?))
     }
 
-    /// Whether clients that come from now on find the export of that name.
-    pub(super) fn admit_clients(&self, name: &str, new: bool) {
-        self.exported.registry.admit(name, new);
+    /// Clients that come from now on and want the export of that name are told why they may not have it; `None`: they may.
+    pub(super) fn deny_clients(&self, name: &str, why: Option<String>) {
+        self.exported.registry.deny(name, why);
     }
 
     /// Takes an export away, with its clients, and waits until it is gone; it may be gone already.

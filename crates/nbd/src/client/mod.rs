@@ -202,9 +202,7 @@ impl NbdStorage {
         connector: Arc<dyn Connector>,
         options: ClientOptions,
     ) -> Result<NbdStorage, OpenError> {
-        let name = options.name.clone();
-        let name =
-            name.unwrap_or_else(|| format!("nbd export {:?} at {}", options.export, connector.target()));
+        let name = name_of(&options, connector.as_ref());
         let open = supervise::connect(connector.as_ref(), &options, options.handshake_timeout).await;
         let open = open.map_err(|failed| match failed {
             Failed::Broke(error) => OpenError::Malformed { format: "NBD", what: format!("{name}: {error}") },
@@ -214,8 +212,20 @@ impl NbdStorage {
             check_writable(&open.agreed, &name)?;
         }
         let shared = Arc::new(Shared::new(connector, options, name, open.agreed.clone()));
-        rt::spawn(supervise::supervise(shared.clone(), open));
+        shared.same_source(&open.agreed).map_err(|failed| OpenError::Io(failed.into()))?;
+        rt::spawn(supervise::supervise(shared.clone(), Some(open)));
         Ok(NbdStorage(Arc::new(Handle { shared, changes: RangeLock::new() })))
+    }
+
+    /// Opens an export that has `bytes`, read-only, whether its server is there or not: requests to it wait as they do for
+    /// one that was lost, and a server where the export has another size is not used.
+    pub fn await_export(connector: Arc<dyn Connector>, options: ClientOptions, bytes: u64) -> NbdStorage {
+        let options = ClientOptions { read_only: true, ..options };
+        let name = name_of(&options, connector.as_ref());
+        let shared = Arc::new(Shared::new(connector, options, name, Agreed::expected(bytes)));
+        shared.await_first();
+        rt::spawn(supervise::supervise(shared.clone(), None));
+        NbdStorage(Arc::new(Handle { shared, changes: RangeLock::new() }))
     }
 
     /// Whether the server is there now, as far as is known.
@@ -239,7 +249,7 @@ impl NbdStorage {
     }
 
     fn agreed(&self) -> &Agreed {
-        &self.0.shared.pinned
+        self.0.shared.agreed()
     }
 
     fn has(&self, flag: TransmissionFlags) -> bool {
@@ -319,6 +329,11 @@ impl NbdStorage {
         let room = Room::none(shared);
         shared.submit(cx.class, 0, Op::Flush { mark: 0 }, None, room)?.await.map(|_| ())
     }
+}
+
+fn name_of(options: &ClientOptions, connector: &dyn Connector) -> String {
+    let name = options.name.clone();
+    name.unwrap_or_else(|| format!("nbd export {:?} at {}", options.export, connector.target()))
 }
 
 /// A writable storage needs a server that can say when something is stable.
@@ -471,7 +486,7 @@ impl Storage for NbdStorage {
         if len == 0 {
             return Ok(Extents::new());
         }
-        if self.agreed().allocation.is_none() {
+        if self.agreed().allocation.is_none() && !self.0.shared.is_awaited() {
             return Ok(vec![data]);
         }
         let shared = &self.0.shared;

@@ -23,6 +23,10 @@ const RECEIVE_BYTES: usize = 4096;
 /// Largest smallest request size that the protocol allows, in bytes.
 const MIN_BLOCK_MAX: u32 = 64 << 10;
 
+/// Sizes of requests to a server that was never reached, in bytes.
+const EXPECTED_BLOCK_MIN: u32 = 512;
+const EXPECTED_BLOCK_MAX: u32 = 64 << 10;
+
 /// What was agreed on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Agreed {
@@ -50,6 +54,21 @@ const NEEDED_TO_WRITE: TransmissionFlags = TransmissionFlags::SEND_FLUSH
     .union(TransmissionFlags::SEND_FAST_ZERO);
 
 impl Agreed {
+    /// What is known of a read-only export of that size before any server was reached: requests that each one takes.
+    pub(super) fn expected(size: u64) -> Agreed {
+        Agreed {
+            mode: Mode::Simple,
+            size,
+            flags: TransmissionFlags::HAS_FLAGS | TransmissionFlags::READ_ONLY,
+            min_block: EXPECTED_BLOCK_MIN,
+            preferred_block: EXPECTED_BLOCK_MAX,
+            max_block: EXPECTED_BLOCK_MAX,
+            allocation: None,
+            name: None,
+            description: None,
+        }
+    }
+
     /// Whether the server can write zeroes that are not sent.
     pub(super) fn write_zeroes(&self) -> bool {
         self.flags.contains(TransmissionFlags::SEND_WRITE_ZEROES)

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::OnceLock;
 use std::task::{Context, Poll, Waker};
 
 use bytes::BytesMut;
@@ -245,8 +246,10 @@ pub(super) struct Shared {
     pub(super) connector: Arc<dyn Connector>,
     pub(super) options: ClientOptions,
     pub(super) name: String,
-    /// What was agreed on at open; a server that offers less is another one.
-    pub(super) pinned: Agreed,
+    /// What was agreed on first; a server that offers less is another one.
+    pinned: OnceLock<Agreed>,
+    /// What is known of an export that has never been reached.
+    expected: Agreed,
     state: Mutex<State>,
     /// Wakes the writers of the connections, by role.
     pub(super) wake: [Event; 2],
@@ -261,13 +264,14 @@ impl Shared {
         connector: Arc<dyn Connector>,
         options: ClientOptions,
         name: String,
-        pinned: Agreed,
+        expected: Agreed,
     ) -> Shared {
         Shared {
             connector,
             options,
             name,
-            pinned,
+            pinned: OnceLock::new(),
+            expected,
             state: Mutex::new(State {
                 queue: BTreeMap::new(),
                 next_seq: 0,
@@ -291,6 +295,16 @@ impl Shared {
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
+    }
+
+    /// What requests are made for: what was agreed on first, or, before that, what any server takes.
+    pub(super) fn agreed(&self) -> &Agreed {
+        self.pinned.get().unwrap_or(&self.expected)
+    }
+
+    /// Whether nothing was ever agreed on.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.pinned.get().is_none()
     }
 
     pub(super) fn wake(&self) {
@@ -380,7 +394,7 @@ impl Shared {
                     (Err(error), None) => refused = state.poison(error),
                 }
             } else if result.is_ok() && state.poisoned.is_none() {
-                state.keep(request.at, &request.op, &self.pinned);
+                state.keep(request.at, &request.op, self.agreed());
             }
         }
         if makes_room {
@@ -453,13 +467,20 @@ impl Shared {
             state.replay();
             if !matches!(state.source, SourceState::Connected) {
                 state.source = SourceState::Connected;
-                state.changes += 1;
+                // One that was waited for from the beginning, and was there, was never lost.
+                state.changes += u64::from(state.changes > 0);
             }
             !state.queue.is_empty()
         };
         self.changed.notify(usize::MAX);
         self.wake();
         waiting
+    }
+
+    /// No server has been reached yet.
+    pub(super) fn await_first(&self) {
+        let why = self.error(ErrorKind::SourceLost, "its server has not been reached yet");
+        self.state().source = SourceState::Lost(why);
     }
 
     /// The source is lost. Requests are held, or fail, as the options say.
@@ -509,12 +530,17 @@ impl Shared {
         state.closed || state.dead.is_some()
     }
 
-    /// Whether a server is the one that was opened, as far as that can be told.
+    /// Whether a server is the one that was opened, as far as that can be told. The first one is that.
     pub(super) fn same_source(&self, agreed: &Agreed) -> Result<(), Failed> {
-        self.pinned.same_source(agreed, self.options.read_only).map_err(|why| {
-            let message = format!("the source has changed while it was away: {why}; it is not used");
+        self.agreed().same_source(agreed, self.options.read_only).map_err(|why| {
+            let message = match self.is_awaited() {
+                true => format!("the source is not what was expected: {why}; it is not used"),
+                false => format!("the source has changed while it was away: {why}; it is not used"),
+            };
             Failed::Refused(self.error(ErrorKind::SourceLost, message))
-        })
+        })?;
+        self.pinned.get_or_init(|| agreed.clone());
+        Ok(())
     }
 }
 

@@ -86,10 +86,10 @@ impl Retry {
     }
 }
 
-/// Runs a client's connections until nobody needs them.
-pub(super) async fn supervise(shared: Arc<Shared>, first: Open) {
+/// Runs a client's connections until nobody needs them; without a `first` one, the source is away from the beginning.
+pub(super) async fn supervise(shared: Arc<Shared>, first: Option<Open>) {
     let mut retry = Retry::default();
-    let mut next = Some(first);
+    let mut next = first;
     loop {
         let open = match next.take() {
             Some(open) => open,
@@ -188,6 +188,10 @@ async fn reconnect(shared: &Shared, retry: &mut Retry) -> Option<Open> {
             shared.no_use(&IoError::from(failed.clone()));
         }
         let error = IoError::from(failed);
+        if shared.state().changes == 0 {
+            // It was not there from the beginning.
+            shared.lost(&error);
+        }
         // Credentials do not mend themselves: somebody has to know. Once, for this is tried on and on.
         if error.kind() == ErrorKind::NotPermitted && !std::mem::replace(&mut refused, true) {
             tracing::warn!(storage = %shared.name, %error, "not let in again; it is tried on");

@@ -120,6 +120,8 @@ pub struct Exports(Arc<Registry>);
 struct Registry {
     entries: Mutex<BTreeMap<String, Arc<Entry>>>,
     hook: Mutex<Option<Arc<GoneHook>>>,
+    /// Names that new connections may not choose, each with why, whether there is such an export or not.
+    denied: Mutex<BTreeMap<String, String>>,
 }
 
 struct Entry {
@@ -131,8 +133,6 @@ struct Entry {
     /// order of all (SeqCst), or a last connection and a removal could each believe that the other tells.
     connections: AtomicUsize,
     closing: AtomicBool,
-    /// Whether new connections may choose it.
-    admitting: AtomicBool,
     told: AtomicBool,
     changed: Event,
 }
@@ -164,7 +164,6 @@ impl Exports {
             registry: self.0.clone(),
             connections: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
-            admitting: AtomicBool::new(true),
             told: AtomicBool::new(false),
             changed: Event::new(),
         };
@@ -191,11 +190,19 @@ impl Exports {
         Ok(Removal(entry))
     }
 
-    /// Whether connections that come from now on find the export of this name; those that it has stay.
-    pub fn admit(&self, name: &str, new: bool) {
-        if let Some(entry) = lock(&self.0.entries).get(name) {
-            entry.admitting.store(new, Ordering::SeqCst);
+    /// Connections that choose this name from now on are told `why` they may not, whether there is such an export or not;
+    /// those that it has stay. `None`: they may.
+    pub fn deny(&self, name: &str, why: Option<String>) {
+        let mut denied = lock(&self.0.denied);
+        match why {
+            Some(why) => drop(denied.insert(name.to_owned(), why)),
+            None => drop(denied.remove(name)),
         }
+    }
+
+    /// Why new connections may not choose this name.
+    pub(super) fn denied(&self, name: &str) -> Option<String> {
+        lock(&self.0.denied).get(name).cloned()
     }
 
     /// Stops offering all of them, hard.
@@ -221,7 +228,7 @@ impl Exports {
     /// Counts a connection in, which the export stays for until it is dropped.
     pub(super) fn attach(&self, name: &str) -> Option<Attached> {
         let entries = lock(&self.0.entries);
-        let entry = entries.get(name).filter(|entry| entry.admitting.load(Ordering::SeqCst))?;
+        let entry = entries.get(name).filter(|_| self.denied(name).is_none())?;
         entry.connections.fetch_add(1, Ordering::SeqCst);
         Some(Attached(entry.clone()))
     }

@@ -310,7 +310,9 @@ impl<'a> Haggle<'a> {
     /// There is no error reply: what fails ends the session.
     fn export_name(&mut self, name: &str) -> IoResult<Next<'a>> {
         let refused = |why: &str| IoError::new(ErrorKind::NotFound, format!("the export '{name}' {why}"));
-        let export = self.exports.attach(name).ok_or_else(|| refused("is not known"))?;
+        let export = self.exports.attach(name);
+        let export =
+            export.ok_or_else(|| refused(self.exports.denied(name).as_deref().unwrap_or("is not known")))?;
         if export.export().node.node_limits().request_align > BLOCK_BYTES_ASSUMED {
             return Err(refused("needs a client that asks for block sizes"));
         }
@@ -337,8 +339,7 @@ impl<'a> Haggle<'a> {
 
     fn info(&mut self, option: u32, go: bool, name: &str, wanted: &[u16]) -> Next<'a> {
         let Some(export) = self.exports.attach(name) else {
-            let why = format!("there is no export named '{name}'");
-            self.refuse(option, OptionError::Unknown, &why);
+            self.refuse_export(option, name);
             return Next::Option;
         };
         let info = export.export().info(self.mode, self.limits);
@@ -362,6 +363,14 @@ impl<'a> Haggle<'a> {
         if go { Next::Transmission(export, info) } else { Next::Option }
     }
 
+    /// An export that cannot be chosen.
+    fn refuse_export(&mut self, option: u32, name: &str) {
+        match self.exports.denied(name) {
+            Some(why) => self.refuse(option, OptionError::Policy, &why),
+            None => self.refuse(option, OptionError::Unknown, &format!("there is no export named '{name}'")),
+        }
+    }
+
     fn meta_context(&mut self, option: u32, set: bool, name: String, queries: &[String]) {
         if set {
             // Also a request that fails takes the old choice back.
@@ -371,9 +380,8 @@ impl<'a> Haggle<'a> {
             let why = "structured replies must be agreed on before contexts are chosen";
             return self.refuse(option, OptionError::Invalid, why);
         }
-        let Some(export) = self.exports.get(&name) else {
-            let why = format!("there is no export named '{name}'");
-            return self.refuse(option, OptionError::Unknown, &why);
+        let Some(export) = self.exports.get(&name).filter(|_| self.exports.denied(&name).is_none()) else {
+            return self.refuse_export(option, &name);
         };
         let mut contexts = Contexts::default();
         let all = |namespace: &str, query: &str| !set && (query == namespace || queries.is_empty());

@@ -372,11 +372,13 @@ async fn is_missing(below: &Edge, cx: &Ctx, at: u64, len: u64) -> IoResult<bool>
 }
 
 fn not_here(owner: &str) -> IoError {
+    IoError::new(ErrorKind::NotPermitted, owned_by(owner))
+}
+
+/// What is told to who wants a disk where it is not.
+pub(super) fn owned_by(owner: &str) -> String {
     let owner = if owner.is_empty() { "another host" } else { owner };
-    IoError::new(
-        ErrorKind::NotPermitted,
-        format!("the disk is owned by {owner}: use it there (`infill whois` tells where it is)"),
-    )
+    format!("the disk is owned by {owner}: use it there (`infill whois` tells where it is)")
 }
 
 /// A gate and what lies behind it.

@@ -42,6 +42,8 @@ pub(super) struct Link {
     up: Cell<bool>,
     closed: Cell<bool>,
     changed: Event,
+    /// What is said first over every connection.
+    first: RefCell<Option<Frame>>,
     /// Where the peer's exports are, as it says.
     data: RefCell<Option<String>>,
     /// Why there is no connection.
@@ -77,6 +79,11 @@ impl Link {
     /// Where the peer's exports are.
     pub(super) fn data(&self) -> Option<String> {
         self.data.borrow().clone()
+    }
+
+    /// Says this first over every connection.
+    pub(super) fn begin_with(&self, frame: Frame) {
+        self.first.replace(Some(frame));
     }
 
     /// Ends it for good.
@@ -146,6 +153,9 @@ impl Link {
         self.queue.borrow_mut().clear();
         self.bytes.set(0);
         self.up.set(true);
+        if let Some(first) = &*self.first.borrow() {
+            self.say(first);
+        }
         let receiving = async {
             while let Some(frame) = lines.next().await? {
                 heard(frame);

@@ -9,6 +9,7 @@
 //! record that lets it is on stable storage (the machine cannot be told otherwise), or a disk that a record names and that is
 //! served without its gate: gates are there, and hold, before a state's entries are made again.
 
+mod crash;
 mod gate;
 mod kept;
 mod link;
@@ -58,8 +59,6 @@ use target::ToTarget;
 const RESEND_TIME: Duration = Duration::from_millis(500);
 /// How often it is said again by a side that is done.
 const RESEND_TIME_DONE: Duration = Duration::from_secs(10);
-/// How long a side that has restarted asks its peer before it goes on without an answer.
-const RECONNECT_TIME: Duration = Duration::from_secs(60);
 /// Migrations that are under way at a time, of both sides.
 const MIGRATIONS_MAX: usize = 1024;
 /// Peers that are connected at a time.
@@ -70,6 +69,8 @@ struct Peers {
     /// Where [`Peers::exports`] are, as peers are told.
     data: String,
     directory: Option<PathBuf>,
+    /// How long a side that has restarted asks its peer before it goes on without an answer.
+    reconnect_time: Duration,
     exports: Exports,
     tls: Option<PeerTls>,
     on_hold: OnHold,
@@ -214,6 +215,10 @@ impl Migrations {
         self.peers.borrow().clone()
     }
 
+    fn reconnect_time(&self) -> Duration {
+        self.peers.borrow().as_ref().map_or(options::RECONNECT_TIME, |peers| peers.reconnect_time)
+    }
+
     fn driver(&self, migration: MigrationId, side: Side) -> Option<Driver> {
         self.drivers.borrow().get(&key(migration, side)).cloned()
     }
@@ -290,6 +295,7 @@ impl Control {
         let peers = Peers {
             data: told,
             directory: options.directory.clone(),
+            reconnect_time: options.reconnect_time,
             exports,
             tls,
             on_hold: options.on_hold,
@@ -409,7 +415,11 @@ impl Control {
                 for side in [Side::Source, Side::Target] {
                     match self.migrations.driver(migration, side) {
                         Some(Driver::Source { inbox, .. }) => inbox.push(ToSource::Ask),
-                        Some(Driver::Target { inbox, .. }) => inbox.push(ToTarget::Ask),
+                        // The answer goes where the question came from: one who has restarted says nothing else first.
+                        Some(Driver::Target { inbox, link: current, .. }) => {
+                            current.replace(link.clone());
+                            inbox.push(ToTarget::Ask);
+                        }
                         None => {}
                     }
                 }
@@ -571,10 +581,12 @@ fn base_name(disk: DiskId, epoch: Epoch) -> String {
     format!("{disk}.e{}.base", epoch.0)
 }
 
-/// A node's name out of a disk's: names of nodes are shorter than a UUID.
+/// A node's name out of a disk's: names of nodes are shorter than a UUID as it is written, so it is written with more digits.
 fn node_name(prefix: char, disk: DiskId) -> String {
-    let digits = disk.0.simple().to_string();
-    format!("{prefix}-{}", &digits[..29])
+    const DIGITS: &[u8; 32] = b"0123456789abcdefghijklmnopqrstuv";
+    let bits = disk.0.as_u128();
+    let digits = (0..26).rev().map(|nth| char::from(DIGITS[(bits >> (5 * nth) & 31) as usize]));
+    format!("{prefix}-{}", digits.collect::<String>())
 }
 
 fn sync_directory(path: &Path) -> std::io::Result<()> {
@@ -596,6 +608,10 @@ mod tests {
         assert_eq!(uri, format!("nbd+unix:///{disk}.e43.base?socket=/run/d.sock"));
         let uri = secure::source_uri(None, "nbd://b:1", &live_name(disk)).unwrap();
         assert_eq!(uri, format!("nbd://b:1/{disk}.live"));
-        assert!(node_name('d', disk).len() <= crate::blockdev::NODE_NAME_BYTES_MAX);
+        let name = node_name('d', disk);
+        assert_eq!(name, "d-3f3gngsjca99hpq2qq9s7nuv0h");
+        assert!(name.len() <= crate::blockdev::NODE_NAME_BYTES_MAX);
+        // Names that differ in their last digit are names of two nodes.
+        assert_ne!(node_name('d', DiskId(uuid::Uuid::from_u128(disk.0.as_u128() ^ 1))), name);
     }
 }

@@ -9,6 +9,9 @@ use infill_io::Address;
 
 use super::missed::{HOLD_TIME, OnHold};
 
+/// How long a side that has restarted asks its peer before it goes on without an answer, where nothing else is said.
+pub(super) const RECONNECT_TIME: Duration = Duration::from_secs(60);
+
 /// What a daemon is told with `--migration`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -28,6 +31,8 @@ pub struct Options {
     pub(super) tls: Option<PathBuf>,
     /// What the certificate of the server of data is for, where that is not the host of its address.
     pub(super) tls_hostname: Option<String>,
+    /// How long a side that has restarted asks its peer before it goes on without an answer.
+    pub(super) reconnect_time: Duration,
 }
 
 /// An address as people write it.
@@ -44,11 +49,12 @@ pub(super) fn address(text: &str) -> Result<Address> {
 }
 
 impl Options {
-    /// Reads `listen=ADDRESS,data=ADDRESS[,reach=ADDRESS][,directory=DIR][,on-hold=hold|stop|eio][,hold-time=SECONDS][,tls-creds=DIR[,tls-hostname=NAME]]`.
+    /// Reads `listen=ADDRESS,data=ADDRESS[,reach=ADDRESS][,directory=DIR][,on-hold=hold|stop|eio][,hold-time=SECONDS][,tls-creds=DIR[,tls-hostname=NAME]][,reconnect-time=SECONDS]`.
     pub fn read(text: &str) -> Result<Options> {
         let (mut listen, mut data, mut reach, mut directory) = (None, None, None, None);
         let (mut tls, mut tls_hostname) = (None, None);
         let (mut on_hold, mut hold_time) = (OnHold::default(), HOLD_TIME);
+        let mut reconnect_time = RECONNECT_TIME;
         for part in text.split(',') {
             match part.split_once('=') {
                 Some(("listen", at)) => listen = Some(address(at)?),
@@ -64,12 +70,16 @@ impl Options {
                 }
                 Some(("tls-creds", at)) => tls = Some(std::path::absolute(at)?),
                 Some(("tls-hostname", name)) => tls_hostname = Some(name.to_owned()),
-                Some((name, _)) => {
-                    bail!(
-                        "'{name}' is not known: there are listen, data, reach, directory, on-hold, \
-                         hold-time, tls-creds and tls-hostname"
-                    )
+                Some(("reconnect-time", seconds)) => {
+                    let parsed = seconds.parse::<u32>();
+                    let parsed =
+                        parsed.with_context(|| format!("reconnect-time={seconds}: give whole seconds"))?;
+                    reconnect_time = Duration::from_secs(parsed.into());
                 }
+                Some((name, _)) => bail!(
+                    "'{name}' is not known: there are listen, data, reach, directory, on-hold, hold-time, tls-creds, \
+                     tls-hostname and reconnect-time"
+                ),
                 None => bail!("'{part}' has no value: give listen=, data= and directory="),
             }
         }
@@ -84,6 +94,7 @@ impl Options {
             hold_time,
             tls,
             tls_hostname,
+            reconnect_time,
         };
         if options.tls_hostname.is_some() && options.tls.is_none() {
             bail!("tls-hostname is for TLS: name the directory of credentials with tls-creds=DIR");
@@ -123,12 +134,16 @@ mod tests {
         assert_eq!((read.on_hold, read.hold_time), (OnHold::Stop, Duration::from_secs(5)));
         let read = Options::read("listen=/s,data=0.0.0.0:1,reach=a.example:1").unwrap();
         assert_eq!(read.reached(), &Address::Tcp { host: "a.example".into(), port: 1 });
+        assert_eq!(read.reconnect_time, RECONNECT_TIME);
+        let read = Options::read("listen=/s,data=/t,reconnect-time=5").unwrap();
+        assert_eq!(read.reconnect_time, Duration::from_secs(5));
         for (wrong, why) in [
             ("listen=1.2.3.4:5", "data= is missing"),
             ("data=/s", "listen= is missing"),
             ("listen=x,data=/s", "give HOST:PORT"),
             ("listen=h:70000,data=/s", "a port is a number"),
             ("listen=/s,data=/t,more=1", "'more' is not known"),
+            ("listen=/s,data=/t,reconnect-time=soon", "give whole seconds"),
             ("listen=/s,data", "'data' has no value"),
             ("listen=/s,data=/t,on-hold=wait", "hold, stop or eio"),
             ("listen=/s,data=/t,hold-time=long", "whole seconds"),

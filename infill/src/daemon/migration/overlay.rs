@@ -43,7 +43,7 @@ pub(super) async fn prepare_disks(
             ..infill_qcow2::CreateOptions::default()
         };
         make_image(path, &options).await?;
-        let below = open_source(control, &live, node_name('l', disk.id)).await?;
+        let below = open_source(control, &live, node_name('l', disk.id), None).await?;
         let found = control.blockdevs().get(&below)?.len();
         if found != disk.bytes {
             bail!("disk {} is to have {} bytes, and its export has {found}", disk.id, disk.bytes);
@@ -103,8 +103,13 @@ async fn holds_anything(node: &NodeHandle) -> IoResult<bool> {
     Ok(false)
 }
 
-/// Opens an export of the source, read-only.
-pub(super) async fn open_source(control: &Rc<Control>, uri: &str, name: String) -> Result<String> {
+/// Opens an export of the source, read-only; one whose size is known need not be there yet.
+pub(super) async fn open_source(
+    control: &Rc<Control>,
+    uri: &str,
+    name: String,
+    bytes: Option<u64>,
+) -> Result<String> {
     if let Ok(node) = control.blockdevs().get(&name) {
         if node.info().filename == uri {
             return Ok(name);
@@ -114,7 +119,12 @@ pub(super) async fn open_source(control: &Rc<Control>, uri: &str, name: String) 
     }
     let Located::Protocol(options) = locate(uri)? else { bail!("{uri}: expected an NBD URI") };
     let options = BlockdevOptions { node_name: Some(name), read_only: Some(true), ..options };
-    control.blockdevs().add(options).await
+    let opened = match bytes {
+        Some(bytes) => control.blockdevs().add_awaited(options, bytes).await,
+        None => control.blockdevs().add(options).await,
+    };
+    control.watch_sources();
+    opened
 }
 
 pub(super) fn overlay_description(local: &LocalDisk, below: Option<&str>) -> Map<String, Value> {
@@ -210,36 +220,47 @@ pub(super) async fn drop_disk(control: &Rc<Control>, disk: DiskId, local: &Local
     }
 }
 
-/// Opens the overlay, on that export of the source where anything is still missing, and serves it.
+/// An export of the source's that an overlay lies on.
+pub(super) struct Below<'a> {
+    /// Where the source's exports are.
+    pub(super) data: &'a str,
+    pub(super) export: &'a str,
+    /// Whether it is the frozen one.
+    pub(super) is_base: bool,
+    /// The disk's size.
+    pub(super) bytes: u64,
+}
+
+/// Opens the overlay, on that export of the source where anything is still missing, and serves it. A frozen one may be
+/// away: what is there and what guests write needs nothing of it.
 pub(super) async fn lay_on(
     control: &Rc<Control>,
-    data: &str,
     id: DiskId,
     local: &LocalDisk,
     gate: &DiskGate,
-    export_name: &str,
-    prefix: char,
+    below: &Below<'_>,
 ) -> Result<()> {
+    let Below { data, export: export_name, is_base, bytes } = *below;
     let uri = control.source_uri(data, export_name)?;
-    let is_base = prefix == 'b';
-    if is_base
-        && control.blockdevs().get(&local.node).is_err()
-        && !lies_on_something(control, &local.path).await?
-    {
+    if is_base && control.blockdevs().get(&local.node).is_err() {
+        // For writing, which takes in what the last daemon's journal has of it; until it is exported nobody reads it.
         open_overlay(control, local, None).await?;
+    }
+    if is_base && control.blockdevs().get(&local.node)?.info().backing.is_none() {
         return export(control, id, local, None);
     }
-    let below = open_source(control, &uri, node_name(prefix, id)).await?;
+    let name = node_name(if is_base { 'b' } else { 'l' }, id);
+    let below = open_source(control, &uri, name, is_base.then_some(bytes)).await?;
     open_overlay(control, local, Some(&below)).await?;
-    export(control, id, local, (!is_base).then_some(below.as_str()))?;
     if !is_base {
-        return Ok(());
+        return export(control, id, local, Some(&below));
     }
     let before = control.blockdevs().facts(&local.node)?.backing;
     if before.as_deref() != Some(below.as_str()) {
         let turn = control.blockdevs().change_graph().await;
         control.blockdevs().put_on(&turn, &local.node, Some(&below)).await?;
     }
+    export(control, id, local, None)?;
     gate.read_from(None);
     Ok(())
 }
@@ -263,14 +284,4 @@ pub(super) async fn tidy_up(
         control.blockdevs().del(&live).await?;
     }
     Ok(())
-}
-
-/// Whether the header of an overlay names a backing.
-async fn lies_on_something(control: &Control, path: &Path) -> Result<bool> {
-    let path = path.to_str().context("its path is not UTF-8")?;
-    let image = Image { format: Some(FormatKind::Qcow2), alone: true, ..Image::read_only(path) };
-    let name = control.blockdevs().add_image(&image).await?;
-    let named = control.blockdevs().get(&name)?.info().backing.is_some();
-    control.blockdevs().del(&name).await?;
-    Ok(named)
 }

@@ -22,11 +22,12 @@ use infill_qmp::migration::{Migrate, MigrationMode};
 use infill_storage::{StorageHandle, rt};
 use uuid::Uuid;
 
-use super::gate::DiskGate;
+use super::crash::Point;
+use super::gate::{DiskGate, owned_by};
 use super::link::{Link, dial};
 use super::{
-    Drive, Driver, Inbox, Kept, Local, LocalDisk, Peers, RECONNECT_TIME, RESEND_TIME, RESEND_TIME_DONE, Told,
-    address, base_name, hello, live_name,
+    Drive, Driver, Inbox, Kept, Local, LocalDisk, Peers, RESEND_TIME, RESEND_TIME_DONE, Told, address,
+    base_name, hello, live_name,
 };
 use crate::blockdev::{FormatKind, Image};
 use crate::daemon::control::Control;
@@ -352,6 +353,8 @@ impl SourceDriver {
             let heard = move |frame| control.hear(&link, frame);
             let refused = move |why| inbox.push(ToSource::NotLetIn(why));
             let hello = hello(Some(self.peers.data.clone()));
+            // A target that has restarted knows no way to its source until that speaks, and may wait for its turn.
+            self.link.begin_with(Frame::Ask(self.migration()));
             rt::spawn(dial(self.link.clone(), peer, tls, hello, heard, refused));
         }
         for disk in &self.disks {
@@ -570,7 +573,7 @@ impl SourceDriver {
     /// What comes next where the machine waits for a decision.
     async fn follow_policy(&mut self) {
         let now = rt::now();
-        if self.machine.phase() == SourcePhase::Unasked && now - self.asked_at > RECONNECT_TIME {
+        if self.machine.phase() == SourcePhase::Unasked && now - self.asked_at > self.peers.reconnect_time {
             return self.step(SourceInput::PeerSilent).await;
         }
         if self.offered_at.is_some_and(|since| now - since > OFFER_TIME) {
@@ -657,7 +660,7 @@ impl Drive for SourceDriver {
             self.published.retain(|other| *other != name);
         }
         let gate = self.machine.gate();
-        let admits = !matches!(
+        let is_away = matches!(
             self.state(),
             SourceState::HandedOver
                 | SourceState::Released
@@ -668,7 +671,7 @@ impl Drive for SourceDriver {
             |disk: &&SourceDisk| self.control.migrations.decides(disk.id, plan.migration, Side::Source);
         for disk in self.disks.iter().filter(decided) {
             disk.gate.set(gate, &plan.peer);
-            self.control.admit_clients(&disk.id.to_string(), admits);
+            self.control.deny_clients(&disk.id.to_string(), is_away.then(|| owned_by(&plan.peer)));
         }
         for (name, index) in wanted {
             if self.published.contains(&name) {
@@ -686,13 +689,26 @@ impl Drive for SourceDriver {
         *self.told.phase.borrow_mut() = format!("{:?}", self.machine.phase());
         self.told.rounds.set(self.machine.round().map_or(0, |round| round.0));
         self.offered_at = match self.state() {
-            SourceState::Offered => self.offered_at.or_else(|| Some(rt::now())),
+            // While the peer is asked, it may have taken what was offered over: that is no offer that can be late.
+            SourceState::Offered if self.machine.phase() != SourcePhase::Unasked => {
+                self.offered_at.or_else(|| Some(rt::now()))
+            }
             _ => None,
         };
     }
 
-    /// What the machine wants done; its end, where it is awaited.
     async fn perform(&mut self, action: SourceAction) -> Option<SourceInput> {
+        let point = Point::of_source(&action);
+        point.before();
+        let end = self.execute(action).await;
+        point.after();
+        end
+    }
+}
+
+impl SourceDriver {
+    /// What the machine wants done; its end, where it is awaited.
+    async fn execute(&mut self, action: SourceAction) -> Option<SourceInput> {
         match action {
             SourceAction::Persist(pending) => {
                 let kept = Kept { record: pending.record().clone(), local: self.local.clone() };

@@ -12,24 +12,26 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use infill_base::{Ctx, ErrorKind, IoError, IoResult};
 use infill_migrate::{
-    BlockMap, BlockSet, Body, Busy, Demotion, DiskId, Epoch, Filling, Frame, Gate, Message, MigrationId,
-    Plan, Round, Side, State as RecordState, Target, TargetAction, TargetInput, TargetState, Term,
+    BlockMap, BlockSet, Body, Busy, Demotion, Disk, DiskId, Epoch, Filling, Frame, Gate, Message,
+    MigrationId, Plan, Round, Side, State as RecordState, Target, TargetAction, TargetInput, TargetState,
+    Term,
 };
 use infill_node::{COPY_ON_READ_BYTES_MAX, CopyOnRead, NodeHandle};
 use infill_qmp::command::{BlockStream, OnError, StreamEnd};
 use infill_storage::rt;
 
-use super::gate::DiskGate;
+use super::crash::Point;
+use super::gate::{DiskGate, owned_by};
 use super::link::Link;
 use super::missed::OnHold;
 use super::overlay::{
-    close_source, drop_disk, end_job, export_description, job_of, lay_on, open_source, overlay_description,
-    prepare_disks, tidy_up,
+    Below, close_source, drop_disk, end_job, export_description, job_of, lay_on, open_source,
+    overlay_description, prepare_disks, tidy_up,
 };
 use super::warm::{copy_absent, copy_blocks};
 use super::{
-    Drive, Driver, Inbox, Kept, Local, LocalDisk, RECONNECT_TIME, RESEND_TIME, RESEND_TIME_DONE, Told,
-    base_name, live_name, node_name,
+    Drive, Driver, Inbox, Kept, Local, LocalDisk, RESEND_TIME, RESEND_TIME_DONE, Told, base_name, live_name,
+    node_name,
 };
 use crate::daemon::control::Control;
 
@@ -48,8 +50,8 @@ pub(super) enum ToTarget {
     Input(TargetInput),
     /// The peer asks where it stands.
     Ask,
-    /// The overlays lie on what was frozen.
-    Attached,
+    /// The overlays lie on what that task was to see to.
+    Attached(Rc<Cell<bool>>),
     /// The job that fills an overlay has ended.
     JobEnded,
     /// What was written last before the offer of that term is here, too, or why not.
@@ -93,7 +95,8 @@ struct TargetDriver {
     whole: Whole,
     /// Whether the overlays lie on what the disks' owner needs.
     attached: bool,
-    attaching: bool,
+    /// The task that sees to it, until it is told to stop.
+    attaching: Option<Rc<Cell<bool>>>,
     asked_at: Duration,
 }
 
@@ -206,7 +209,7 @@ impl TargetDriver {
             reading: None,
             whole: Whole::default(),
             attached: false,
-            attaching: false,
+            attaching: None,
             asked_at: rt::now(),
         })
     }
@@ -264,18 +267,18 @@ impl TargetDriver {
                         self.say(&Frame::Standing { migration: self.migration(), standing });
                     }
                 }
-                Some(ToTarget::Attached) => {
-                    (self.attached, self.attaching) = (true, false);
-                    self.follow().await;
-                    self.fill().await;
+                Some(ToTarget::Attached(task)) => {
+                    if self.attaching.take_if(|now| Rc::ptr_eq(now, &task)).is_some() {
+                        self.attached = true;
+                        self.follow().await;
+                        self.fill().await;
+                    }
                 }
                 Some(ToTarget::JobEnded) => self.fill().await,
                 None => {
                     self.step(TargetInput::Resend).await;
-                    if self.has_everything() {
-                        // It may have been said before the peer was asked, when it did not count.
-                        self.fill().await;
-                    }
+                    // What was there already when the peer was still being asked was not heard of by the machine.
+                    self.fill().await;
                 }
             }
             if matches!(self.state(), TargetState::GivingBack | TargetState::Superseded) {
@@ -284,7 +287,9 @@ impl TargetDriver {
                     end_job(&self.control, disk.id).await;
                 }
             }
-            if self.machine.asks_peer() && rt::now() - self.asked_at > RECONNECT_TIME {
+            if self.machine.asks_peer()
+                && rt::now() - self.asked_at > self.control.migrations.reconnect_time()
+            {
                 self.step(TargetInput::PeerSilent).await;
             }
         }
@@ -440,7 +445,7 @@ impl TargetDriver {
                 for (id, name, epoch, set) in disks {
                     let gone = |error: anyhow::Error| IoError::new(ErrorKind::NotFound, format!("{error:#}"));
                     let uri = control.source_uri(&data, &base_name(id, epoch)).map_err(gone)?;
-                    let below = open_source(&control, &uri, node_name('b', id)).await.map_err(gone)?;
+                    let below = open_source(&control, &uri, node_name('b', id), None).await.map_err(gone)?;
                     let base = control.blockdevs().get(&below).map_err(gone)?;
                     let overlay = control.blockdevs().get(&name).map_err(gone)?;
                     copy_blocks(&overlay, &base, &set, block_bytes, &stop).await?;
@@ -480,11 +485,11 @@ impl TargetDriver {
         }
         let Some(data) = self.local.data.clone() else { return };
         for disk in &self.machine.record().plan().disks {
-            let (control, data, id) = (self.control.clone(), data.clone(), disk.id);
+            let (control, data, id, bytes) = (self.control.clone(), data.clone(), disk.id, disk.bytes);
             let epoch = Epoch(disk.epoch_before.0.saturating_add(term.0));
             rt::spawn(async move {
                 let opened = match control.source_uri(&data, &base_name(id, epoch)) {
-                    Ok(uri) => open_source(&control, &uri, node_name('b', id)).await.map(drop),
+                    Ok(uri) => open_source(&control, &uri, node_name('b', id), Some(bytes)).await.map(drop),
                     Err(error) => Err(error),
                 };
                 // It is tried again when it is needed.
@@ -499,28 +504,33 @@ impl TargetDriver {
     fn attach(&mut self) {
         let state = self.state();
         let owns = matches!(state, TargetState::Owner | TargetState::Complete);
-        if self.attaching
+        if self.attaching.is_some()
             || self.attached
             || !(owns || matches!(state, TargetState::Prepared | TargetState::Accepted))
         {
             return;
         }
-        self.attaching = true;
+        let stop = Rc::new(Cell::new(false));
+        self.attaching = Some(stop.clone());
         let data = self.local.data.clone().unwrap_or_default();
         let record = self.machine.record().clone();
-        let disks: Vec<(DiskId, LocalDisk, DiskGate, Epoch)> = self
+        let disks: Vec<(Disk, LocalDisk, DiskGate)> = self
             .disks
             .iter()
             .zip(&record.plan().disks)
-            .map(|(disk, planned)| (disk.id, disk.local.clone(), disk.gate.clone(), record.epoch(planned)))
+            .map(|(disk, planned)| (planned.clone(), disk.local.clone(), disk.gate.clone()))
             .collect();
         let (control, inbox, told) = (self.control.clone(), self.inbox.clone(), self.told.clone());
         rt::spawn(async move {
-            for (id, local, gate, epoch) in disks {
-                let export = if owns { base_name(id, epoch) } else { live_name(id) };
-                let prefix = if owns { 'b' } else { 'l' };
+            for (disk, local, gate) in disks {
+                let id = disk.id;
+                let export = if owns { base_name(id, record.epoch(&disk)) } else { live_name(id) };
+                let below = Below { data: &data, export: &export, is_base: owns, bytes: disk.bytes };
                 let mut pause = SOON;
-                while let Err(error) = lay_on(&control, &data, id, &local, &gate, &export, prefix).await {
+                while let Err(error) = lay_on(&control, id, &local, &gate, &below).await {
+                    if stop.get() {
+                        return;
+                    }
                     let why = format!("the source's export {export}: {error:#}");
                     if told.error.replace(Some(why.clone())).as_ref() != Some(&why) {
                         tracing::warn!("disk {id}: {why}");
@@ -530,14 +540,17 @@ impl TargetDriver {
                 }
             }
             told.error.replace(None);
-            control.watch_sources();
-            inbox.push(ToTarget::Attached);
+            inbox.push(ToTarget::Attached(stop));
         });
     }
 
     /// What is missing comes by a stream of each overlay; when none is missing any more, the machine is told.
     async fn fill(&mut self) {
-        if self.state() != TargetState::Owner || !self.attached {
+        if self.state() != TargetState::Owner
+            || !self.attached
+            || self.machine.asks_peer()
+            || self.machine.busy()
+        {
             return;
         }
         let mut overlays = Vec::new();
@@ -578,15 +591,6 @@ impl TargetDriver {
         if let Some(filled) = filling.settled(synced) {
             self.step(TargetInput::Filled(filled)).await;
         }
-    }
-
-    /// Whether it owns disks that lie on nothing any more.
-    fn has_everything(&self) -> bool {
-        let alone = |disk: &TargetDisk| {
-            let node = self.control.blockdevs().get(&disk.local.node);
-            node.is_ok_and(|node| node.backing().is_none_or(|slot| !slot.is_some()))
-        };
-        self.state() == TargetState::Owner && self.attached && self.disks.iter().all(alone)
     }
 
     /// Begins to fill an overlay, if nobody does.
@@ -667,9 +671,12 @@ impl Drive for TargetDriver {
         let peers = self.control.migrations.peers();
         let may_fail =
             self.state() == TargetState::Owner && peers.is_some_and(|peers| peers.on_hold != OnHold::Hold);
+        let is_away =
+            matches!(self.state(), TargetState::GivingBack | TargetState::GaveBack | TargetState::Superseded);
         for disk in self.disks.iter().filter(decided) {
             disk.gate.let_misses_fail(may_fail);
             disk.gate.set(gate, &owner);
+            self.control.deny_clients(&disk.id.to_string(), is_away.then(|| owned_by(&owner)));
         }
         if self.machine.reading().is_none() {
             self.stop_reading();
@@ -685,6 +692,17 @@ impl Drive for TargetDriver {
     }
 
     async fn perform(&mut self, action: TargetAction) -> Option<TargetInput> {
+        let point = Point::of_target(&action);
+        point.before();
+        let end = self.execute(action).await;
+        point.after();
+        end
+    }
+}
+
+impl TargetDriver {
+    /// What the machine wants done; its end, where it is awaited.
+    async fn execute(&mut self, action: TargetAction) -> Option<TargetInput> {
         match action {
             TargetAction::Persist(pending) => {
                 let record = pending.record().clone();
@@ -705,6 +723,10 @@ impl Drive for TargetDriver {
             TargetAction::ReadRound(round) => self.read_round(round),
             TargetAction::Own => {
                 self.attached = false;
+                // It may wait for a live export, which there is none of any more.
+                if let Some(attaching) = self.attaching.take() {
+                    attaching.set(true);
+                }
                 self.follow().await;
                 self.attach();
             }

@@ -65,6 +65,33 @@ fn requests_are_held_while_the_server_is_away_and_go_on_within_a_second() {
 }
 
 #[test]
+fn an_export_whose_server_is_not_there_yet_is_awaited() {
+    let world = World::new(1);
+    world.run(async {
+        let server = Server::new(1, Config { away: true, size: SIZE, ..Config::default() });
+        let await_it =
+            |bytes| NbdStorage::await_export(Arc::new(server.clone()), ClientOptions::default(), bytes);
+        let (storage, other) = (await_it(SIZE), await_it(2 * SIZE));
+        let mut watch = storage.watch();
+        assert!(storage.len() == SIZE && !storage.is_connected() && !storage.limits().writable);
+        let mut held = Box::pin(read(&storage, 0, SIZE as usize));
+        let mut zero = Box::pin(storage.extents(&Ctx::GUEST, SIZE / 4, SIZE / 4));
+        let both = async { futures_util::future::join(&mut held, &mut zero).await };
+        rt::timeout(Duration::from_secs(3600), both).await.ok_or(()).map(drop).unwrap_err();
+        assert!(matches!(watch.next().await, Some(SourceState::Lost(_))));
+        server.set(|state| state.config.away = false);
+        assert!(held.await.unwrap() == server.state().live);
+        // What it learned of the server counts from then on.
+        assert_eq!(zero.await.unwrap()[0].kind, ExtentKind::Zero);
+        assert!(matches!(watch.next().await, Some(SourceState::Connected)));
+        // Where the export has another size, it is another export.
+        let mut never = Box::pin(read(&other, 0, 512));
+        rt::timeout(Duration::from_secs(60), &mut never).await.ok_or(()).unwrap_err();
+        assert!(!other.is_connected());
+    });
+}
+
+#[test]
 fn a_link_that_swallows_everything_is_not_waited_for_once_it_is_back() {
     block_on(async {
         let server = Server::new(1, Config::default());
