@@ -45,6 +45,10 @@ pub use transfer::{BLOCK_BYTES, Failed, Scope, Transfer, piece_bytes};
 
 /// Bytes in memory at a time.
 const HELD_BYTES_MAX: u64 = 64 << 20;
+/// A copy that does as many bytes per second shares no slow link, and its pieces are at least so large: a FLUSH waits no longer for
+/// a large one than for as many small ones, which cost the processor that guests need, too.
+const FAST_RATE: f64 = 200e6;
+const FAST_REQUEST_BYTES: u64 = 512 << 10;
 /// How often progress is told.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 /// How often the target is synced on the way: what is dirty there others on the same disk wait for.
@@ -317,7 +321,8 @@ impl Copier {
                 break;
             }
             let paced = if pace > Duration::ZERO { self.pace.request_bytes() } else { u64::MAX };
-            let bytes = self.control.request_bytes(now).min(self.speed.request_bytes()).min(paced);
+            let least = if self.control.rate() >= FAST_RATE && !probe { FAST_REQUEST_BYTES } else { 0 };
+            let bytes = self.control.request_bytes(now).max(least).min(self.speed.request_bytes()).min(paced);
             let bytes = match self.hurries {
                 true => REQUEST_BYTES_MAX,
                 false => align_down(bytes, BLOCK_BYTES),
