@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use common::pattern;
+use common::{Served, pattern};
 use futures_util::future::{join, join_all};
 use infill_base::{Class, Ctx, ErrorKind, ExtentKind, IoResult, WriteFlags, ZeroFlags};
 use infill_io::{Address, Listener, Reactors, UnixConnector};
@@ -415,6 +415,30 @@ fn nothing_that_a_sync_answered_for_is_missing_after_a_servers_power_cuts() {
         server.disk.media().read(0, &mut stable);
         assert!(stable == models.concat(), "seed {seed}: something is missing after {cuts} power cuts");
     }
+}
+
+/// A server of ours puts what nobody waits for behind everything else that its node is asked for.
+#[test]
+fn a_server_of_ours_knows_what_nobody_waits_for() {
+    let node = NodeHandle::new(RawNode::new(StorageHandle::new(SimDisk::new(MIB as u64)), false));
+    node.latency().meter().start();
+    let exports = Exports::new();
+    exports.add(Export { writable: true, ..Export::new("", node.clone()) }).unwrap();
+    let served = Served::new(exports);
+    let socket = served.socket().to_owned();
+    on_a_reactor(move || async move {
+        let storage = open(&socket, writable()).await;
+        for (class, len) in [(Class::Guest, 512), (Class::AroundMiss, 1024), (Class::Fill, 4096)] {
+            read(&storage, class, 0, len).await.unwrap();
+        }
+        let write = storage.write(&Ctx::FILL, 0, vec![1; 512].into(), WriteFlags::FUA);
+        write.await.unwrap();
+        storage.extents(&Ctx::FILL, 0, MIB as u64).await.unwrap();
+    });
+    // As a prefetch: a copy-on-read node keeps it.
+    let read = [Class::Guest, Class::Prefetch, Class::AroundMiss, Class::Fill];
+    assert_eq!(read.map(|class| node.latency().meter().read_bytes(class)), [512, 1024 + 4096, 0, 0]);
+    assert_eq!(node.latency().meter().written_bytes(), 512);
 }
 
 #[test]

@@ -10,9 +10,9 @@ use infill_base::{ErrorKind, IoError, MAX_TRANSFER_BYTES};
 use infill_storage::stream::Connection;
 
 use crate::proto::{
-    CONTEXT_ALLOCATION, ClientFlags, ExportInfo, Greeting, HandshakeFlags, INFO_BLOCK_SIZE, INFO_DESCRIPTION,
-    INFO_NAME, Info, Mode, OptionError, OptionReply, OptionReplyHeader, OptionRequest, ProtocolError,
-    STRING_BYTES_MAX, TransmissionFlags,
+    CONTEXT_ALLOCATION, CONTEXT_BACKGROUND, ClientFlags, ExportInfo, Greeting, HandshakeFlags,
+    INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_NAME, Info, Mode, OptionError, OptionReply, OptionReplyHeader,
+    OptionRequest, ProtocolError, STRING_BYTES_MAX, TransmissionFlags,
 };
 use crate::tls::ClientTls;
 
@@ -41,9 +41,18 @@ pub(super) struct Agreed {
     pub(super) max_block: u32,
     /// The context `base:allocation`, if the server has it.
     pub(super) allocation: Option<u32>,
+    /// Whether the server wants to know what nobody waits for (`infill:background`).
+    pub(super) background: bool,
     /// The export's own name, if the server tells it.
     pub(super) name: Option<String>,
     pub(super) description: Option<String>,
+}
+
+/// What the server has of the contexts that are asked for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Chosen {
+    allocation: Option<u32>,
+    background: bool,
 }
 
 /// Flags whose loss is felt by whoever writes.
@@ -222,15 +231,19 @@ impl Talk {
         let no_zeroes = flags.contains(HandshakeFlags::NO_ZEROES);
         if !fixed {
             let info = self.export_name(export, no_zeroes).await?;
-            return self.check(Facts { info: Some(info), ..Facts::default() }, Mode::Simple, None);
+            let facts = Facts { info: Some(info), ..Facts::default() };
+            return self.check(facts, Mode::Simple, Chosen::default());
         }
         let mode = self.choose_mode().await?;
-        let allocation = if mode == Mode::Simple { None } else { self.choose_context(export).await? };
+        let contexts = match mode {
+            Mode::Simple => Chosen::default(),
+            Mode::Structured | Mode::Extended => self.choose_contexts(export).await?,
+        };
         match self.go(export).await? {
-            Some(facts) => self.check(facts, mode, allocation),
+            Some(facts) => self.check(facts, mode, contexts),
             None => {
                 let info = self.export_name(export, no_zeroes).await?;
-                self.check(Facts { info: Some(info), ..Facts::default() }, mode, allocation)
+                self.check(Facts { info: Some(info), ..Facts::default() }, mode, contexts)
             }
         }
     }
@@ -248,20 +261,25 @@ impl Talk {
         Ok(Mode::Simple)
     }
 
-    async fn choose_context(&mut self, export: &str) -> Result<Option<u32>, Failed> {
-        let queries = vec![CONTEXT_ALLOCATION.to_owned()];
+    async fn choose_contexts(&mut self, export: &str) -> Result<Chosen, Failed> {
+        let queries = vec![CONTEXT_ALLOCATION.to_owned(), CONTEXT_BACKGROUND.to_owned()];
         let request = OptionRequest::MetaContext { set: true, export: export.to_owned(), queries };
         let (replies, end) = self.option(&request).await?;
         if let Err(refusal) = end {
             // What is wrong with the export, GO will tell.
             refusal.only_here()?;
-            return Ok(None);
+            return Ok(Chosen::default());
         }
-        let mut context = None;
+        let mut chosen = Chosen::default();
         for reply in replies {
             match reply {
-                OptionReply::MetaContext { id, name } if name == CONTEXT_ALLOCATION && context.is_none() => {
-                    context = Some(id);
+                OptionReply::MetaContext { id, name }
+                    if name == CONTEXT_ALLOCATION && chosen.allocation.is_none() =>
+                {
+                    chosen.allocation = Some(id);
+                }
+                OptionReply::MetaContext { name, .. } if name == CONTEXT_BACKGROUND => {
+                    chosen.background = true
                 }
                 OptionReply::MetaContext { .. } => {
                     return Err(broke("the server chose a context that nobody asked for"));
@@ -269,7 +287,7 @@ impl Talk {
                 _ => {}
             }
         }
-        Ok(context)
+        Ok(chosen)
     }
 
     /// GO; `None` if the server does not know it.
@@ -347,7 +365,7 @@ impl Talk {
         Err(broke("the server answers an option without end"))
     }
 
-    fn check(&self, facts: Facts, mode: Mode, allocation: Option<u32>) -> Result<Agreed, Failed> {
+    fn check(&self, facts: Facts, mode: Mode, contexts: Chosen) -> Result<Agreed, Failed> {
         let info = facts.info.ok_or(broke("the server did not tell the export's size"))?;
         if i64::try_from(info.size).is_err() {
             return Err(broke("the export's size is above 2^63 bytes"));
@@ -375,7 +393,8 @@ impl Talk {
             min_block: min,
             preferred_block: preferred,
             max_block: max,
-            allocation,
+            allocation: contexts.allocation,
+            background: contexts.background,
             name: facts.name,
             description: facts.description,
         })

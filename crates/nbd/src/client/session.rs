@@ -204,7 +204,7 @@ impl Session {
             let generation = in_flight.generation;
             let entry = in_flight.requests.vacant_entry();
             let cookie = u64::from(generation) << 32 | entry.key() as u64;
-            let header = self.header(cookie, &request);
+            let header = self.header(cookie, key, &request);
             header.encode(self.agreed.mode, &mut headers);
             if let Op::Write { data, .. } = &request.op {
                 bytes += data.len() as u64;
@@ -218,7 +218,7 @@ impl Session {
         out
     }
 
-    fn header(&self, cookie: u64, request: &Request) -> RequestHeader {
+    fn header(&self, cookie: u64, key: Key, request: &Request) -> RequestHeader {
         let mut flags = CommandFlags::empty();
         let mut len = request.op.len();
         let command = match &request.op {
@@ -244,6 +244,8 @@ impl Session {
                 Command::BlockStatus
             }
         };
+        let may_wait = matches!(request.op, Op::Read(_) | Op::Status { .. }) && key.rank > RANK_GUEST;
+        flags.set(CommandFlags::BACKGROUND, may_wait && self.agreed.background);
         RequestHeader { flags, command, cookie, offset: request.at, len }
     }
 

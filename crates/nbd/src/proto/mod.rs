@@ -38,6 +38,8 @@ pub const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 pub const CONTEXT_ALLOCATION: &str = "base:allocation";
 /// Name of QEMU's context that tells which layer of a chain holds a run.
 pub const CONTEXT_DEPTH: &str = "qemu:allocation-depth";
+/// Of ours: the client may say of a read or a block status that nobody waits for it ([`CommandFlags::BACKGROUND`]).
+pub const CONTEXT_BACKGROUND: &str = "infill:background";
 /// What the names of QEMU's contexts that tell what a dirty bitmap says begin with.
 pub const CONTEXT_BITMAP_PREFIX: &str = "qemu:dirty-bitmap:";
 /// Flag of a bitmap's context: it is dirty.

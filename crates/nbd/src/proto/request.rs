@@ -24,6 +24,9 @@ bitflags! {
         const FAST_ZERO = 1 << 4;
         /// Extended headers: the length is that of a payload which follows.
         const PAYLOAD_LEN = 1 << 5;
+        /// READ and BLOCK_STATUS, where `infill:background` was chosen: nobody waits for it, so whatever somebody waits for
+        /// goes first.
+        const BACKGROUND = 1 << 15;
         const _ = !0;
     }
 }

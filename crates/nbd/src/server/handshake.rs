@@ -15,9 +15,9 @@ use infill_storage::sync::Arc;
 use super::exports::{Attached, Exports};
 use super::limits::{LIST_BYTES_MAX, OPTIONS_PER_EXPORT, ServerLimits};
 use crate::proto::{
-    CONTEXT_ALLOCATION, CONTEXT_BITMAP_PREFIX, CONTEXT_DEPTH, ClientFlags, ExportInfo, Greeting,
-    HandshakeFlags, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_NAME, Info, Mode, OPTION_BYTES_MAX, OptionError,
-    OptionHeader, OptionReply, OptionRequest,
+    CONTEXT_ALLOCATION, CONTEXT_BACKGROUND, CONTEXT_BITMAP_PREFIX, CONTEXT_DEPTH, ClientFlags, ExportInfo,
+    Greeting, HandshakeFlags, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_NAME, Info, Mode, OPTION_BYTES_MAX,
+    OptionError, OptionHeader, OptionReply, OptionRequest,
 };
 use crate::tls::ServerTls;
 
@@ -34,6 +34,9 @@ const WITHOUT_TLS: &str = "this server wants TLS: begin with STARTTLS";
 /// Metadata contexts, by the number that stands for each on the wire.
 pub(super) const CONTEXT_NAMES: [(u32, &str); 2] = [(0, CONTEXT_ALLOCATION), (1, CONTEXT_DEPTH)];
 
+/// The number that `infill:background` has on the wire, behind those of all bitmaps. It says nothing in a block status.
+const BACKGROUND_ID: u32 = u32::MAX;
+
 /// Which metadata contexts a client has chosen.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Contexts {
@@ -41,17 +44,19 @@ pub(super) struct Contexts {
     pub allocation: bool,
     /// `qemu:allocation-depth`.
     pub depth: bool,
+    /// `infill:background`: the client says of which requests nobody waits for them.
+    pub background: bool,
     /// `qemu:dirty-bitmap:…`, each with its number on the wire.
     pub bitmaps: Vec<(u32, Arc<Bitmap>)>,
 }
 
 impl Contexts {
-    /// Whether there is none.
+    /// Whether there is none that has a block status.
     pub(super) fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// How many there are.
+    /// How many have a block status.
     pub(super) fn len(&self) -> usize {
         usize::from(self.allocation) + usize::from(self.depth) + self.bitmaps.len()
     }
@@ -61,7 +66,8 @@ impl Contexts {
         let fixed =
             CONTEXT_NAMES.into_iter().zip(wanted).filter_map(|(context, wanted)| wanted.then_some(context));
         let bitmaps = self.bitmaps.iter().map(|(id, bitmap)| (*id, bitmap_context(bitmap)));
-        fixed.map(|(id, name)| (id, name.to_owned())).chain(bitmaps)
+        let background = self.background.then(|| (BACKGROUND_ID, CONTEXT_BACKGROUND.to_owned()));
+        fixed.map(|(id, name)| (id, name.to_owned())).chain(bitmaps).chain(background)
     }
 }
 
@@ -388,6 +394,8 @@ impl<'a> Haggle<'a> {
         for query in queries.iter().map(String::as_str).chain((!set && queries.is_empty()).then_some("")) {
             contexts.allocation |= query == CONTEXT_ALLOCATION || all("base:", query);
             contexts.depth |= query == CONTEXT_DEPTH || all("qemu:", query);
+            // Not in a list of all: others have no use for it.
+            contexts.background |= query == CONTEXT_BACKGROUND;
         }
         contexts.depth &= export.allocation_depth;
         for (id, bitmap) in (CONTEXT_NAMES.len() as u32..).zip(&export.bitmaps) {

@@ -71,6 +71,7 @@ impl Target {
             _ => CommandFlags::empty(),
         };
         // FUA is taken with every command.
+        let known = if self.may_wait(header) { known | CommandFlags::BACKGROUND } else { known };
         if !(known | CommandFlags::FUA).contains(header.flags) {
             return invalid("this command does not take these flags");
         }
@@ -109,6 +110,12 @@ impl Target {
         }
     }
 
+    /// Whether the client says that nobody waits for it. What changes the disk is never put back.
+    fn may_wait(&self, header: &RequestHeader) -> bool {
+        let may = matches!(header.command, Command::Read | Command::BlockStatus);
+        may && self.contexts.background && header.flags.contains(CommandFlags::BACKGROUND)
+    }
+
     /// Does it.
     pub(super) async fn run(&self, request: Request) -> Answer {
         let Request { header, payload, charge } = request;
@@ -118,7 +125,9 @@ impl Target {
 
     async fn execute(&self, header: &RequestHeader, payload: Bytes) -> Result<Body, Failure> {
         let (at, len) = (header.offset, header.len);
-        let (cx, fua) = (Ctx::GUEST, header.flags.contains(CommandFlags::FUA));
+        let fua = header.flags.contains(CommandFlags::FUA);
+        // As a prefetch, so that a copy-on-read node keeps it as it does what a guest reads.
+        let cx = if self.may_wait(header) { Ctx::of(Class::Prefetch) } else { Ctx::GUEST };
         match header.command {
             Command::Read if self.is_plain_read(header) => {
                 return Ok(Body::Data(self.read_data(&cx, at, len).await?));
