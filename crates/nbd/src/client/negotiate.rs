@@ -73,6 +73,7 @@ impl Agreed {
             preferred_block: EXPECTED_BLOCK_MAX,
             max_block: EXPECTED_BLOCK_MAX,
             allocation: None,
+            background: false,
             name: None,
             description: None,
         }
