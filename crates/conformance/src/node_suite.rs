@@ -17,7 +17,7 @@ use infill_storage::sync::{Mutex, lock};
 use crate::format::failed;
 use crate::guest::read_all;
 use crate::payload::payload;
-use crate::stack::{Below, Stack, Top};
+use crate::stack::{Below, Stack, Through, Top};
 use crate::{Generator, Guest, GuestOp, Mix, Model, Violation};
 
 /// What a discard of whole (sub)clusters leaves (10-architecture, I3a).
@@ -40,6 +40,8 @@ pub struct Subject {
     pub top: Top,
     /// What lies below.
     pub below: Below,
+    /// What guests go through.
+    pub through: Through,
     /// Size of the disk, in bytes.
     pub size: u64,
     /// What the overlay's storage wants its requests to be multiples of, in bytes.
@@ -53,7 +55,8 @@ impl Subject {
             Top::Memory(unit) => unit,
             Top::Image(format) => format.unit_bytes(),
         };
-        Subject { top, below, size: (20 * unit).max(512 << 10) + 3 * 512, align: 1 }
+        let size = (20 * unit).max(512 << 10) + 3 * 512;
+        Subject { top, below, through: Through::Nothing, size, align: 1 }
     }
 
     fn discards(&self) -> Discards {
@@ -114,7 +117,9 @@ fn ok<T>(when: &str, result: IoResult<T>) -> Result<T, Violation> {
 
 /// The stack, opened, with a guest that knows its content.
 async fn open(subject: Subject, seed: u64) -> Result<(Stack, Guest), Violation> {
-    let stack = Stack::build(subject.top, subject.below, subject.size, subject.align, seed).await?;
+    let stack = Stack::build(subject.top, subject.below, subject.size, subject.align, seed)
+        .await?
+        .through(subject.through);
     let model = Arc::new(Mutex::new(Model::new(subject.size, &stack.content)));
     let guest = Guest::new(stack.open().await?, model);
     guest.compare_all().await?;
@@ -148,7 +153,7 @@ pub async fn extents_agree(
     node: &NodeHandle,
 ) -> Result<Vec<(u64, u64, ExtentKind)>, Violation> {
     let content = read_all(node).await?;
-    let below = match node.backing().and_then(|slot| slot.node()) {
+    let below = match node.unfiltered().backing().and_then(|slot| slot.node()) {
         Some(base) => read_all(&base).await?,
         None => Vec::new(),
     };
@@ -208,7 +213,7 @@ async fn populates(node: NodeHandle, mut rng: Rng) -> Result<(), Violation> {
 async fn generated(subject: Subject, seed: u64) -> Result<(), Violation> {
     let (stack, guest) = open(subject, seed).await?;
     let mut rng = Rng::new(seed);
-    let node = guest.node().clone();
+    let node = guest.node().unfiltered();
     let slot = node.backing().filter(|slot| slot.is_some());
     if let Some(slot) = slot {
         slot.set_copy_on_read(Some(CopyOnRead::new(&node, COPY_ON_READ_BYTES_MAX)));
@@ -314,7 +319,7 @@ async fn discard(subject: Subject, seed: u64) -> Result<(), Violation> {
 
 async fn populate_loses(subject: Subject, seed: u64) -> Result<(), Violation> {
     let (stack, guest) = open(subject, seed).await?;
-    let node = guest.node().clone();
+    let node = guest.node().unfiltered();
     let Some(slot) = node.backing().filter(|slot| slot.is_some()) else { return Ok(()) };
     let unit = node.populate_unit();
     let len = (8 * unit).min(subject.size / unit * unit);
@@ -356,7 +361,7 @@ async fn populate_loses(subject: Subject, seed: u64) -> Result<(), Violation> {
 
 async fn stale(subject: Subject, seed: u64) -> Result<(), Violation> {
     let (stack, guest) = open(subject, seed).await?;
-    let node = guest.node().clone();
+    let node = guest.node().unfiltered();
     let Some(slot) = node.backing().filter(|slot| slot.is_some()) else { return Ok(()) };
     let unit = node.populate_unit();
     let fetched = ok("a fetch", slot.fetch(&Ctx::FILL, 0, 4 * unit).await)?;
@@ -406,8 +411,12 @@ async fn stale(subject: Subject, seed: u64) -> Result<(), Violation> {
 }
 
 async fn forget(subject: Subject, seed: u64) -> Result<(), Violation> {
+    if subject.through == Through::CopyOnRead {
+        // Whoever looks whether it is absent would bring it back.
+        return Ok(());
+    }
     let (stack, guest) = open(subject, seed).await?;
-    let node = guest.node().clone();
+    let node = guest.node().unfiltered();
     let unit = node.populate_unit();
     let Some(slot) = node.backing() else {
         return match node.forget(&CX, 0, unit).await {
@@ -490,7 +499,7 @@ async fn forget(subject: Subject, seed: u64) -> Result<(), Violation> {
 
 async fn copy_on_read(subject: Subject, seed: u64) -> Result<(), Violation> {
     let (stack, guest) = open(subject, seed).await?;
-    let node = guest.node().clone();
+    let node = guest.node().unfiltered();
     let Some(slot) = node.backing().filter(|slot| slot.is_some()) else { return Ok(()) };
     let policy = CopyOnRead::new(&node, COPY_ON_READ_BYTES_MAX);
     slot.set_copy_on_read(Some(policy.clone()));
@@ -523,7 +532,7 @@ async fn copy_on_read(subject: Subject, seed: u64) -> Result<(), Violation> {
 
 async fn stream(subject: Subject, seed: u64) -> Result<(), Violation> {
     let (stack, guest) = open(subject, seed).await?;
-    let node = guest.node().clone();
+    let node = guest.node().unfiltered();
     if node.backing().is_none_or(|slot| !slot.is_some()) {
         return Ok(());
     }
@@ -592,9 +601,12 @@ async fn rename(subject: Subject, seed: u64) -> Result<(), Violation> {
     write(&guest, 3, 70_000).await?;
     let longer = BackingRef { filename: "a longer name of the same base".into(), format: Some("raw".into()) };
     for named in [longer.clone(), BackingRef { filename: "b".into(), ..longer }] {
-        ok("renaming", guest.node().set_backing_ref(&CX, Some(named.clone())).await)?;
-        if guest.node().info().backing.as_ref() != Some(&named) {
-            return Err(broken(format!("named {named:?}, it tells {:?}", guest.node().info().backing)));
+        ok("renaming", guest.node().unfiltered().set_backing_ref(&CX, Some(named.clone())).await)?;
+        if guest.node().unfiltered().info().backing.as_ref() != Some(&named) {
+            return Err(broken(format!(
+                "named {named:?}, it tells {:?}",
+                guest.node().unfiltered().info().backing
+            )));
         }
         // Stable when it returns (P4): the medium alone says so.
         let Top::Image(format) = subject.top else { return Ok(()) };
@@ -611,7 +623,7 @@ async fn rename(subject: Subject, seed: u64) -> Result<(), Violation> {
 async fn dropped(subject: Subject, seed: u64) -> Result<(), Violation> {
     let (stack, guest) = open(subject, seed).await?;
     let mut rng = Rng::new(seed);
-    let unit = guest.node().populate_unit();
+    let unit = guest.node().unfiltered().populate_unit();
     let mut generator = Generator::new(rng.fork(), Mix::GUEST, subject.size, unit, 512);
     for _ in 0..6 {
         let mut tickets = Vec::new();
@@ -632,7 +644,7 @@ async fn dropped(subject: Subject, seed: u64) -> Result<(), Violation> {
 
 async fn base_fails(subject: Subject, seed: u64) -> Result<(), Violation> {
     let (stack, guest) = open(subject, seed).await?;
-    let unit = guest.node().populate_unit();
+    let unit = guest.node().unfiltered().populate_unit();
     if subject.below == Below::Nothing {
         return Ok(());
     }

@@ -4,9 +4,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
-use infill_base::{Ctx, IoResult, Limits, WriteFlags, align_down, is_zero};
+use infill_base::{Ctx, IoResult, Limits, ThrottleKind, ThrottleLimits, WriteFlags, align_down, is_zero};
 use infill_nbd::{ClientOptions, Export, Exports, NbdStorage, Server, ServerLimits};
-use infill_node::{BackingRef, MemoryOverlay, NodeHandle, RawNode};
+use infill_node::{
+    BackingRef, BlkdebugNode, CompressNode, CopyOnReadNode, MemoryOverlay, NodeHandle, RawNode,
+    ThrottleGroup, ThrottleNode,
+};
 use infill_sim::{DiskOptions, Media, Rng, SimDisk};
 use infill_storage::stream::{Connection, Connector};
 use infill_storage::sync::{Arc, Mutex, lock};
@@ -42,6 +45,42 @@ pub enum Below {
     Longer,
 }
 
+/// What guests go through on their way to the overlay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Through {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// A filter that keeps what is read.
+    CopyOnRead,
+    /// A limit that is felt.
+    Throttle,
+    /// A filter that could have requests fail, and has no rule that does.
+    Blkdebug,
+    /// A filter that has whole clusters compressed.
+    Compress,
+}
+
+impl Through {
+    /// Requests a second, where they are limited.
+    const REQUESTS_PER_SECOND: u64 = 20_000;
+
+    fn over(self, node: NodeHandle) -> NodeHandle {
+        match self {
+            Through::Nothing => node,
+            Through::CopyOnRead => NodeHandle::new(CopyOnReadNode::new(node, None)),
+            Through::Throttle => {
+                let mut limits = ThrottleLimits::default();
+                limits.rate_mut(ThrottleKind::IopsTotal).average = Self::REQUESTS_PER_SECOND;
+                let group = Arc::new(ThrottleGroup::new(limits));
+                NodeHandle::new(ThrottleNode::new(node, group))
+            }
+            Through::Blkdebug => NodeHandle::new(BlkdebugNode::new(node, Vec::new(), Vec::new())),
+            Through::Compress => NodeHandle::new(CompressNode::new(node)),
+        }
+    }
+}
+
 /// Shortest and longest time of an operation of the disks.
 const LATENCY: (Duration, Duration) = (Duration::from_micros(2), Duration::from_micros(250));
 
@@ -51,6 +90,7 @@ pub const BASE_NAME: &str = "base";
 /// An overlay and its base.
 pub struct Stack {
     top: Top,
+    through: Through,
     size: u64,
     /// What the disk shows before anybody writes.
     pub content: Bytes,
@@ -123,7 +163,21 @@ impl Stack {
             let named = base.as_ref().map(|_| named);
             format.create(&StorageHandle::new(medium.clone()), size, named).await?;
         }
-        Ok(Stack { top, size, content: shown.into(), base, base_disk, disk: medium })
+        Ok(Stack {
+            top,
+            through: Through::Nothing,
+            size,
+            content: shown.into(),
+            base,
+            base_disk,
+            disk: medium,
+        })
+    }
+
+    /// The same with what guests go through.
+    pub fn through(mut self, through: Through) -> Stack {
+        self.through = through;
+        self
     }
 
     /// Whether the overlay outlives its node.
@@ -138,6 +192,10 @@ impl Stack {
 
     /// Opens the overlay, over the base where its header names it.
     pub async fn open(&self) -> Result<NodeHandle, Violation> {
+        Ok(self.through.over(self.open_overlay().await?))
+    }
+
+    async fn open_overlay(&self) -> Result<NodeHandle, Violation> {
         match self.top {
             Top::Memory(unit) => Ok(NodeHandle::new(MemoryOverlay::new(self.size, unit, self.base.clone()))),
             Top::Image(format) => {
@@ -155,7 +213,8 @@ impl Stack {
     /// Closes a node of this stack; an image is checked then. Requests that were dropped in the middle may have left
     /// clusters that nothing names.
     pub async fn close(&self, node: NodeHandle, may_leak: bool) -> Result<(), Violation> {
-        node.close(&Ctx::GUEST).await.map_err(|error| failed("closing", &error))?;
+        // A filter leaves what it filters open.
+        node.unfiltered().close(&Ctx::GUEST).await.map_err(|error| failed("closing", &error))?;
         drop(node);
         let Top::Image(format) = self.top else { return Ok(()) };
         let report = format.check(&self.storage(), infill_node::Repair::Nothing).await;

@@ -2,7 +2,7 @@
 
 use infill_conformance::Format;
 use infill_conformance::node_suite::{Subject, run};
-use infill_conformance::stack::{Below, Top};
+use infill_conformance::stack::{Below, Through, Top};
 
 /// Everything that an overlay may lie on.
 const BELOW: &[Below] = &[
@@ -70,6 +70,24 @@ fn images_take_any_bytes_on_a_storage_of_blocks() {
     ] {
         for below in [Below::Nothing, Below::Raw] {
             run(Subject { align, ..Subject::new(Top::Image(format), below) }, 1..3);
+        }
+    }
+}
+
+#[test]
+fn what_a_filter_lets_through_is_what_its_node_does() {
+    for through in [Through::CopyOnRead, Through::Throttle, Through::Blkdebug, Through::Compress] {
+        let tops = [Format::QCOW2_4K, Format::QCOW2_SUBCLUSTERS_16K, Format::QED].map(Top::Image);
+        for top in tops.into_iter().chain([Top::Memory(4096)]) {
+            if through == Through::Compress && !matches!(top, Top::Image(Format::Qcow2(_))) {
+                continue;
+            }
+            for below in [Below::Nothing, Below::Raw, Below::Nbd, Below::Shorter] {
+                if through == Through::CopyOnRead && below == Below::Nothing {
+                    continue;
+                }
+                run(Subject { through, ..Subject::new(top, below) }, 1..3);
+            }
         }
     }
 }
