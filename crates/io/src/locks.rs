@@ -49,7 +49,7 @@ pub(crate) fn take(fd: BorrowedFd<'_>, read_only: bool, path: &str) -> Result<()
             Ok(_) => {}
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()), // no locks on this file system
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-                return Err(refused(path, read_only, name(byte % 100)));
+                return Err(refused(path, read_only, byte));
             }
             Err(error) => return Err(OpenError::Io(infill_base::IoError::from(error).in_node(path))),
         }
@@ -59,7 +59,7 @@ pub(crate) fn take(fd: BorrowedFd<'_>, read_only: bool, path: &str) -> Result<()
         let held = lock_call(fd, libc::F_OFD_GETLK, libc::F_WRLCK, byte)
             .map_err(|error| OpenError::Io(infill_base::IoError::from(error).in_node(path)))?;
         if held {
-            return Err(refused(path, read_only, name(byte % 100)));
+            return Err(refused(path, read_only, byte));
         }
     }
     Ok(())
@@ -78,12 +78,15 @@ pub(crate) fn release(fd: BorrowedFd<'_>, path: &str) -> Result<(), OpenError> {
     Ok(())
 }
 
-fn refused(path: &str, read_only: bool, permission: &str) -> OpenError {
+/// In QEMU's words, which scripts look for, and ours. The lock `byte` is in the way.
+fn refused(path: &str, read_only: bool, byte: u64) -> OpenError {
     let mode = if read_only { "reading" } else { "writing" };
+    let shared = if byte < UNSHARED { "shared " } else { "" };
+    let permission = name(byte % 100);
     OpenError::Refused {
         why: format!(
-            "{path}: cannot open it for {mode}: another process has the image open (its \"{permission}\" lock is in \
-             the way); end that process, or share the image on purpose"
+            "{path}: cannot open it for {mode}: Failed to get {shared}\"{permission}\" lock: another process has the \
+             image open; end that process, or share the image on purpose"
         ),
     }
 }

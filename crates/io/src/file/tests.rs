@@ -117,10 +117,11 @@ fn two_writers_are_refused_and_readers_keep_a_writer_out() {
         let writer = FileStorage::open(&path, FileOptions::create_new(4096)).unwrap();
         let refused = FileStorage::open(&path, FileOptions::default()).err().unwrap();
         assert!(
-            matches!(&refused, OpenError::Refused { why } if why.contains("another process")),
+            matches!(&refused, OpenError::Refused { why } if why.contains("Failed to get \"write\" lock")),
             "{refused}"
         );
-        assert!(FileStorage::open(&path, FileOptions::read_only()).is_err());
+        let refused = FileStorage::open(&path, FileOptions::read_only()).err().unwrap();
+        assert!(refused.to_string().contains("Failed to get shared \"write\" lock"), "{refused}");
         let unguarded = FileOptions { share: Share::Unguarded, ..FileOptions::read_only() };
         assert!(FileStorage::open(&path, unguarded).is_ok());
         drop(writer);
