@@ -65,6 +65,11 @@ impl Runs {
         }
     }
 
+    /// What all reactors have reserved. Two looks that see the same have had nobody take or reserve between them.
+    pub(crate) fn reserved(&self) -> Vec<HostRun> {
+        self.slots.iter().flatten().flat_map(|runs| lock(runs).clone()).collect()
+    }
+
     /// Takes everything that any reactor has reserved.
     pub(crate) fn drain(&self) -> Vec<HostRun> {
         self.slots.iter().flatten().flat_map(|runs| std::mem::take(&mut *lock(runs))).collect()
@@ -89,6 +94,7 @@ mod tests {
         assert_eq!(runs.take(false, 4), Some(run(20, 4)));
         assert_eq!(runs.take(false, 9), Some(run(11, 2)));
         assert_eq!(runs.take(true, 2), Some(run(50, 2)));
+        assert_eq!(runs.reserved(), [run(24, 4), run(52, 6)]);
         assert_eq!(runs.drain().iter().map(|run| run.count).sum::<u64>(), 4 + 6);
         assert_eq!(runs.take(false, 1), None);
     }

@@ -4,11 +4,13 @@
 //! Who waits for whom: a guest range may wait for a table, for clusters, and so for a turn between two rounds. Rounds
 //! and turns wait for I/O of their own alone. Nobody is in flight (`in_flight`) while waiting for any of these.
 
+use std::time::Duration;
+
 use bytes::BytesMut;
 use infill_base::{Class, Ctx, ErrorKind, IoError, IoResult, ZeroFlags};
 use infill_storage::rounds::{Rounds, Turn};
 use infill_storage::sync::atomic::{AtomicBool, Ordering};
-use infill_storage::sync::{Arc, Mutex, lock};
+use infill_storage::sync::{Arc, Mutex, Weak, lock};
 use infill_storage::{RangeLock, StorageHandle, rt};
 
 use crate::entry::{L1Entry, L2Entry, L2TableRef, L2View, StandardCluster};
@@ -22,6 +24,9 @@ use crate::refcount::{HostRun, Refcounts};
 use crate::runs::Runs;
 use crate::write_back::Freed;
 
+/// How long nobody takes of what is reserved before it is given back: between this and twice this.
+const RUNS_IDLE: Duration = Duration::from_secs(5);
+
 pub(crate) struct Writer {
     pub(crate) refcounts: Refcounts,
     pub(crate) rounds: Rounds,
@@ -32,6 +37,8 @@ pub(crate) struct Writer {
     /// Runs that are being reserved, by number: whoever needs one meanwhile waits for it.
     refills: RangeLock,
     pub(crate) runs: Runs,
+    /// Somebody looks now and then whether what is reserved is still needed.
+    runs_watched: AtomicBool,
     /// Unmapped since the last round began.
     pub(crate) freed: Mutex<Vec<Freed>>,
     /// Held, shared, while space is given back.
@@ -57,6 +64,7 @@ impl Writer {
             tables: RangeLock::new(),
             refills: RangeLock::new(),
             runs: Runs::new(),
+            runs_watched: AtomicBool::new(false),
             freed: Mutex::default(),
             freeing: RangeLock::new(),
             packer: async_lock::Mutex::default(),
@@ -183,7 +191,11 @@ impl Image {
             }
             other => other?,
         };
-        self.writer()?.runs.put(cx.class == Class::Fill, run);
+        let writer = self.writer()?;
+        writer.runs.put(cx.class == Class::Fill, run);
+        if !writer.runs_watched.swap(true, Ordering::AcqRel) {
+            rt::spawn(give_back_when_idle(Arc::downgrade(self)));
+        }
         Ok(())
     }
 
@@ -291,5 +303,34 @@ impl Image {
 fn lose_header(image: &Image) {
     if let Some(writer) = &image.writer {
         writer.poison();
+    }
+}
+
+/// Gives back what is reserved once nobody has taken of it for a while. Ends then, and when the image is gone.
+async fn give_back_when_idle(image: Weak<Image>) {
+    let mut seen = None;
+    loop {
+        rt::sleep(RUNS_IDLE).await;
+        let Some(image) = image.upgrade() else { return };
+        let Ok(writer) = image.writer() else { return };
+        let now = writer.runs.reserved();
+        if now.is_empty() || seen.as_ref() == Some(&now) {
+            // First: whoever reserves from now on is watched anew.
+            writer.runs_watched.store(false, Ordering::Release);
+            // Nothing is written to an image that another host owns.
+            if now.is_empty() || image.header().is_fenced() {
+                return;
+            }
+            // Whoever closes the image waits for this, and makes it stable with everything else.
+            let freeing = writer.freeing.shared(0, 1).await;
+            let given = image.give_runs_back(&Ctx::FILL).await;
+            drop(freeing);
+            // Where either fails, the next guest's flush tells; until then nothing but space is lost.
+            if given.is_ok_and(|clusters| clusters > 0) && writer.refcounts.is_dirty() {
+                let _failed = image.sync().await;
+            }
+            return;
+        }
+        seen = Some(now);
     }
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
 use infill_base::{Ctx, DiscardMode, ErrorKind, IoResult, Limits, WriteFlags, ZeroFlags};
-use infill_node::{CopyOnRead, Node as _, NodeHandle, RawNode};
-use infill_qcow2::{CreateOptions, OpenOptions, Qcow2, create};
+use infill_node::{CopyOnRead, Node as _, NodeHandle, RawNode, Repair};
+use infill_qcow2::{CreateOptions, OpenOptions, Qcow2, check, create};
 use infill_sim::{DiskOp, DiskOptions, Media, SimDisk, World};
 use infill_storage::{StorageHandle, rt};
 
@@ -54,7 +54,7 @@ impl Bed {
         self.world.run(async move {
             rt::spawn(async move { *told.borrow_mut() = Some(operation.await) });
         });
-        self.world.run_until_idle();
+        self.settle();
         outcome
     }
 
@@ -68,6 +68,11 @@ impl Bed {
         let outcome = self.begin(move |node| async move { node.read_vec(GUEST, at, len).await });
         let read = outcome.borrow_mut().take().expect("the read waits for something").unwrap();
         read.to_vec()
+    }
+
+    /// Lets everything run until nothing can, but for what happens when an image is idle for seconds.
+    fn settle(&self) {
+        self.world.run(rt::sleep(Duration::from_millis(100)));
     }
 
     fn sync(&self) {
@@ -98,17 +103,51 @@ fn new_l2_tables_and_allocating_writes_are_in_flight_at_once() {
     // Two tables are being made.
     assert_eq!(bed.disk.in_flight(DiskOp::WriteZeroes), 2);
     drop(hold);
-    bed.world.run_until_idle();
+    bed.settle();
     first.iter().for_each(done);
     let hold = bed.disk.hold(DiskOp::Write);
     let writes: Vec<_> = (1..33).map(|nth| bed.write(nth * CLUSTER, CLUSTER as usize, 3)).collect();
     assert_eq!(bed.disk.in_flight(DiskOp::Write), 32);
     writes.iter().for_each(waits);
     drop(hold);
-    bed.world.run_until_idle();
+    bed.settle();
     writes.iter().for_each(done);
     assert_eq!(bed.read(5 * CLUSTER, 10), [3; 10]);
     assert_eq!(bed.read(4090, 10), [1, 1, 1, 1, 1, 1, 0xbb, 0xbb, 0xbb, 0xbb]);
+}
+
+#[test]
+fn what_is_reserved_is_given_back_when_nobody_needs_it_for_a_while() {
+    let bed = Bed::new(false);
+    let leaks = || {
+        let media = SimDisk::with(bed.disk.media(), DiskOptions::default());
+        let report =
+            bed.world.run(async move { check(GUEST, &StorageHandle::new(media), Repair::Nothing).await });
+        let report = report.unwrap();
+        assert_eq!(report.corruptions, 0, "{report:?}");
+        report.leaks
+    };
+    bed.world.run({
+        let node = bed.node.clone();
+        async move {
+            for nth in 0..3_u64 {
+                node.write(GUEST, nth * CLUSTER, vec![7; CLUSTER as usize], WriteFlags::empty())
+                    .await
+                    .unwrap();
+                // A guest that writes now and then keeps what it will need.
+                rt::sleep(Duration::from_secs(4)).await;
+            }
+            node.sync(GUEST).await.unwrap();
+        }
+    });
+    assert!(leaks() > 50, "a run is reserved while it is taken from");
+    bed.world.run(rt::sleep(Duration::from_secs(11)));
+    assert_eq!(leaks(), 0, "nobody had taken of it for ten seconds");
+    // What comes then reserves anew, and is given back as well.
+    done(&bed.write(9 * CLUSTER, CLUSTER as usize, 8));
+    bed.sync();
+    bed.world.run(rt::sleep(Duration::from_secs(11)));
+    assert_eq!((leaks(), bed.read(9 * CLUSTER, 2), bed.read(2 * CLUSTER, 2)), (0, vec![8; 2], vec![7; 2]));
 }
 
 #[test]
@@ -125,7 +164,7 @@ fn a_copy_up_that_waits_for_the_source_delays_neither_others_nor_its_own_cluster
     assert_eq!(bed.read(0, 4), [3; 4]);
     bed.sync();
     drop(hold);
-    bed.world.run_until_idle();
+    bed.settle();
     done(&slow);
     done(&miss);
     // Present meanwhile: it wrote in place, and brought nothing back from below.
@@ -149,7 +188,7 @@ fn a_guests_write_wins_over_a_populate_whose_payload_is_under_way() {
         waits(&populate);
         waits(&write);
         drop(hold);
-        bed.world.run_until_idle();
+        bed.settle();
         done(&write);
         let populated = populate.borrow_mut().take().unwrap().unwrap();
         assert_eq!(populated.linked + populated.lost, 2 * CLUSTER);
@@ -173,7 +212,7 @@ fn a_populate_of_an_older_generation_links_nothing() {
     // Only links under the old generation are waited for, and this one has not begun.
     done(&raise);
     drop(hold);
-    bed.world.run_until_idle();
+    bed.settle();
     let populated = populate.borrow_mut().take().unwrap().unwrap();
     assert_eq!((populated.linked, populated.stale), (0, CLUSTER));
     assert_eq!(bed.read(0, 1), [0xbb]);
@@ -195,7 +234,7 @@ fn a_cluster_that_a_read_still_touches_is_not_given_to_anybody_else() {
         done(&bed.write(nth * CLUSTER, CLUSTER as usize, 2));
     }
     drop(hold);
-    bed.world.run_until_idle();
+    bed.settle();
     let bytes = read.borrow_mut().take().unwrap().unwrap();
     assert!(bytes.iter().all(|byte| *byte == 1));
     // Now it is: the image does not grow for the next cluster.
@@ -214,7 +253,7 @@ fn a_flush_during_a_round_is_answered_by_the_next_and_they_share_it() {
     let before = bed.disk.total(DiskOp::Sync);
     waits(&first);
     drop(hold);
-    bed.world.run_until_idle();
+    bed.settle();
     done(&first);
     late.iter().for_each(done);
     // The second sync of the first round, and two of the one that ten share.
@@ -286,7 +325,7 @@ fn a_discard_over_a_backing_makes_a_pending_copy_up_lose() {
         bed.begin(|node| async move { node.write_zeroes(GUEST, 0, CLUSTER, ZeroFlags::MAY_UNMAP).await });
     done(&zero);
     drop(hold);
-    bed.world.run_until_idle();
+    bed.settle();
     done(&slow);
     assert_eq!(bed.read(8, 14), [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]);
 }
@@ -306,7 +345,7 @@ fn pieces_of_one_cluster_that_are_populated_at_once_share_its_host_cluster() {
         })
         .collect();
     drop(hold);
-    bed.world.run_until_idle();
+    bed.settle();
     pieces.iter().for_each(done);
     assert_eq!(bed.read(0, 2 * CLUSTER as usize), vec![7; 2 * CLUSTER as usize]);
     let extents = bed.world.run(bed.node.extents(GUEST, 0, 2 * CLUSTER)).unwrap();
