@@ -85,6 +85,8 @@ fn the_same_options_lead_to_the_same_disk() {
         (&["-f", "qcow2", "-r", "-o", "1048576", top], ""),
         (&["-rf", "qcow2", "-A", "--discard=unmap", "--cache=none", top], ""),
         (&["-f", "qcow2", "--cache", "unsafe", "--aio", "threads", "--discard", "on", top], ""),
+        (&["-n", top], ""),
+        (&["--discard=unmap", "--detect-zeroes=unmap", top], ""),
         (&["--image-opts", &node], ""),
         (&["-r", &node_json], ""),
     ] {
@@ -196,7 +198,8 @@ fn what_is_not_built_is_refused_by_name() {
         (&["-l", "snap", text(&top)], "-l/--load-snapshot is not supported"),
         (&["--tls-authz", "a", text(&top)], "--tls-authz is not supported"),
         (&["--cache=writethrough", "-f", "qcow2", text(&top)], "--cache=writethrough is not supported"),
-        (&["--cache=none", text(&top)], "-f FORMAT"),
+        (&["--cache=none", text(&place.path("base"))], "say -f raw"),
+        (&["--cache=none", "nbd://localhost/x"], "--image-opts"),
         (&["--cache=some", "-f", "qcow2", text(&top)], "--cache=some"),
         (&["-f", "qcow2", "--tls-creds", "nobody", text(&top)], "nobody"),
         (&["-f", "qcow2", "-B", "no-bitmap", text(&top)], "no-bitmap"),

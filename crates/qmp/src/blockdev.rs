@@ -541,7 +541,8 @@ impl DriverName {
             DriverName::SnapshotAccess => Ok(Driver::SnapshotAccess { file: read_ref(members, "file")? }),
             DriverName::Unbuilt(name) => Err(unbuilt(
                 &format!("driver '{name}'"),
-                "use one of file, host_device, nbd, null-co, raw, qcow2, qed, copy-on-read, throttle",
+                "use one of file, host_device, nbd, null-co, raw, qcow2, qed, copy-on-read, throttle, blkdebug, compress, \
+                 preallocate, copy-before-write, snapshot-access",
             )),
         }
     }

@@ -114,7 +114,7 @@ const OTHERS: [&str; 8] = [
     "--log-format",
 ];
 
-const OBJECTS: &str = "List of user creatable objects:\n  iothread\n  tls-creds-x509\n";
+const OBJECTS: &str = "List of user creatable objects:\n  iothread\n  throttle-group\n  tls-creds-x509\n";
 
 /// Reads the arguments behind the subcommand.
 pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {

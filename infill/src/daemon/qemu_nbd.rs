@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 
 use super::cmdline::{CommandLine, Kind, Opt, Parsed};
 use super::control::Control;
-use crate::blockdev::{FormatKind, Image, Located, locate};
+use crate::blockdev::{Blockdevs, FormatKind, Image, Located, OpenPolicy, locate};
 use crate::size::parse_size;
 
 /// The export's id; its name is what clients ask for.
@@ -198,20 +198,17 @@ impl Options {
             }) => Some((filename, device)),
             _ => None,
         };
-        if let (Some((filename, device)), Some(format)) = (path, self.format) {
-            let protocol = if device { "host_device" } else { "file" };
-            let file = json!({ "driver": protocol, "filename": filename });
-            let node = json!({ "driver": format.as_str(), "file": file });
-            let Value::Object(node) = node else { bail!("{name}: it cannot be described") };
-            return Ok(Disk::Node { given: Members::of_json(node), settings });
-        }
-        if self.nocache
-            || self.cache.as_deref().is_some_and(|mode| mode != "writeback")
-            || self.detect_zeroes != "off"
-        {
-            bail!(
-                "--cache and --detect-zeroes need the format of an image in a file: say -f FORMAT, or use --image-opts"
-            );
+        let plain = !self.nocache
+            && self.cache.as_deref().is_none_or(|mode| mode == "writeback")
+            && self.detect_zeroes == "off";
+        match path {
+            Some((filename, device)) if self.format.is_some() || !plain => {
+                return Ok(Disk::File { filename, device, format: self.format, settings });
+            }
+            None if !plain => {
+                bail!("--cache and --detect-zeroes are for images in files; for others use --image-opts")
+            }
+            _ => {}
         }
         let discard = match settings["discard"] == "unmap" {
             true => DiscardMode::Unmap,
@@ -247,6 +244,8 @@ fn plain_sizes(object: &mut Map<String, Value>) {
 enum Disk {
     /// By the name of an image.
     Image(Image),
+    /// A file, or a device, whose format is found out where it was not said.
+    File { filename: String, device: bool, format: Option<FormatKind>, settings: Map<String, Value> },
     /// By its options; settings are for what those do not say.
     Node { given: Members, settings: Map<String, Value> },
 }
@@ -325,11 +324,42 @@ fn passed_socket() -> Result<bool> {
     }
 }
 
+/// The format of an image in a file, by its magic. Raw is no finding where it is going to be written to.
+async fn found_out(filename: &str, writable: bool) -> Result<&'static str> {
+    let looked = Blockdevs::new(OpenPolicy::default());
+    let image = Image { alone: true, force_share: true, ..Image::read_only(filename) };
+    let node = looked.add_image(&image).await?;
+    let driver = looked.get(&node)?.info().driver;
+    looked.close_all().await?;
+    if driver == FormatKind::Raw.as_str() && writable {
+        bail!(
+            "Could not open '{filename}': its first bytes are of no known format, so it may be raw; a guest that writes \
+             to a raw disk can make it look like another format, so say -f raw if it is"
+        );
+    }
+    Ok(driver)
+}
+
 /// Opens the disk and exports it.
 pub async fn serve(control: &Rc<Control>, one: &OneDisk) -> Result<()> {
     let blockdevs = control.blockdevs();
-    let mut node = match &one.disk {
+    let disk = match &one.disk {
+        Disk::File { filename, device, format, settings } => {
+            let format = match format {
+                Some(format) => (*format).as_str(),
+                None => found_out(filename, one.export["writable"] == true).await?,
+            };
+            let protocol = if *device { "host_device" } else { "file" };
+            let file = json!({ "driver": protocol, "filename": filename });
+            let node = json!({ "driver": format, "file": file });
+            let Value::Object(node) = node else { bail!("{filename}: it cannot be described") };
+            &Disk::Node { given: Members::of_json(node), settings: settings.clone() }
+        }
+        disk => disk,
+    };
+    let mut node = match disk {
         Disk::Image(image) => blockdevs.add_image(image).await?,
+        Disk::File { .. } => bail!("a file without its format"),
         Disk::Node { given, settings } => {
             let (mut object, strings) = given.clone().into_parts();
             // Dotted keys are strings, and so are settings beside them.
