@@ -1,11 +1,12 @@
 //! The command line: what is taken, and what its help says. Option letters are those of qemu-img and qemu-nbd.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::blockdev::FormatKind;
-use crate::size::parse_size;
+use crate::size::{parse_size, parse_time};
 
 /// Virtual disks that are usable before their data has arrived.
 #[derive(Debug, Parser)]
@@ -314,6 +315,9 @@ pub struct ServeArgs {
     /// Bytes per second that the stream gets even while guests are busy, as 1M.
     #[arg(long, value_name = "RATE", value_parser = parse_size, requires = "stream")]
     pub min_rate: Option<u64>,
+    /// When the stream wants to be done, from now on, as 90s, 30m or 2h: it is as impolite as that takes.
+    #[arg(long, value_name = "TIME", value_parser = parse_time, requires = "stream")]
+    pub finish_in: Option<Duration>,
     /// Clients at a time; 0 for no limit of one's own.
     #[arg(short = 'e', long, value_name = "NUM", default_value_t = 0)]
     pub shared: u32,
@@ -381,8 +385,11 @@ pub struct StreamArgs {
     #[arg(long, value_name = "RATE", value_parser = parse_size)]
     pub speed: Option<u64>,
     /// Bytes per second below which it does not fall for politeness.
-    #[arg(long, value_name = "RATE", value_parser = parse_size, conflicts_with = "node")]
+    #[arg(long, value_name = "RATE", value_parser = parse_size)]
     pub min_rate: Option<u64>,
+    /// When it wants to be done, from now on, as 90s, 30m or 2h: it is as impolite as that takes.
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub finish_in: Option<Duration>,
     /// What happens while an NBD source is away.
     #[arg(long, value_name = "WHAT", default_value = "hold", conflicts_with = "node")]
     pub on_lost: OnLostArg,

@@ -1,5 +1,7 @@
 //! Sizes as people write and read them: `10G` in, `10 GiB` out, as qemu-img does both.
 
+use std::time::Duration;
+
 /// Units by their letter, each 1024 times the one before.
 const UNITS: [char; 7] = ['b', 'k', 'm', 'g', 't', 'p', 'e'];
 
@@ -34,6 +36,22 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     u64::try_from(bytes).ok().filter(|bytes| *bytes <= i64::MAX as u64).ok_or_else(too_large)
 }
 
+/// Parses a span of time: `90s`, `30m`, `2h`, `1d`.
+pub fn parse_time(text: &str) -> Result<Duration, String> {
+    let refuse =
+        || format!("'{text}' is no time: a whole number is wanted, with s, m, h or d behind it, as in 30m");
+    let text = text.trim();
+    let unit = match text.chars().last() {
+        Some('s') => 1,
+        Some('m') => 60,
+        Some('h') => 3600,
+        Some('d') => 24 * 3600,
+        _ => return Err(refuse()),
+    };
+    let number: u32 = text[..text.len() - 1].parse().map_err(|_| refuse())?;
+    Ok(Duration::from_secs(u64::from(number) * unit))
+}
+
 /// A size in the largest unit that leaves at least one digit before the point, three digits in all: `1.5 GiB`.
 pub fn human_size(bytes: u64) -> String {
     let mut value = bytes as f64;
@@ -54,6 +72,16 @@ pub fn human_size(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_are_read_with_their_unit() {
+        for (text, seconds) in [("90s", 90), ("30m", 1800), ("2h", 7200), (" 1d ", 86_400)] {
+            assert_eq!(parse_time(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for text in ["", "s", "90", "1.5h", "-3m", "3 weeks", "99999999999d", "\u{20ac}"] {
+            assert!(parse_time(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn sizes_are_read_as_qemu_img_reads_them() {

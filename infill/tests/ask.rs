@@ -114,6 +114,33 @@ fn a_stream_of_a_daemons_node_is_asked_for_like_any_other_job() {
 }
 
 #[test]
+fn a_stream_has_a_floor_and_a_time_to_be_done_by_and_tells_what_is_left() {
+    let mut scene = Scene::new();
+    let outlook = ["--min-rate", "1M", "--finish-in", "2h"];
+    scene.ask(&[&["stream", "--node", "top", "--speed", "64k", "--detach"][..], &outlook].concat());
+    let mut job = Value::Null;
+    wait_until("its end is foreseen", || {
+        job = scene.qmp.run("query-block-jobs", json!({}))[0].clone();
+        job["__infill_seconds-left"].is_u64()
+    });
+    let number = |key: &str| job[key].as_u64().unwrap_or_else(|| panic!("{key}: {job}"));
+    assert_eq!(number("__infill_remaining"), number("len") - number("offset"), "{job}");
+    assert_eq!(number("__infill_at-risk"), number("len") - number("__infill_durable"), "{job}");
+    let progress = scene.qmp.wait_for("__INFILL_JOB_PROGRESS");
+    let told = |key: &str| progress["data"][key].as_u64().unwrap_or_else(|| panic!("{key}: {progress}"));
+    assert_eq!(told("remaining"), told("len") - told("offset"), "{progress}");
+    assert_eq!(told("at-risk"), told("len") - told("durable"), "{progress}");
+    scene.ask(&["cancel", "stream-top"]);
+    for (key, value) in [("__infill_min-rate", json!(-1)), ("__infill_finish-by", json!("soon"))] {
+        let error = scene.qmp.refused("block-stream", json!({"job-id": "s", "device": "top", key: value}));
+        assert!(error["desc"].as_str().is_some_and(|why| why.contains(key)), "{error}");
+    }
+    assert!(scene.refused(&["stream", "--node", "top", "--finish-in", "soon"]).contains("as in 30m"));
+    scene.ask(&[&["stream", "--node", "top"][..], &outlook].concat());
+    assert!(scene.quit_and_read("top", "qcow2") == expected());
+}
+
+#[test]
 fn top_tells_what_disks_and_jobs_do_between_two_looks() {
     let mut scene = Scene::new();
     let socket = scene.dir.path().join("nbd.sock");

@@ -71,6 +71,8 @@ pub enum JobEvent {
         progress: BlockJobProgress,
         /// Of that, bytes known to be on stable storage.
         durable: u64,
+        /// Seconds until its end, if it goes on as it did; `None` while that is not known.
+        seconds_left: Option<u64>,
     },
     /// `__INFILL_JOB_DURABLE`: everything the job has written is on stable storage.
     Durable {

@@ -4,6 +4,7 @@ use std::future::Future;
 
 use event_listener::{Event, EventListener};
 use infill_base::{ErrorKind, IoError, IoResult};
+use infill_storage::rt;
 use infill_storage::sync::atomic::{AtomicBool, Ordering};
 use infill_storage::sync::{Arc, Mutex, MutexGuard, Weak, lock};
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::copy::mirror::CopyMode;
 use crate::error::JobError;
 use crate::event::{BlockJobProgress, JobEvent};
+use crate::forecast::Forecast;
 use crate::group::Group;
 use crate::kept::{KeptJob, MapName};
 use crate::manager::{JobOptions, Shared};
@@ -94,6 +96,8 @@ pub struct BlockJobInfo {
     pub error: Option<String>,
     /// Bytes of the progress that are known to be on stable storage (ours: `__infill_durable`).
     pub durable: u64,
+    /// Seconds until its end, if it goes on as it did; `None` while that is not known (ours: `__infill_seconds-left`).
+    pub seconds_left: Option<u64>,
     /// Of a mirror: whether everything that guests were answered is on the target.
     pub actively_synced: Option<bool>,
     /// Why it does not get on now, where that is known (ours: `__infill_waiting_for`): the error that stopped it, a lost
@@ -119,6 +123,7 @@ struct State {
     offset: u64,
     len: u64,
     durable: u64,
+    forecast: Forecast,
     io_status: IoStatus,
     error: Option<String>,
     waiting_for: Option<String>,
@@ -128,6 +133,14 @@ struct State {
     has_copy_mode: bool,
     /// Its map.
     map: Option<MapName>,
+}
+
+impl State {
+    /// Seconds until its end, while it runs.
+    fn seconds_left(&self) -> Option<u64> {
+        let left = self.len.saturating_sub(self.offset);
+        self.forecast.seconds(left).filter(|_| self.status == JobStatus::Running)
+    }
 }
 
 #[derive(Debug)]
@@ -173,6 +186,7 @@ impl Job {
             offset: kept.offset,
             len: kept.len,
             durable: 0,
+            forecast: Forecast::default(),
             io_status: kept.io_status,
             error: kept.error,
             waiting_for: kept.waiting_for,
@@ -421,6 +435,7 @@ impl Job {
             auto_dismiss: self.0.options.auto_dismiss,
             error: state.error.clone(),
             durable: state.durable,
+            seconds_left: state.seconds_left(),
             actively_synced: state.has_copy_mode.then(|| {
                 self.is_write_blocking() && matches!(state.status, JobStatus::Ready | JobStatus::Standby)
             }),
@@ -534,7 +549,10 @@ impl Job {
                         state.busy = false;
                         self.become_(&mut state, JobStatus::Standby);
                     }
-                    JobStatus::Paused if !wants => self.become_(&mut state, JobStatus::Running),
+                    JobStatus::Paused if !wants => {
+                        state.forecast.forget();
+                        self.become_(&mut state, JobStatus::Running);
+                    }
                     JobStatus::Standby if !wants => self.become_(&mut state, JobStatus::Ready),
                     _ => {}
                 }
@@ -562,8 +580,14 @@ impl Job {
 
     /// Tells progress.
     pub fn tell_progress(&self) {
-        let state = self.state();
-        self.emit(&JobEvent::Progress { progress: self.progress_of(&state), durable: state.durable });
+        let mut state = self.state();
+        let offset = state.offset;
+        state.forecast.look(rt::now(), offset);
+        self.emit(&JobEvent::Progress {
+            progress: self.progress_of(&state),
+            durable: state.durable,
+            seconds_left: state.seconds_left(),
+        });
     }
 
     /// Tells that all of the progress is on stable storage.

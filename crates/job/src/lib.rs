@@ -11,6 +11,7 @@ mod control;
 pub mod copy;
 mod error;
 mod event;
+mod forecast;
 mod group;
 mod job;
 mod kept;

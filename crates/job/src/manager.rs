@@ -222,12 +222,15 @@ impl Jobs {
         self.list().iter().filter_map(Job::block_info).collect()
     }
 
-    /// Cancels everything and waits until it is over (`quit`). What cannot be cancelled any more ends as it ends.
+    /// Cancels everything and waits until it is over (`quit`). What cannot be cancelled any more ends as it ends. What
+    /// its manager would have to dismiss is dismissed.
     pub async fn shut_down(&self) {
         for job in self.list() {
             // One that is over already refuses, and that is well.
             let _over = job.cancel();
             let _outcome = job.wait().await;
+            // One that dismisses itself is gone.
+            let _gone = job.dismiss();
         }
     }
 

@@ -194,14 +194,22 @@ fn shutting_down_ends_everything() {
         let jobs = Jobs::new();
         for nth in 0..5 {
             let work = Steps { steps: 1_000_000, ..Steps::default() };
-            let job = jobs.start(JobType::Stream, JobOptions::new(format!("j{nth}")), work).unwrap();
+            let options = JobOptions { auto_dismiss: nth != 2, ..JobOptions::new(format!("j{nth}")) };
+            let job = jobs.start(JobType::Stream, options, work).unwrap();
             if nth == 3 {
                 job.pause().unwrap();
             }
         }
         rt::sleep(5 * MS).await;
+        let events = jobs.subscribe();
         jobs.shut_down().await;
         assert!(jobs.query().is_empty());
+        let is_null = |event: &JobEvent| matches!(event, JobEvent::StatusChange { status, .. } if *status == JobStatus::Null);
+        assert_eq!(
+            drain(&events).iter().filter(|event| is_null(event)).count(),
+            5,
+            "the end of each is told"
+        );
     });
 }
 

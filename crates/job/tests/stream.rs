@@ -559,16 +559,22 @@ fn progress_is_told_once_a_second_and_what_is_durable_follows() {
         let told: Vec<_> = drain(&events)
             .into_iter()
             .filter_map(|event| match event {
-                JobEvent::Progress { progress, durable } => Some((progress.offset, durable)),
+                JobEvent::Progress { progress, durable, seconds_left } => {
+                    Some((progress.offset, durable, seconds_left))
+                }
                 _ => None,
             })
             .collect();
         assert!((6..=9).contains(&told.len()), "{told:?}");
         assert!(told.is_sorted());
         assert!(
-            told.iter().all(|(offset, durable)| durable <= offset && offset - durable < 5 * MIB),
+            told.iter().all(|(offset, durable, _)| durable <= offset && offset - durable < 5 * MIB),
             "{told:?}"
         );
         assert!(told.last().unwrap().1 > 0);
+        // At a rate that does not change the end is foreseen to the second.
+        let (offset, _, left) = told[told.len() - 2];
+        let left = left.expect("it is known by then");
+        assert!(left.abs_diff((16 * MIB - offset).div_ceil(2 * MIB)) <= 1, "{told:?}");
     });
 }

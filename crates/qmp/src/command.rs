@@ -96,6 +96,10 @@ pub struct BlockStream {
     pub speed: u64,
     /// What is done about I/O errors.
     pub on_error: OnError,
+    /// Bytes per second that it gets even while guests are busy (ours: `__infill_min-rate`).
+    pub min_rate: Option<u64>,
+    /// When it wants to be done, in seconds since 1970 (ours: `__infill_finish-by`).
+    pub finish_by: Option<u64>,
     /// Whether it makes its last changes by itself.
     pub auto_finalize: bool,
     /// Whether it is forgotten by itself.
@@ -451,6 +455,8 @@ impl BlockStream {
         let bottom = arguments.opt_str("bottom")?;
         let speed = arguments.opt_unsigned("speed")?.unwrap_or(0);
         let on_error = arguments.opt_word("on-error")?.unwrap_or_default();
+        let min_rate = arguments.opt_unsigned("__infill_min-rate")?;
+        let finish_by = arguments.opt_unsigned("__infill_finish-by")?;
         // The job puts no filter node into the graph, so there is none to be named: accepted where it could be one.
         if let Some(name) = arguments.opt_str("filter-node-name")? {
             crate::names::check_node_name(&name)
@@ -479,6 +485,8 @@ impl BlockStream {
             backing_mask_protocol,
             speed,
             on_error,
+            min_rate,
+            finish_by,
             auto_finalize,
             auto_dismiss,
         })
@@ -538,6 +546,10 @@ mod tests {
         let stream = |rest: &str| read("block-stream", &format!(r#"{{"job-id": "j", "device": "d"{rest}}}"#));
         let Ok(Command::BlockStream(plain)) = stream("") else { panic!() };
         assert_eq!((plain.end, plain.auto_finalize, plain.auto_dismiss), (StreamEnd::All, true, true));
+        assert_eq!((plain.min_rate, plain.finish_by), (None, None));
+        let own = r#", "__infill_min-rate": 4096, "__infill_finish-by": 1900000000"#;
+        let Ok(Command::BlockStream(own)) = stream(own) else { panic!() };
+        assert_eq!((own.min_rate, own.finish_by), (Some(4096), Some(1_900_000_000)));
         for (rest, why) in [
             (
                 r#", "base": "x", "base-node": "f""#,
@@ -551,6 +563,7 @@ mod tests {
             (r#", "on-error": "zz""#, "Parameter 'on-error' does not accept value 'zz'"),
             (r#", "speed": "1""#, "Invalid parameter type for 'speed', expected: integer"),
             (r#", "speed": -1"#, "Parameter 'speed' expects a non-negative value"),
+            (r#", "__infill_min-rate": -1"#, "Parameter '__infill_min-rate' expects a non-negative value"),
             (r#", "filter-node-name": "1""#, "Could not create node: Invalid node-name: '1'"),
         ] {
             assert_eq!(stream(rest), Err(why.into()), "{rest}");

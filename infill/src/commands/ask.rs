@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use indicatif::ProgressBar;
@@ -48,6 +48,13 @@ pub fn stream(args: StreamArgs) -> Result<ExitCode> {
     let mut arguments = json!({ "device": node });
     if let Some(base) = &args.base {
         arguments["base"] = json!(base);
+    }
+    if let Some(rate) = args.min_rate {
+        arguments["__infill_min-rate"] = json!(rate);
+    }
+    if let Some(time) = args.finish_in {
+        let by = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")? + time;
+        arguments["__infill_finish-by"] = json!(by.as_secs());
     }
     let start = StartArgs {
         daemon: SocketArgs { socket: args.socket },

@@ -203,6 +203,7 @@ fn start_stream(
     let on_swap = swapped(blockdevs, top);
     let stream = StreamOptions {
         min_rate: args.min_rate.unwrap_or(FILL_MIN_RATE),
+        finish_by: args.finish_in.map(|time| rt::now() + time),
         on_error: OnError::Enospc,
         on_swap: Some(on_swap),
         ..StreamOptions::new(node.clone())

@@ -11,6 +11,7 @@ use infill_base::DiscardMode;
 use infill_io::termination;
 use infill_job::stream::{FILL_MIN_RATE, StreamBase, StreamOptions};
 use infill_job::{JobOptions, Jobs, stream};
+use infill_storage::rt;
 
 use crate::args::StreamArgs;
 use crate::blockdev::{Access, Blockdevs, Image, OpenPolicy};
@@ -44,6 +45,7 @@ async fn at_rest(args: StreamArgs) -> Result<ExitCode> {
             base,
             backing_file,
             min_rate: args.min_rate.unwrap_or(FILL_MIN_RATE),
+            finish_by: args.finish_in.map(|time| rt::now() + time),
             on_swap: Some(swapped(&blockdevs, &top)),
             ..StreamOptions::new(node)
         };

@@ -2,13 +2,15 @@
 
 use std::rc::Rc;
 use std::task::Poll;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::LocalBoxFuture;
-use infill_job::stream::{StreamBase, StreamOptions};
+use infill_job::stream::{FILL_MIN_RATE, StreamBase, StreamOptions};
 use infill_job::{BlockJobInfo, BlockJobProgress, JobError, JobEvent, JobInfo, JobOptions, OnError, stream};
 use infill_node::NodeHandle;
 use infill_qmp::command::{self, BlockStream, JobCommand, StreamEnd};
 use infill_qmp::{ErrorClass, QmpError};
+use infill_storage::rt;
 use serde_json::{Map, Value, json};
 
 use super::control::{Control, refused};
@@ -33,6 +35,24 @@ fn progress_members(progress: &BlockJobProgress) -> Map<String, Value> {
     out.insert("speed".into(), json!(progress.speed));
     out.insert("type".into(), json!(progress.kind.as_str()));
     out
+}
+
+/// What is ours of a job's progress: how much of it is durable, how much is left, how much only the source has for
+/// certain, and when it will be over.
+fn put_outlook(
+    out: &mut Map<String, Value>,
+    prefix: &str,
+    progress: &BlockJobProgress,
+    durable: u64,
+    seconds_left: Option<u64>,
+) {
+    let mut put = |key: &str, value: u64| drop(out.insert(format!("{prefix}{key}"), json!(value)));
+    put("durable", durable);
+    put("remaining", progress.len.saturating_sub(progress.offset));
+    put("at-risk", progress.len.saturating_sub(durable));
+    if let Some(seconds) = seconds_left {
+        put("seconds-left", seconds);
+    }
 }
 
 /// An event of a job: its name on the wire, and its data.
@@ -61,9 +81,9 @@ pub fn event(event: JobEvent) -> (&'static str, Value) {
                 json!({ "device": device, "operation": operation.as_str(), "action": action.as_str() });
             ("BLOCK_JOB_ERROR", data)
         }
-        JobEvent::Progress { progress, durable } => {
+        JobEvent::Progress { progress, durable, seconds_left } => {
             let mut data = progress_members(&progress);
-            data.insert("durable".into(), json!(durable));
+            put_outlook(&mut data, "", &progress, durable, seconds_left);
             ("__INFILL_JOB_PROGRESS", Value::Object(data))
         }
         JobEvent::Durable { id, bytes } => ("__INFILL_JOB_DURABLE", json!({ "id": id, "bytes": bytes })),
@@ -102,7 +122,7 @@ fn block_job_info(info: BlockJobInfo) -> Value {
     }
     out.insert("io-status".into(), json!(info.io_status.as_str()));
     out.insert("status".into(), json!(info.status.as_str()));
-    out.insert("__infill_durable".into(), json!(info.durable));
+    put_outlook(&mut out, "__infill_", &info.progress, info.durable, info.seconds_left);
     if let Some(synced) = info.actively_synced {
         out.insert("actively-synced".into(), json!(synced));
     }
@@ -112,6 +132,12 @@ fn block_job_info(info: BlockJobInfo) -> Value {
         }
     }
     Value::Object(out)
+}
+
+/// A time of the calendar, in seconds since 1970, on the runtime's clock. One that has passed is now.
+fn finish_by(seconds: u64) -> Duration {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    rt::now().saturating_add(Duration::from_secs(seconds).saturating_sub(now))
 }
 
 /// The nodes that a stream works on, which nobody may take away: given back when this goes.
@@ -235,6 +261,8 @@ impl Control {
             backing_file: options.backing_file,
             backing_mask_protocol: options.backing_mask_protocol,
             on_error: on_error(options.on_error),
+            min_rate: options.min_rate.unwrap_or(FILL_MIN_RATE),
+            finish_by: options.finish_by.map(finish_by),
             on_swap: Some(Box::new(move |_| {
                 Box::pin(async move {
                     let _shared = shared;

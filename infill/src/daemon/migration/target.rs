@@ -620,6 +620,8 @@ impl TargetDriver {
                 backing_mask_protocol: false,
                 speed: 0,
                 on_error: OnError::Stop,
+                min_rate: None,
+                finish_by: None,
                 auto_finalize: true,
                 auto_dismiss: true,
             })

@@ -388,6 +388,8 @@ impl State {
                 put("ready", json!(false));
                 put("io-status", json!(kept.io_status.as_str()));
                 put("__infill_durable", json!(0));
+                put("__infill_remaining", json!(len.saturating_sub(*offset)));
+                put("__infill_at-risk", json!(len));
                 put("__infill_waiting_for", json!(why));
             } else {
                 put("current-progress", json!(offset));
