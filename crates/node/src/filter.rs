@@ -126,6 +126,14 @@ impl<F: Filter> Node for F {
         Filter::sync(self, cx).await
     }
 
+    async fn write_back(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.below().node().write_back(cx, at, len).await
+    }
+
+    async fn allocate(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.below().node().allocate(cx, at, len).await
+    }
+
     async fn extents(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Extents> {
         self.below().extents(cx, at, len).await
     }

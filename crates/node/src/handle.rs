@@ -37,6 +37,8 @@ trait DynNode: Send + Sync {
     fn write_zeroes<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64, flags: ZeroFlags) -> Answer<'a, ()>;
     fn discard<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, ()>;
     fn sync<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
+    fn write_back<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, ()>;
+    fn allocate<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, ()>;
     fn extents<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, Extents>;
     fn populate<'a>(&'a self, cx: &'a Ctx, at: u64, data: Bytes, generation: u64) -> Answer<'a, Populated>;
     fn populate_zero<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64, generation: u64) -> Answer<'a, Populated>;
@@ -98,6 +100,12 @@ impl<N: Node> DynNode for N {
     }
     fn sync<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()> {
         Box::pin(Node::sync(self, cx))
+    }
+    fn write_back<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, ()> {
+        Box::pin(Node::write_back(self, cx, at, len))
+    }
+    fn allocate<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, ()> {
+        Box::pin(Node::allocate(self, cx, at, len))
     }
     fn extents<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, Extents> {
         Box::pin(Node::extents(self, cx, at, len))
@@ -414,6 +422,16 @@ impl NodeHandle {
     pub async fn sync(&self, cx: &Ctx) -> IoResult<()> {
         let request = Request { kind: RequestKind::Flush, latency: Some(LatencyKind::Sync), at: 0, len: 0 };
         self.timed(cx, request, self.0.driver.sync(cx)).await
+    }
+
+    /// See [`Node::write_back`].
+    pub async fn write_back(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.0.driver.write_back(cx, at, len).await
+    }
+
+    /// See [`Node::allocate`].
+    pub async fn allocate(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.0.driver.allocate(cx, at, len).await
     }
 
     /// See [`Node::extents`].

@@ -211,6 +211,20 @@ pub trait Node: Send + Sync + 'static {
     /// Everything acknowledged before the call is on stable storage, with all metadata that finds it (P1).
     fn sync(&self, cx: &Ctx) -> impl Future<Output = IoResult<()>>;
 
+    /// Of a node that is bytes of a storage: makes sure that nothing of the range is a dirty page any more. Says nothing
+    /// about stability; elsewhere it does nothing.
+    fn write_back(&self, cx: &Ctx, at: u64, len: u64) -> impl Future<Output = IoResult<()>> {
+        let _ = (cx, at, len);
+        async { Ok(()) }
+    }
+
+    /// Of a node that is bytes of a storage: reserves space for the range, which keeps what it reads as, so that a later
+    /// write into it cannot meet `NoSpace`. `Unsupported` where it cannot promise that.
+    fn allocate(&self, cx: &Ctx, at: u64, len: u64) -> impl Future<Output = IoResult<()>> {
+        let _ = (cx, at, len);
+        async { Err(IoError::new(ErrorKind::Unsupported, "this node cannot reserve space")) }
+    }
+
     /// What this layer alone holds, from `at`, at most to `at + len`. May stop early, see [`Extents`].
     fn extents(&self, cx: &Ctx, at: u64, len: u64) -> impl Future<Output = IoResult<Extents>>;
 

@@ -140,6 +140,16 @@ impl Node for RawNode {
         self.storage.sync(cx).await
     }
 
+    async fn write_back(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        let at = self.check(at, len)?;
+        self.storage.write_back(cx, at, len).await
+    }
+
+    async fn allocate(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        let at = self.check_write(at, len)?;
+        self.storage.allocate(cx, at, len).await
+    }
+
     async fn extents(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<Extents> {
         let host = self.check(at, len)?;
         let mut extents = self.storage.extents(cx, host, len).await?;

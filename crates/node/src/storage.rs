@@ -62,6 +62,15 @@ impl Storage for NodeStorage {
         self.node.discard(cx, at, len).await
     }
 
+    async fn write_back(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.node.write_back(cx, at, len).await
+    }
+
+    async fn allocate(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<()> {
+        self.reach(cx, at.saturating_add(len)).await?;
+        self.node.allocate(cx, at, len).await
+    }
+
     async fn sync(&self, cx: &Ctx) -> IoResult<()> {
         self.node.sync(cx).await
     }
@@ -78,5 +87,36 @@ impl Storage for NodeStorage {
             extent.host = None;
         }
         Ok(extents)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use infill_base::ErrorKind;
+    use infill_sim::{DiskOp, DiskOptions, Media, SimDisk, block_on};
+    use infill_storage::StorageHandle;
+
+    use super::*;
+    use crate::{BlkdebugNode, MemoryOverlay, RawNode};
+
+    #[test]
+    fn space_is_reserved_through_a_filter_and_a_full_storage_is_told_before_anything_is_written() {
+        block_on(async {
+            let disk = SimDisk::with(Media::new(4096), DiskOptions::default());
+            let raw = NodeHandle::new(RawNode::new(StorageHandle::new(disk.clone()), false));
+            let filter = NodeHandle::new(BlkdebugNode::new(raw, Vec::new(), Vec::new()));
+            let storage = StorageHandle::new(NodeStorage::new(filter));
+            storage.allocate(&Ctx::GUEST, 2048, 8192).await.unwrap();
+            assert_eq!((disk.total(DiskOp::Allocate), storage.len()), (1, 2048 + 8192));
+            storage.write_back(&Ctx::GUEST, 0, 4096).await.unwrap();
+            disk.set_capacity(16 << 10);
+            let full = storage.allocate(&Ctx::GUEST, 0, 32 << 10).await.unwrap_err();
+            assert_eq!(full.kind(), ErrorKind::NoSpace);
+            // An overlay promises nothing.
+            let overlay = NodeHandle::new(MemoryOverlay::new(4096, 512, None));
+            let storage = StorageHandle::new(NodeStorage::new(overlay));
+            let none = storage.allocate(&Ctx::GUEST, 0, 512).await.unwrap_err();
+            assert_eq!(none.kind(), ErrorKind::Unsupported);
+        });
     }
 }
