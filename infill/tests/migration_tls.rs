@@ -43,8 +43,12 @@ fn moves(mode: &str) {
     // It finds its source again, and its credentials.
     b.kill();
     b.start();
+    wait_until("it is served again", || b.owns());
+    let running = run_guest(&b, &guest);
+    running.wait_for_steps(50);
     b.wait_for("local");
     a.wait_for("released");
+    running.stop();
     judge(&b, &guest.lock().unwrap());
     image_is_whole(&b);
 }

@@ -7,6 +7,8 @@ use infill_migrate::{Record, SourceState, State as RecordState, TargetState};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::fence::ImageKind;
+
 /// What a side knows beside its record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -34,6 +36,9 @@ pub(super) struct LocalDisk {
     pub(super) node: String,
     /// Its image.
     pub(super) path: PathBuf,
+    /// Of a source: what the image is.
+    #[serde(default)]
+    pub(super) kind: ImageKind,
 }
 
 /// A record, and what stands beside it.

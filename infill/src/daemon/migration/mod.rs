@@ -10,6 +10,7 @@
 //! served without its gate: gates are there, and hold, before a state's entries are made again.
 
 mod crash;
+mod fence;
 mod gate;
 mod kept;
 mod link;

@@ -1,11 +1,20 @@
 //! What is told of migrations to those who ask.
 
+use std::path::PathBuf;
+
 use infill_migrate::Gate;
 use serde_json::{Value, json};
 
 use super::gate::DiskGate;
 use super::{Driver, Kept, side_word, state_word};
 use crate::daemon::control::Control;
+
+/// Where a disk's image is: one that is fenced by its name has another.
+fn filename(kept: &Kept, index: usize) -> PathBuf {
+    let local = &kept.local.disks[index];
+    let fenced = local.kind.fenced_path(&local.path);
+    if fenced.exists() { fenced } else { local.path.clone() }
+}
 
 impl Control {
     /// `__infill_query-migrations`: from records on stable storage, and what their drivers are about.
@@ -31,7 +40,7 @@ impl Control {
                 "name": disk.id.to_string(),
                 "epoch": record.epoch(disk).0,
                 "bytes": disk.bytes,
-                "filename": kept.local.disks[index].path,
+                "filename": filename(kept, index),
             });
             if let Some(blocks) = record.residual().and_then(|residual| residual.get(index)) {
                 told["residual-bytes"] = json!(blocks.saturating_mul(plan.block_bytes.into()));

@@ -23,13 +23,14 @@ use infill_storage::{StorageHandle, rt};
 use uuid::Uuid;
 
 use super::crash::Point;
+use super::fence::{ImageKind, only_name, set_by_name};
 use super::gate::{DiskGate, owned_by};
 use super::link::{Link, dial};
 use super::{
     Drive, Driver, Inbox, Kept, Local, LocalDisk, Peers, RESEND_TIME, RESEND_TIME_DONE, Told, address,
     base_name, hello, live_name,
 };
-use crate::blockdev::{FormatKind, Image};
+use crate::blockdev::Image;
 use crate::daemon::control::Control;
 
 /// The longest freeze that is waited for: a guest stands still meanwhile.
@@ -52,6 +53,8 @@ const HELD_ROUND_TIME: Duration = Duration::from_secs(5);
 /// So little that was written since a round began is left for after the switch, or is copied while the guest waits, in
 /// bytes.
 const RESIDUAL_BYTES: u64 = 1 << 20;
+/// A raw disk is rounded up to this, in bytes.
+const SECTOR_BYTES: u64 = 512;
 /// Least size of a block, in bytes, and the most blocks of all disks: a set of them is a bit each.
 const BLOCK_BYTES_MIN: u64 = 16 << 10;
 const BLOCKS_MAX: u64 = 1 << 26;
@@ -228,21 +231,37 @@ fn local_disk(control: &Control, id: DiskId) -> Result<(Disk, LocalDisk)> {
     let blockdevs = control.blockdevs();
     let image = blockdevs.unfiltered(&node);
     let facts = blockdevs.facts(&image)?;
-    if facts.driver != "qcow2" {
-        bail!(
-            "disk {name} is a {} image, which cannot be fenced: it could be started by its path after it has moved; convert \
-             it to qcow2",
-            facts.driver
-        );
-    }
-    let path = facts.file.as_deref().and_then(|file| blockdevs.path(file));
+    let bytes = blockdevs.get(&node)?.len();
+    let kind = ImageKind::of_driver(facts.driver);
+    let kind = kind.with_context(|| unfenced(&name, &format!("is a node of the driver {}", facts.driver)))?;
+    let path = match kind {
+        ImageKind::Qcow2 => facts.file.as_deref().and_then(|file| blockdevs.path(file)),
+        ImageKind::Raw | ImageKind::Qed => {
+            let bottom = blockdevs.bottom(&image).unwrap_or_else(|| image.clone());
+            if blockdevs.facts(&bottom)?.driver != "file" {
+                bail!("{}", unfenced(&name, "lies on no regular file"));
+            }
+            let whole = blockdevs.get(&bottom)?.len().next_multiple_of(SECTOR_BYTES);
+            if kind == ImageKind::Raw && whole != bytes.next_multiple_of(SECTOR_BYTES) {
+                bail!("disk {name} is a part of its file: it cannot be found again by its path alone");
+            }
+            blockdevs.path(&bottom).map(|path| only_name(&path)).transpose()?
+        }
+    };
     let path = path.with_context(|| format!("disk {name} does not lie in a file of this host"))?;
     let epoch_before = control.migrations.latest(id).map_or(Epoch(0), |latest| {
         let of = latest.record.plan().disks.iter().find(|disk| disk.id == id);
         of.map_or(Epoch(0), |disk| latest.record.epoch(disk))
     });
-    let bytes = blockdevs.get(&node)?.len();
-    Ok((Disk { id, bytes, epoch_before }, LocalDisk { export, node, path }))
+    Ok((Disk { id, bytes, epoch_before }, LocalDisk { export, node, path, kind }))
+}
+
+/// Why a disk that has no fence does not move.
+fn unfenced(name: &str, what: &str) -> String {
+    format!(
+        "disk {name} {what}, which cannot be fenced: it could be started by its path after it has moved; convert it to qcow2, \
+         or to a raw file"
+    )
 }
 
 /// Whether the record says that its disks are served here.
@@ -426,12 +445,13 @@ impl SourceDriver {
             bail!("the node '{}' is not there yet", disk.local.node);
         }
         if disk.frozen.is_none() {
-            let path = disk.local.path.to_str().context("its path is not UTF-8")?;
+            let LocalDisk { path, kind, .. } = &disk.local;
+            let path = kind.fenced_path(path);
             let image = Image {
-                format: Some(FormatKind::Qcow2),
+                format: Some(kind.format()),
                 discard: DiscardMode::Ignore,
-                fenced: true,
-                ..Image::read_only(path)
+                fenced: *kind == ImageKind::Qcow2,
+                ..Image::read_only(path.to_str().context("its path is not UTF-8")?)
             };
             disk.frozen = Some(self.control.blockdevs().add_image(&image).await?);
         }
@@ -473,6 +493,9 @@ impl SourceDriver {
     }
 
     async fn set_fence(&self, disk: &SourceDisk, fenced: bool) -> IoResult<()> {
+        if disk.local.kind != ImageKind::Qcow2 {
+            return Ok(set_by_name(&disk.local.path, fenced)?);
+        }
         let image = self.control.blockdevs().unfiltered(&disk.local.node);
         match self.control.blockdevs().get(&image) {
             Ok(node) => node.set_fence(&Ctx::GUEST, fenced).await,

@@ -21,6 +21,7 @@ use infill_qmp::command::{BlockStream, OnError, StreamEnd};
 use infill_storage::rt;
 
 use super::crash::Point;
+use super::fence::ImageKind;
 use super::gate::{DiskGate, owned_by};
 use super::link::Link;
 use super::missed::OnHold;
@@ -147,7 +148,12 @@ async fn begin(control: &Rc<Control>, link: &Rc<Link>, plan: Plan, data: Option<
         }
         let short = &plan.migration.to_string()[..8];
         let path = directory.join(format!("{name}-{short}.qcow2"));
-        disks.push(LocalDisk { export: format!("disk-{name}"), node: node_name('d', disk.id), path });
+        disks.push(LocalDisk {
+            export: format!("disk-{name}"),
+            node: node_name('d', disk.id),
+            path,
+            kind: ImageKind::Qcow2,
+        });
     }
     let local = Local { post_copy: false, auto_switch: false, data: Some(data), tls_hostname: None, disks };
     let mut made = Vec::new();
