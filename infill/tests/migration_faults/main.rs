@@ -10,4 +10,5 @@ mod qmp;
 mod away;
 mod links;
 
+mod measures;
 mod site;

@@ -1,0 +1,111 @@
+//! What a migration costs on the link, counted by the relay; and a network that is silent for a minute.
+
+use std::time::{Duration, Instant};
+
+use infill_io::{Direction, RelayOptions};
+use serde_json::json;
+
+use crate::common::wait_until;
+use crate::hosts::{BLOCK_BYTES, seed};
+use crate::site::{NO_COST, Site};
+
+/// Blocks of the disk: 64 MiB.
+const BLOCKS: u64 = 16384;
+const MIB: f64 = 1024.0 * 1024.0;
+
+fn p99(took: &[Duration]) -> Duration {
+    let mut took = took.to_vec();
+    took.sort_unstable();
+    took.get((took.len().max(1) - 1) * 99 / 100).copied().unwrap_or_default()
+}
+
+#[test]
+#[ignore = "measures: cargo test --profile ci -p infill --test migration_faults -- --ignored --nocapture counted"]
+fn bytes_on_the_link_are_counted_by_the_relay() {
+    // A third of the records is zeroes, which no cluster consists of: all of it is allocated.
+    let allocated = BLOCKS * BLOCK_BYTES;
+    println!("mode       travelled before it data MiB  words MiB  of what is allocated  writes/s");
+    for mode in ["post-copy", "hybrid"] {
+        let dir = tempfile::tempdir().unwrap();
+        let link = RelayOptions { delay: Duration::from_micros(200), bytes_per_second: Some(25 << 20) };
+        let mut site = Site::over(dir.path(), 1, seed(), link, BLOCKS);
+        site.run(0, 0);
+        let began = Instant::now();
+        let id = site.begin(0, &[0], mode, false);
+        wait_until("it is prepared", || site.state(1, &id) == "prepared");
+        if mode == "hybrid" {
+            wait_until("rounds are read", || {
+                let all = site.stations[0].migrations().unwrap();
+                all[0]["rounds"].as_u64() >= Some(3)
+            });
+        }
+        assert!(site.machines[0].halt());
+        let before = site.stations[0].data.bytes.to_client();
+        site.stations[0].must("__infill_migration-switch", json!({"migration": id}));
+        wait_until("it has changed hands", || site.owns(1, &id));
+        site.run(0, 1);
+        wait_until("it is all there", || site.state(1, &id) == "local" && site.state(0, &id) == "released");
+        assert!(site.machines[0].halt());
+        let writes = site.machines[0].knows.lock().unwrap().took.len() as f64 / began.elapsed().as_secs_f64();
+        let data = site.stations[0].data.bytes.to_client();
+        let words = site.stations[1].words.bytes.to_server() + site.stations[1].words.bytes.to_client();
+        println!(
+            "{mode:10} {:17.0} %  {:8.1}  {:9.3}  {:20.3}  {writes:8.0}",
+            100.0 * before as f64 / allocated as f64,
+            data as f64 / MIB,
+            words as f64 / MIB,
+            data as f64 / allocated as f64,
+        );
+        site.work_and_judge(0, 1);
+    }
+}
+
+#[test]
+#[ignore = "takes minutes: cargo test --profile ci -p infill --test migration_faults -- --ignored --nocapture minute"]
+fn a_minute_of_silence_fails_nothing_slows_no_write_and_is_over_within_a_second() {
+    const SILENCE: Duration = Duration::from_secs(60);
+    let dir = tempfile::tempdir().unwrap();
+    let link = RelayOptions { delay: Duration::from_micros(200), bytes_per_second: Some(4 << 20) };
+    let mut site = Site::over(dir.path(), 1, seed(), link, BLOCKS);
+    let allocated = BLOCKS * BLOCK_BYTES;
+    let id = site.begin(0, &[0], "post-copy", true);
+    wait_until("it has changed hands", || site.owns(1, &id));
+    site.machines[0].knows.lock().unwrap().writes_only = true;
+    let write_for = |site: &mut Site, time: Duration| {
+        site.machines[0].knows.lock().unwrap().took.clear();
+        site.run(0, 1);
+        std::thread::sleep(time);
+        assert!(site.machines[0].halt(), "{:?}", site.machines[0].knows.lock().unwrap().violation);
+        let took = site.machines[0].knows.lock().unwrap().took.clone();
+        (took.len(), p99(&took))
+    };
+    let before = write_for(&mut site, Duration::from_secs(3));
+    for way in [&site.stations[0].data, &site.stations[1].words] {
+        way.control.hold(Direction::ToServer);
+        way.control.hold(Direction::ToClient);
+    }
+    let during = write_for(&mut site, SILENCE);
+    assert_eq!(site.state(1, &id), "owner");
+    let arrived = site.stations[0].data.bytes.to_client();
+    for way in [&site.stations[0].data, &site.stations[1].words] {
+        way.control.release(Direction::ToServer);
+        way.control.release(Direction::ToClient);
+    }
+    let back = Instant::now();
+    wait_until("data flows again", || site.stations[0].data.bytes.to_client() > arrived + (64 << 10));
+    let resumed = back.elapsed();
+    site.stations[0].data.control.become_link(NO_COST);
+    wait_until("it is all there", || site.state(1, &id) == "local" && site.state(0, &id) == "released");
+    let data = site.stations[0].data.bytes.to_client();
+    println!(
+        "writes p99 before {:?} ({}), in the silence {:?} ({}); data flows after {resumed:?}; {:.2} MiB of {:.2} MiB travelled",
+        before.1,
+        before.0,
+        during.1,
+        during.0,
+        data as f64 / MIB,
+        allocated as f64 / MIB,
+    );
+    site.machines[0].knows.lock().unwrap().writes_only = false;
+    site.work_and_judge(0, 1);
+}
