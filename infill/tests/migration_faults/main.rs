@@ -12,3 +12,4 @@ mod links;
 
 mod measures;
 mod site;
+mod soak;

@@ -379,13 +379,22 @@ impl SourceDriver {
         for disk in &self.disks {
             rt::spawn(watch_gate(disk.gate.clone(), self.inbox.clone()));
         }
+        let mut said_at = rt::now();
         loop {
             let done = matches!(
                 self.state(),
                 SourceState::Serving | SourceState::Released | SourceState::Superseded
             ) && self.machine.phase() == SourcePhase::Settled;
             let patience = if done { RESEND_TIME_DONE } else { RESEND_TIME };
-            let item = self.inbox.next(patience).await;
+            // Whatever comes in between: what is asked often is no reason to say nothing.
+            let now = rt::now();
+            let item = match said_at + patience {
+                due if due > now => self.inbox.next(due - now).await,
+                _ => None,
+            };
+            if item.is_none() {
+                said_at = rt::now();
+            }
             if self.control.is_ending() {
                 // What is kept goes on with the next daemon; nothing is to change under it now.
                 return self.link.close();
