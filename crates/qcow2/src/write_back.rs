@@ -233,8 +233,12 @@ impl Image {
                     tracing::warn!(%error, at, "what a table names is not given back");
                     continue;
                 }
+                // Not waited for: a round that frees something itself waits until nobody settles, and who settles waits for this.
                 // A failure is told to whoever syncs next.
-                let _ = self.relieve().await;
+                let image = self.clone();
+                rt::spawn(async move {
+                    let _ = image.relieve().await;
+                });
             }
             if punch
                 && self.options.discard == DiscardMode::Unmap

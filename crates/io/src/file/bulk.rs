@@ -10,7 +10,11 @@
 //! A page is written by one side at a time: a range that a job writes is nobody else's (formats write to clusters that nothing
 //! names, or hold the guest range; raw targets are written under the copy's range lock), and it is whole pages. The kernel
 //! writes dirty pages of the range back before a direct write, and drops what is cached of it afterwards, so that whoever reads
-//! sees what was written. QEMU's locks are of the first descriptor; closing another one gives none of them back.
+//! sees what was written. It drops whole folios, though, and cannot drop one that holds a neighbour's page which becomes dirty
+//! while the direct write is under way. Only readahead makes folios that reach beyond what was asked for, so there is none any
+//! more on the first descriptor once there is the second (guests read ahead by themselves).
+//!
+//! QEMU's locks are of the first descriptor; closing another one gives none of them back.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +22,7 @@ use std::sync::{Arc, OnceLock};
 
 use infill_base::{Class, Ctx, ErrorKind, Gather, IoResult, aligned_buffer};
 use infill_storage::Storage as _;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Advice, Mode, OFlags};
 
 use super::{FileStorage, direct_align};
 
@@ -59,11 +63,12 @@ impl FileStorage {
             return open.clone();
         }
         let device = self.device;
-        let opened = self.blocking(move |fd| {
+        let opened = self.blocking(move |file| {
             // The file that is open, whatever has its name by now.
-            let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
             let flags = OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
             let fd = rustix::fs::open(path, flags, Mode::empty())?;
+            rustix::fs::fadvise(file, 0, None, Advice::Random)?;
             let align = direct_align(&fd, device);
             Ok((Arc::new(fd), u64::from(align)))
         });
