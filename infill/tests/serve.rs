@@ -235,6 +235,38 @@ fn check_alone(image: &Path, format: &str) {
     run("qemu-img", &["check", "-q", &alone]);
 }
 
+/// Reads that a source with the log filter was asked for, as (first byte, length).
+fn reads_of(log: &Path) -> Vec<(u64, u64)> {
+    let log = std::fs::read_to_string(log).unwrap();
+    let number = |line: &str, name: &str| {
+        let at = line.find(name).unwrap() + name.len();
+        u64::from_str_radix(line[at..].split(' ').next().unwrap(), 16).unwrap()
+    };
+    let reads = log.lines().filter(|line| line.contains(" Read id="));
+    reads.map(|line| (number(line, "offset=0x"), number(line, "count=0x"))).collect()
+}
+
+/// Our overlays have subclusters of 2 KiB.
+#[test]
+fn a_write_fetches_the_rest_of_its_subclusters_and_no_more() {
+    let world = World::new();
+    let (socket, log) = (world.path("logged"), world.path("log"));
+    let mut source = Command::new("nbdkit");
+    let logfile = format!("logfile={}", text(&log));
+    source.args(["-f", "-r", "-U", text(&socket), "--filter=log", "pattern", &DISK.to_string(), &logfile]);
+    let _source = Process::start(source.stderr(Stdio::null()));
+    wait_for_socket(&socket);
+    let overlay = world.overlay("qcow2", &format!("nbd+unix:///?socket={}", text(&socket)));
+    let (_server, uri) = world.serve(&overlay, &["--persistent"]);
+    let before = reads_of(&log);
+    qemu_io(&uri, &["write -P 1 1M 4k", "write -P 2 3M 64k", "write -z 5M 2k", "flush"]);
+    assert_eq!(reads_of(&log), before);
+    qemu_io(&uri, &["write -P 3 7M 512", "flush"]);
+    let fetched = reads_of(&log).split_off(before.len());
+    assert!(fetched.iter().all(|(at, len)| *at >= 7 << 20 && at + len <= (7 << 20) + 2048), "{fetched:?}");
+    assert_eq!(fetched.iter().map(|(_, len)| len).sum::<u64>(), 1536, "{fetched:?}");
+}
+
 #[test]
 fn a_stream_under_load_ends_with_an_image_that_needs_nobody() {
     for format in ["qcow2", "qed"] {
