@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
 use compio::buf::{BufResult, IntoInner, IoBuf};
@@ -23,6 +24,10 @@ const MAX_RUNS: usize = 1024;
 
 /// Clients that may wait in the kernel until they are accepted.
 const BACKLOG: i32 = 128;
+/// How long a port may still be taken by a process that was killed, and how often it is looked: its ring, which holds the
+/// listening socket, is taken down by the kernel a moment after its end. Short, for who asks in vain is held up by it.
+const LINGER_TIME: Duration = Duration::from_millis(300);
+const LINGER_LOOK: Duration = Duration::from_millis(5);
 /// Modes of socket files, before the umask.
 const FILE_MODE: Mode = Mode::from_raw_mode(0o777);
 const GUARDED_MODE: Mode = Mode::from_raw_mode(0o660);
@@ -89,7 +94,7 @@ impl Listener {
         let (socket, address, made) = match address {
             Address::Tcp { host, port } => {
                 let host = if host.is_empty() { "::" } else { host.as_str() };
-                let socket = TcpListener::bind((host, *port)).map_err(named)?;
+                let socket = bind_tcp(host, *port).map_err(named)?;
                 let port = socket.local_addr().map_err(named)?.port();
                 (Socket::Tcp(socket), Address::Tcp { host: host.to_owned(), port }, None)
             }
@@ -207,6 +212,19 @@ fn who(stream: &UnixStream) -> String {
     match rustix::net::sockopt::socket_peercred(stream) {
         Ok(peer) => format!(" (process {}, user {})", peer.pid.as_raw_nonzero(), peer.uid.as_raw()),
         Err(_) => String::new(),
+    }
+}
+
+/// Listens at a port. Who had it may have been killed a moment ago, which cannot be seen, unlike with a socket file.
+fn bind_tcp(host: &str, port: u16) -> io::Result<TcpListener> {
+    let end = Instant::now() + LINGER_TIME;
+    loop {
+        match TcpListener::bind((host, port)) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < end => {
+                std::thread::sleep(LINGER_LOOK);
+            }
+            bound => return bound,
+        }
     }
 }
 
@@ -447,6 +465,22 @@ mod tests {
         }
         connection.peer.clear();
         assert!(got == sent, "{} of {} bytes came back", got.len(), sent.len());
+    }
+
+    /// As that of a process that was killed, which the kernel has not taken down yet.
+    #[test]
+    fn a_port_that_is_given_up_in_a_moment_is_waited_for_and_one_that_is_not_is_refused() {
+        let old = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = old.local_addr().unwrap().port();
+        let address = Address::Tcp { host: "127.0.0.1".into(), port };
+        let refused = Listener::bind(&address).map(drop).unwrap_err();
+        assert!(refused.to_string().contains("in use"), "{refused}");
+        let going = std::thread::spawn(move || {
+            std::thread::sleep(LINGER_LOOK * 4);
+            drop(old);
+        });
+        Listener::bind(&address).unwrap();
+        going.join().unwrap();
     }
 
     #[test]

@@ -403,7 +403,11 @@ impl TargetDriver {
         rt::spawn(async move {
             for (name, hot) in disks {
                 while !stop.get() {
-                    let Ok(node) = control.blockdevs().get(&name) else { return };
+                    let Ok(node) = control.blockdevs().get(&name) else {
+                        // After a restart the overlays are opened beside this.
+                        rt::sleep(AGAIN).await;
+                        continue;
+                    };
                     match copy_absent(&node, &hot, block_bytes, &stop).await {
                         Ok(()) => break,
                         Err(error) => {
