@@ -416,7 +416,9 @@ impl SourceDriver {
                 }
             }
             ToSource::Switch => {
-                (self.switch, self.freezes, self.freeze_at) = (true, 0, Duration::ZERO);
+                // Not before the pause after a freeze that came to nothing is over: a target that has restarted needs the
+                // running disk for a moment before it can take it, and who asks again and again must not keep it from that.
+                (self.switch, self.freezes) = (true, 0);
                 self.local.auto_switch = true;
             }
             ToSource::Late(nth) if nth == self.drains && self.machine.phase() == SourcePhase::Draining => {
