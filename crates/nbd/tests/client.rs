@@ -265,7 +265,9 @@ fn a_server_killed_and_started_again_in_the_middle_costs_nothing() {
     std::fs::write(&disk, vec![0; 8 * MIB]).unwrap();
     let start = {
         let (socket, disk) = (socket.clone(), disk.display().to_string());
-        move || Peer::nbdkit(&["--filter=delay", "file", &disk, "delay-write=1ms", "delay-read=1ms"], &socket)
+        move || {
+            Peer::nbdkit(&["--filter=delay", "file", &disk, "delay-write=10ms", "delay-read=10ms"], &socket)
+        }
     };
     let mut peer = start();
     let reactors = Reactors::start(1).unwrap();
@@ -287,7 +289,8 @@ fn a_server_killed_and_started_again_in_the_middle_costs_nothing() {
         let got = read_all(&writer, 64 << 10).await;
         sender.send(got == expected).unwrap();
     });
-    // Kills as often as the work takes; each time the server lives until it has done something.
+    // Kills as often as the work takes (32 batches of 10 ms at least, so it takes longer than until the first); each time the
+    // server lives until it has done something.
     let mut kills = 0;
     let good = loop {
         match done.recv_timeout(Duration::from_millis(80)) {
