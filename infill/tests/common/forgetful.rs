@@ -15,23 +15,12 @@ use infill_nbd::{Export, Exports, Server, ServerLimits};
 use infill_node::{NodeHandle, RawNode};
 use infill_storage::{Storage, StorageHandle, rt};
 
+pub use super::common::Random;
+
 /// Size of the storage, in bytes. It cannot grow.
 pub const STORAGE_BYTES: usize = 4 << 20;
 /// What a power cut tears nothing smaller than, in bytes.
 const SECTOR_BYTES: usize = 512;
-
-/// Numbers that look random, the same in every run of a seed.
-pub struct Random(pub u64);
-
-impl Random {
-    /// The next one.
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-}
 
 #[derive(Default)]
 struct Medium {

@@ -13,6 +13,7 @@ use infill_nbd::{ClientOptions, NbdStorage, OnLost};
 use infill_storage::Storage as _;
 use serde_json::{Value, json};
 
+pub use super::common::{Random, seed};
 use super::common::{run, text, wait_until};
 use super::qmp::{Daemon, Program, Qmp};
 
@@ -24,30 +25,6 @@ pub const BLOCKS: u64 = DISK_BYTES / BLOCK_BYTES;
 /// The last ones, which guests leave to the test.
 pub const SPARE_BLOCKS: u64 = 3;
 pub const SPARE_STAMP: u64 = 1 << 30;
-
-/// Numbers that look random, the same in every run of a seed.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-}
-
-/// A seed that is told, so that a failure can be repeated with `INFILL_SEED`.
-pub fn seed() -> u64 {
-    let given = std::env::var("INFILL_SEED").ok().map(|seed| seed.parse().expect("a number"));
-    let seed = given.unwrap_or_else(|| u64::from(std::process::id()) * 2_654_435_761 + 1);
-    println!("INFILL_SEED={seed}");
-    seed
-}
 
 /// The record that is written to a block for the `stamp`th time; 0 is what was there before, a third of it zeroes.
 pub fn record(block: u64, stamp: u64) -> Vec<u8> {

@@ -126,6 +126,30 @@ pub fn free_port() -> u16 {
     }
 }
 
+/// Numbers that look random, the same in every run of a seed.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+}
+
+/// A seed that is told, so that a failure can be repeated with `INFILL_SEED`.
+pub fn seed() -> u64 {
+    let given = std::env::var("INFILL_SEED").ok().map(|seed| seed.parse().expect("a number"));
+    let seed = given.unwrap_or_else(|| u64::from(std::process::id()) * 2_654_435_761 + 1);
+    println!("INFILL_SEED={seed}");
+    seed
+}
+
 /// A path as an argument.
 pub fn text(path: &Path) -> &str {
     path.to_str().expect("a test's path is UTF-8")

@@ -11,36 +11,13 @@ use infill_nbd::{ClientOptions, NbdStorage, OnLost};
 use infill_storage::Storage;
 
 use super::common::Process;
+pub use super::common::{Random, seed};
 
 /// Size of the disks, in bytes.
 pub const DISK_BYTES: u64 = 24 << 20;
 /// What the guest writes and reads at a time, in bytes.
 pub const BLOCK_BYTES: u64 = 4096;
 pub const BLOCKS: u64 = DISK_BYTES / BLOCK_BYTES;
-
-/// Numbers that look random, the same in every run of a seed.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-}
-
-/// A seed that is told, so that a failure can be repeated with `INFILL_SEED`.
-pub fn seed() -> u64 {
-    let given = std::env::var("INFILL_SEED").ok().map(|seed| seed.parse().expect("a number"));
-    let seed = given.unwrap_or_else(|| u64::from(std::process::id()) * 2_654_435_761 + 1);
-    println!("INFILL_SEED={seed}");
-    seed
-}
 
 /// What the source holds in a block, and what the guest writes there for the `stamp`th time (0: the source's).
 pub fn content(block: u64, stamp: u64) -> Vec<u8> {
