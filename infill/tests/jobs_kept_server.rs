@@ -1,5 +1,5 @@
-//! A mirror to an export goes on where it was when its daemon is killed and started again: from what the server has synced,
-//! where that is still there, and from the beginning where the server has forgotten it.
+//! A copy from or to an export goes on where it was when its daemon is killed and started again: from what the server has synced,
+//! where that is still there. A mirror begins anew where the server has forgotten it, and a backup has failed.
 
 mod common;
 #[path = "common/qmp.rs"]
@@ -43,7 +43,11 @@ impl Place {
 
     /// A server of the target: of a file, or of memory.
     fn serve(&self, what: &[&str]) -> Process {
-        let socket = self.path("target.sock");
+        self.serve_at("target.sock", what)
+    }
+
+    fn serve_at(&self, socket: &str, what: &[&str]) -> Process {
+        let socket = self.path(socket);
         let _ = std::fs::remove_file(&socket);
         let mut command = Command::new("nbdkit");
         command.args(["-f", "-U", &socket]).args(what);
@@ -59,23 +63,32 @@ impl Place {
         (daemon, qmp)
     }
 
+    fn add_server(&self, qmp: &mut Qmp, name: &str, socket: &str) {
+        let server = json!({"type": "unix", "path": self.path(socket)});
+        qmp.run("blockdev-add", json!({"driver": "nbd", "node-name": name, "export": "", "server": server}));
+    }
+
     fn begin(&self, qmp: &mut Qmp) {
-        let server = json!({"type": "unix", "path": self.path("target.sock")});
-        qmp.run(
-            "blockdev-add",
-            json!({"driver": "nbd", "node-name": "copy", "export": "", "server": server}),
-        );
+        self.add_server(qmp, "copy", "target.sock");
         let file = json!({"driver": "file", "filename": self.path("top")});
         qmp.run("blockdev-add", json!({"driver": "qcow2", "node-name": "top", "file": file}));
+        self.export(qmp);
+        let mirror =
+            json!({"job-id": "j", "device": "top", "target": "copy", "sync": "full", "speed": SPEED});
+        qmp.run("blockdev-mirror", mirror);
+        Place::wait_until_stable(qmp);
+    }
+
+    fn export(&self, qmp: &mut Qmp) {
         qmp.run(
             "nbd-server-start",
             json!({"addr": {"type": "unix", "data": {"path": self.path("nbd.sock")}}}),
         );
         let export = json!({"type": "nbd", "id": "e", "node-name": "top", "name": "disk", "writable": true});
         qmp.run("block-export-add", export);
-        let mirror =
-            json!({"job-id": "j", "device": "top", "target": "copy", "sync": "full", "speed": SPEED});
-        qmp.run("blockdev-mirror", mirror);
+    }
+
+    fn wait_until_stable(qmp: &mut Qmp) {
         let is_stable = |event: &Value| {
             event["event"] == "__INFILL_JOB_PROGRESS"
                 && event["data"]["durable"].as_u64() >= Some(STABLE_BYTES)
@@ -97,15 +110,35 @@ impl Place {
             assert!(jobs[0].get("error").is_none(), "{jobs}");
             jobs[0]["ready"] == json!(true)
         });
-        let stats = qmp.run("query-blockstats", json!({"query-nodes": true}));
-        let copy = stats.as_array().unwrap().iter().find(|node| node["node-name"] == "copy");
-        let written = copy.expect("the target")["stats"]["wr_bytes"].as_u64().unwrap();
+        let written = Place::written(&mut qmp);
         qmp.run("block-job-cancel", json!({"device": "j"}));
         qmp.wait_for("BLOCK_JOB_COMPLETED");
         daemon.quit(&mut qmp);
         let target = format!("nbd+unix:///?socket={}", self.path("target.sock"));
         run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", &self.path("top"), &target]);
         written
+    }
+
+    /// How many bytes were written to the target.
+    fn written(qmp: &mut Qmp) -> u64 {
+        let stats = qmp.run("query-blockstats", json!({"query-nodes": true}));
+        let copy = stats.as_array().unwrap().iter().find(|node| node["node-name"] == "copy");
+        copy.expect("the target")["stats"]["wr_bytes"].as_u64().unwrap()
+    }
+
+    /// The backup ends with this error, or none.
+    fn end_backup(&self, qmp: &mut Qmp) -> Option<String> {
+        let jobs = qmp.run("query-jobs", json!({}));
+        if jobs[0]["status"] == json!("running") {
+            qmp.run("block-job-set-speed", json!({"device": "j", "speed": 0}));
+        }
+        let mut error = None;
+        wait_until("the backup is over", || {
+            let jobs = qmp.run("query-jobs", json!({}));
+            error = jobs[0]["error"].as_str().map(str::to_owned);
+            jobs[0]["status"] == json!("concluded")
+        });
+        error
     }
 
     fn maps(&self) -> Vec<PathBuf> {
@@ -145,4 +178,188 @@ fn a_mirror_to_a_server_that_has_forgotten_copies_everything_again() {
     let (daemon, qmp) = place.start();
     let written = place.end(daemon, qmp);
     assert!(written >= DISK_BYTES, "{written} bytes were written to an empty disk");
+}
+
+/// Which ends of a copy lie on servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ends {
+    source: bool,
+    target: bool,
+}
+
+impl Ends {
+    /// Starts the servers, of files, and begins the job.
+    fn begin(self, place: &Place, qmp: &mut Qmp, command: &str, more: Value) -> Vec<Process> {
+        let size = DISK_BYTES.to_string();
+        let mut servers = Vec::new();
+        if self.source {
+            std::fs::File::create(place.path("disk")).unwrap().set_len(DISK_BYTES).unwrap();
+            run("qemu-io", &["-f", "raw", "-c", &format!("write -P 1 0 {size}"), &place.path("disk")]);
+            servers.push(place.serve_at("source.sock", &["file", &place.path("disk")]));
+            place.add_server(qmp, "top", "source.sock");
+        } else {
+            let file = json!({"driver": "file", "filename": place.path("top")});
+            qmp.run("blockdev-add", json!({"driver": "qcow2", "node-name": "top", "file": file}));
+        }
+        if self.target {
+            servers.push(place.serve(&["file", &place.path("copy")]));
+            place.add_server(qmp, "copy", "target.sock");
+        } else {
+            let file = json!({"driver": "file", "node-name": "copy", "filename": place.path("copy")});
+            qmp.run("blockdev-add", file);
+        }
+        place.export(qmp);
+        let mut job = json!({"job-id": "j", "device": "top", "target": "copy", "speed": SPEED,
+            "auto-dismiss": false});
+        job.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        qmp.run(command, job);
+        servers
+    }
+
+    /// The file that the guest's disk lies in, and its format.
+    fn disk(self, place: &Place) -> [String; 2] {
+        match self.source {
+            true => [place.path("disk"), "raw".into()],
+            false => [place.path("top"), "qcow2".into()],
+        }
+    }
+}
+
+const ENDS: [Ends; 3] = [
+    Ends { source: true, target: false },
+    Ends { source: false, target: true },
+    Ends { source: true, target: true },
+];
+
+#[test]
+fn a_backup_from_or_to_a_server_goes_on_after_a_kill_and_is_the_disk_as_it_was() {
+    for ends in ENDS {
+        let place = Place::new();
+        let (daemon, mut qmp) = place.start();
+        let _servers = ends.begin(&place, &mut qmp, "blockdev-backup", json!({"sync": "full"}));
+        Place::wait_until_stable(&mut qmp);
+        // What is at its end is on the target alone from here on, and no sync has covered it.
+        place.write("write -P 7 20M 64k");
+        daemon.process.kill();
+        let (daemon, mut qmp) = place.start();
+        place.write("write -P 8 22M 64k");
+        assert_eq!(place.end_backup(&mut qmp), None, "{ends:?}");
+        let written = Place::written(&mut qmp);
+        qmp.run("job-dismiss", json!({"id": "j"}));
+        daemon.quit(&mut qmp);
+        assert!(written <= DISK_BYTES - STABLE_BYTES + MIB, "{ends:?}: {written} bytes after the kill");
+        let whole = format!("read -P 1 0 {DISK_BYTES}");
+        run("qemu-io", &["-f", "raw", "-c", &whole, &place.path("copy")]);
+        let [disk, format] = ends.disk(&place);
+        run("qemu-io", &["-f", &format, "-c", "read -P 7 20M 64k", "-c", "read -P 8 22M 64k", &disk]);
+        assert_eq!(place.maps(), Vec::<PathBuf>::new(), "a job that is over leaves no map");
+    }
+}
+
+#[test]
+fn a_backup_whose_server_has_forgotten_what_a_guest_has_overwritten_has_failed() {
+    let ends = Ends { source: false, target: true };
+    let place = Place::new();
+    let (daemon, mut qmp) = place.start();
+    let servers = ends.begin(&place, &mut qmp, "blockdev-backup", json!({"sync": "none"}));
+    place.write("write -P 7 20M 64k");
+    daemon.process.kill();
+    servers.into_iter().for_each(Process::kill);
+    // Its server had not synced that.
+    run("qemu-io", &["-f", "raw", "-c", "write -z 20M 64k", &place.path("copy")]);
+    let _server = place.serve(&["file", &place.path("copy")]);
+    let (daemon, mut qmp) = place.start();
+    let error = place.end_backup(&mut qmp).expect("an error");
+    assert!(error.contains("the target does not have what was written to it at byte 20971520"), "{error}");
+    qmp.run("job-dismiss", json!({"id": "j"}));
+    daemon.quit(&mut qmp);
+    assert_eq!(place.maps(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_mirror_from_a_server_goes_on_after_a_kill() {
+    for ends in ENDS.into_iter().filter(|ends| ends.source) {
+        let place = Place::new();
+        let (daemon, mut qmp) = place.start();
+        let _servers = ends.begin(&place, &mut qmp, "blockdev-mirror", json!({"sync": "full"}));
+        Place::wait_until_stable(&mut qmp);
+        place.write("write -P 7 1M 64k");
+        daemon.process.kill();
+        let (daemon, mut qmp) = place.start();
+        place.write("write -P 8 2M 64k");
+        let written = end_mirror(daemon, &mut qmp);
+        assert!(written <= DISK_BYTES - STABLE_BYTES + MIB, "{ends:?}: {written} bytes after the kill");
+        run("qemu-img", &["compare", "-f", "raw", "-F", "raw", &place.path("disk"), &place.path("copy")]);
+        assert_eq!(place.maps(), Vec::<PathBuf>::new());
+    }
+}
+
+/// The job copies the rest and is ended. How many bytes it has written.
+fn end_mirror(daemon: Daemon, qmp: &mut Qmp) -> u64 {
+    qmp.run("block-job-set-speed", json!({"device": "j", "speed": 0}));
+    wait_until("all is copied", || {
+        let jobs = qmp.run("query-jobs", json!({}));
+        assert_eq!(jobs[0]["error"], Value::Null, "{jobs}");
+        jobs[0]["status"] == json!("ready")
+    });
+    let written = Place::written(qmp);
+    qmp.run("block-job-cancel", json!({"device": "j"}));
+    wait_until("it is over", || qmp.run("query-jobs", json!({}))[0]["status"] == json!("concluded"));
+    qmp.run("job-dismiss", json!({"id": "j"}));
+    daemon.quit(qmp);
+    written
+}
+
+#[test]
+fn a_mirror_of_what_a_guest_writes_to_a_server_goes_on_after_a_kill_and_has_all_of_it() {
+    for ends in ENDS {
+        let place = Place::new();
+        let (daemon, mut qmp) = place.start();
+        let _servers = ends.begin(&place, &mut qmp, "blockdev-mirror", json!({"sync": "none"}));
+        place.write("write -P 7 1M 64k");
+        let is_copied = |event: &Value| {
+            event["event"] == "__INFILL_JOB_PROGRESS" && event["data"]["durable"].as_u64() >= Some(64 << 10)
+        };
+        qmp.event(is_copied);
+        place.write("write -P 8 2M 64k");
+        daemon.process.kill();
+        let (daemon, mut qmp) = place.start();
+        place.write("write -P 9 3M 64k");
+        let written = end_mirror(daemon, &mut qmp);
+        assert!(written <= MIB, "{ends:?}: {written} bytes after the kill");
+        let seen = ["read -P 0 0 1M", "read -P 7 1M 64k", "read -P 8 2M 64k", "read -P 9 3M 64k"];
+        let seen: Vec<_> = seen.iter().flat_map(|command| ["-c", command]).collect();
+        let copy = place.path("copy");
+        run("qemu-io", &[&["-f", "raw"], &seen[..], &[copy.as_str()]].concat());
+    }
+}
+
+#[test]
+fn a_bitmap_that_a_backup_renews_says_after_a_kill_what_was_written_since_it_began_and_no_more() {
+    let place = Place::new();
+    let (daemon, mut qmp) = place.start();
+    let file = json!({"driver": "file", "filename": place.path("top")});
+    qmp.run("blockdev-add", json!({"driver": "qcow2", "node-name": "top", "file": file}));
+    let file = json!({"driver": "file", "node-name": "copy", "filename": place.path("copy")});
+    qmp.run("blockdev-add", file);
+    place.export(&mut qmp);
+    qmp.run("block-dirty-bitmap-add", json!({"node": "top", "name": "b"}));
+    place.write("write -P 2 0 16M");
+    let backup = json!({"job-id": "j", "device": "top", "target": "copy", "speed": SPEED,
+        "auto-dismiss": false, "sync": "bitmap", "bitmap": "b", "bitmap-mode": "on-success"});
+    qmp.run("blockdev-backup", backup);
+    Place::wait_until_stable(&mut qmp);
+    place.write("write -P 7 20M 64k");
+    daemon.process.kill();
+    let (daemon, mut qmp) = place.start();
+    place.write("write -P 8 22M 64k");
+    assert_eq!(place.end_backup(&mut qmp), None);
+    place.write("write -P 9 23M 64k");
+    let nodes = qmp.run("query-named-block-nodes", json!({}));
+    let top = nodes.as_array().unwrap().iter().find(|node| node["node-name"] == "top").unwrap();
+    assert_eq!(top["dirty-bitmaps"][0]["count"], json!(3 * 65536), "{top}");
+    qmp.run("job-dismiss", json!({"id": "j"}));
+    daemon.quit(&mut qmp);
+    run("qemu-io", &["-f", "raw", "-c", "read -P 2 0 16M", "-c", "read -P 0 16M 8M", &place.path("copy")]);
+    assert_eq!(place.maps(), Vec::<PathBuf>::new());
 }

@@ -20,6 +20,12 @@ pub struct MapName {
     pub len: u64,
     /// The node whose changes keep it true, where anybody changes one.
     pub watched: Option<String>,
+    /// Bytes that one bit of a map of what guests have written since stands for, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<u64>,
+    /// Whether there are receipts of what the target has.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub given: bool,
 }
 
 /// What of a job outlives its process, beside the command that started it.

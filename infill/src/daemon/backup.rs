@@ -2,8 +2,8 @@
 //!
 //! A backup goes on after a restart where its map ([`super::maps`]) proves that the target and what is still as it was make up
 //! the disk as it was when the backup began. Where it does not, the backup has failed, and waits to be dismissed however it was
-//! to be: nobody is there yet who could be told. A bitmap that it was to renew at its end is left alone then, and says more
-//! than has changed rather than less.
+//! to be: nobody is there yet who could be told. A bitmap that it is to renew at its end says what was written since it began, in
+//! all processes; where that is not known any more, it is left alone, and says more than has changed rather than less.
 
 use std::sync::Arc;
 
@@ -24,7 +24,9 @@ use crate::blockdev::{Access, hold};
 pub(super) struct Checked {
     options: BlockdevBackup,
     source: NodeHandle,
+    target: NodeHandle,
     bitmap: Option<Arc<Bitmap>>,
+    goes_on: bool,
     /// The node of a target that goes with the job.
     owned: Option<Target>,
     /// What is kept of it.
@@ -49,6 +51,7 @@ impl Checked {
     }
 
     fn copied(&self) -> Copied<'_> {
+        let renews = self.options.bitmap_mode.is_some_and(|mode| mode != BitmapSyncMode::Never);
         Copied {
             id: &self.options.job.job_id,
             kind: JobType::Backup,
@@ -57,7 +60,9 @@ impl Checked {
             node: &self.source,
             is_written: true,
             all: self.options.sync != words::BackupSync::Bitmap,
-            to_server: None,
+            copy: &self.target,
+            is_whole: false,
+            renews: self.bitmap.as_ref().filter(|_| renews).map(|bitmap| bitmap.map().granularity()),
         }
     }
 }
@@ -141,7 +146,7 @@ impl Control {
         let bitmap = match &options.bitmap {
             None => None,
             // What it said stands in the map.
-            Some(_) if goes_on => None,
+            Some(name) if goes_on => source.bitmap(name).ok(),
             Some(name) => {
                 let missing = |_| QmpError::generic(format!("Bitmap '{name}' could not be found"));
                 Some(source.bitmap(name).map_err(missing)?)
@@ -167,12 +172,12 @@ impl Control {
             return Err(self.busy(&options.device));
         }
         self.not_busy(&options.target)?;
-        Ok(Checked { options, source, bitmap, owned: None, kept: None })
+        Ok(Checked { options, source, target, bitmap, goes_on, owned: None, kept: None })
     }
 
     /// Takes hold of the disk as it is now.
     pub(super) fn prepare_backup(&self, checked: Checked, held: &Held) -> Result<Ready, QmpError> {
-        let Checked { options, source, bitmap, owned, kept } = checked;
+        let Checked { options, source, bitmap, goes_on, owned, kept, .. } = checked;
         let (kept, map) = kept.unzip();
         let mut claims = Claims::new(self.blockdevs(), &options.job.job_id);
         claims.take(&options.device, Access::Reader)?;
@@ -191,8 +196,12 @@ impl Control {
                     BitmapMode::Never => bitmap.use_readable(),
                     _ => bitmap.use_changeable(),
                 };
-                let bitmap = bitmap.map_err(|error| QmpError::generic(error.to_string()))?;
-                Some(BackupBitmap { bitmap, mode })
+                match bitmap {
+                    Ok(bitmap) => Some(BackupBitmap { bitmap, mode }),
+                    // A kill has left it inconsistent: it is not renewed.
+                    Err(_) if goes_on => None,
+                    Err(error) => return Err(QmpError::generic(error.to_string())),
+                }
             }
             _ => None,
         };

@@ -108,7 +108,9 @@ impl Control {
             node: &source,
             is_written: true,
             all: false,
-            to_server: (sync == MirrorSync::Full).then_some(&copy),
+            copy: &copy,
+            is_whole: sync == MirrorSync::Full,
+            renews: None,
         };
         let found = self.found_map(&copied).await;
         let (kept, bitmap) = match (found, bitmap) {
@@ -362,7 +364,9 @@ impl Control {
             node: &top_node,
             is_written: top == 0,
             all: false,
-            to_server: Some(&base_node),
+            copy: &base_node,
+            is_whole: true,
+            renews: None,
         };
         let (kept, map) = self.map_of(copied).await.unzip();
         let mut commit = CommitOptions {

@@ -177,7 +177,7 @@ impl Control {
         let path = self.blockdevs().bottom_path(node).ok_or("its disk is no local file")?;
         let file = identity_of(&path).map_err(|error| format!("{error:#}"))?;
         let identity = format!("bitmap '{bitmap}' of '{node}' in {file}");
-        Ok(MapName { generation, identity, len, watched: None })
+        Ok(MapName { generation, identity, len, watched: None, since: None, given: false })
     }
 
     /// Begins the map of a bitmap that is about to be added to `node`. `None`: the next daemon does not have the bitmap's bits.

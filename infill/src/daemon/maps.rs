@@ -9,10 +9,10 @@
 //! known to live ([`Control::tick_maps`]) was, and one that was written to at all since this daemon has started
 //! ([`Disks`](crate::blockdev::Disks)).
 //!
-//! Source and target lie on local files or block devices: what was written there is there after any death of the process. The
-//! server of an NBD export may die with this daemon and what it was told, and nobody sees who else writes to it. The target of a
-//! mirror or commit may lie on one all the same ([`Copied::to_server`]): it has what a sync has covered, and some of that is
-//! looked at before the map is used. A copy from one begins anew, and a backup to one fails.
+//! Where source and target lie on local files or block devices, what was written there is there after any death of the process.
+//! The server of an NBD export may die with this daemon and what it was told, and nobody sees who else writes to it. So a copy from
+//! or to one keeps what a sync has not covered in mind ([`KeptCopy::until_synced`], [`KeptCopy::from_server`], [`GivenMap`]), and
+//! what the server should have is looked at before the map is used.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -22,8 +22,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use infill_base::IoResult;
 use infill_io::JournalDir;
-use infill_job::copy::{KeptCopy, KeptMap, MapGuard, MapOwner, has_what_it_should};
+use infill_job::copy::{GivenMap, KeptCopy, KeptMap, MapGuard, MapOwner, has_what_it_should};
 use infill_job::{JobStatus, JobType, MapName};
 use infill_node::{NodeHandle, Watching, WeakNode};
 use infill_storage::journal::JournalMemory;
@@ -39,8 +40,15 @@ pub(super) const NO_MAP: &str = "there is no map of what was copied";
 const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 /// Precedes what names a target on a server, in the identity of a copy.
 const TO_SERVER: &str = " to server ";
+/// Precedes what names a source on a server.
+const FROM_SERVER: &str = " from server ";
 /// How long a server may take until it is known whether it has what it should.
 const SERVER_PATIENCE: Duration = Duration::from_secs(10);
+/// The same of a backup, which could not begin anew.
+const BACKUP_PATIENCE: Duration = Duration::from_secs(30);
+/// Ends of the names of what lies beside a map.
+const SINCE: &str = "-since";
+const GIVEN: &str = "-given";
 /// What is written to a file so long after the last such note may be the daemon's own.
 const ALIVE_SLACK: Duration = Duration::from_secs(5);
 
@@ -55,10 +63,59 @@ pub(super) fn written_until(map: &KeptMap) -> u64 {
 
 /// A map that is kept true until its job begins again.
 struct Guarded {
-    map: Arc<KeptMap>,
+    parts: Parts,
     node: WeakNode,
     watching: Watching,
     until: u64,
+}
+
+/// What is kept of a copy.
+struct Parts {
+    map: Arc<KeptMap>,
+    since: Option<Arc<KeptMap>>,
+    given: Option<Arc<GivenMap>>,
+}
+
+/// Where that lies, and whose it is to be.
+struct Places {
+    map: (Arc<dyn JournalMemory>, MapOwner),
+    since: Option<(Arc<dyn JournalMemory>, MapOwner)>,
+    given: Option<Arc<dyn JournalMemory>>,
+}
+
+impl Places {
+    fn begin(self, all: bool) -> IoResult<Parts> {
+        let (memory, owner) = self.map;
+        let mut map = KeptMap::begin(memory, owner, all)?;
+        let mut since = None;
+        if let Some((memory, owner)) = self.since {
+            since = Some(Arc::new(KeptMap::begin(memory.clone(), owner, false)?));
+            map.add_beside(memory);
+        }
+        let mut given = None;
+        if let Some(memory) = self.given {
+            given = Some(Arc::new(GivenMap::begin(memory.clone(), &map)?));
+            map.add_beside(memory);
+        }
+        Ok(Parts { map: Arc::new(map), since, given })
+    }
+
+    fn find(self) -> Result<Parts, String> {
+        let (memory, owner) = self.map;
+        let mut map = KeptMap::find(memory, owner)?;
+        let mut since = None;
+        if let Some((memory, owner)) = self.since {
+            // Whoever needs it asks for it.
+            since = KeptMap::find(memory.clone(), owner).ok().map(Arc::new);
+            map.add_beside(memory);
+        }
+        let mut given = None;
+        if let Some(memory) = self.given {
+            given = Some(Arc::new(GivenMap::find(memory.clone(), &map)?));
+            map.add_beside(memory);
+        }
+        Ok(Parts { map: Arc::new(map), since, given })
+    }
 }
 
 /// Maps of copies, by their jobs' ids.
@@ -83,8 +140,12 @@ pub(super) struct Copied<'a> {
     pub(super) is_written: bool,
     /// Whether all of it is left to do at first.
     pub(super) all: bool,
-    /// The target, where it may be a server's: what is copied of it reads as the source does, all over the disk.
-    pub(super) to_server: Option<&'a NodeHandle>,
+    /// The target.
+    pub(super) copy: &'a NodeHandle,
+    /// Whether what is copied is all of the disk, so that the target reads as the source does where the map has nothing marked.
+    pub(super) is_whole: bool,
+    /// The granularity of the bitmap that a backup is to renew, in bytes.
+    pub(super) renews: Option<u64>,
 }
 
 /// A map for a copy, and its name for the record.
@@ -99,22 +160,29 @@ impl Control {
         Some((self.blockdevs().journal_dir()?, prefix))
     }
 
-    /// The memory of a job's map, and whose the map in it is to be.
-    fn map_memory(&self, id: &str, name: &MapName) -> Result<(Arc<dyn JournalMemory>, MapOwner), String> {
+    /// The memory of a job's map and of what lies beside it, and whose they are to be.
+    fn map_places(&self, id: &str, name: &MapName) -> Result<Places, String> {
         let (dir, prefix) = self.map_prefix().ok_or("no state is kept")?;
         let file = format!("{prefix}{:016x}", hash(id.as_bytes()));
-        let MapName { generation, identity, len, .. } = name.clone();
         let boot = dir.boot().map_err(|error| error.to_string())?;
-        let granularity = KeptMap::granularity_for(len);
-        let owner = MapOwner { generation, boot, identity, len, granularity };
-        let memory = dir.memory(&file, owner.bytes()).map_err(|error| error.to_string())?;
-        Ok((memory, owner))
+        let memory = |end: &str, bytes: usize| {
+            dir.memory(&format!("{file}{end}"), bytes).map_err(|error| error.to_string())
+        };
+        let map = |end: &str, granularity: u64| {
+            let MapName { generation, identity, len, .. } = name.clone();
+            let owner = MapOwner { generation, boot, identity: format!("{identity}{end}"), len, granularity };
+            memory(end, owner.bytes()).map(|memory| (memory, owner))
+        };
+        Ok(Places {
+            map: map("", KeptMap::granularity_for(name.len))?,
+            since: name.since.map(|granularity| map(SINCE, granularity)).transpose()?,
+            given: name.given.then(|| memory(GIVEN, GivenMap::BYTES)).transpose()?,
+        })
     }
 
-    async fn find_map(&self, id: &str, name: &MapName) -> Result<Arc<KeptMap>, String> {
-        let (memory, owner) = self.map_memory(id, name)?;
-        let map = rt::offload(move || KeptMap::find(memory, owner)).await?;
-        Ok(Arc::new(map))
+    async fn find_map(&self, id: &str, name: &MapName) -> Result<Parts, String> {
+        let places = self.map_places(id, name)?;
+        rt::offload(move || places.find()).await
     }
 
     /// Refuses a map where the file of this node of its copy is another one than when the last daemon had ended, at `until`.
@@ -128,18 +196,40 @@ impl Control {
     fn map_name(&self, copy: &Copied<'_>, generation: u64) -> Option<MapName> {
         self.map_prefix()?;
         let file = |name: &str| identity_of(&self.blockdevs().bottom_path(name)?).ok();
-        let source = file(copy.source)?;
-        let target = match file(copy.target) {
-            Some(file) => format!(" to {file}"),
-            None => format!("{TO_SERVER}{}", copy.to_server.and_then(|_| self.server_of(copy.target))?),
+        let (from, to) = (self.server_of(copy.source), self.server_of(copy.target));
+        let source = match &from {
+            Some(server) => format!("{FROM_SERVER}{server}"),
+            None => format!(" from {}", file(copy.source)?),
+        };
+        let target = match &to {
+            Some(server) => format!("{TO_SERVER}{server}"),
+            None => format!(" to {}", file(copy.target)?),
         };
         let Copied { id, kind, .. } = copy;
+        let (len, is_backup) = (copy.node.len(), *kind == JobType::Backup);
+        let from_server = (is_backup && from.is_some()).then(|| KeptMap::granularity_for(len));
+        let renewed = copy.renews.map(|least| KeptMap::granularity_from(len, least));
         Some(MapName {
             generation,
-            identity: format!("{} '{id}' from {source}{target}", kind.as_str()),
-            len: copy.node.len(),
+            identity: format!("{} '{id}'{source}{target}", kind.as_str()),
+            len,
             watched: copy.is_written.then(|| copy.source.to_owned()),
+            since: [renewed, from_server].into_iter().flatten().min(),
+            given: (from.is_some() || to.is_some()) && (is_backup || !copy.is_whole),
         })
+    }
+
+    /// What is kept of a copy, for its job.
+    fn kept_of(&self, copy: &Copied<'_>, parts: Parts, guard: Option<Watching>) -> KeptCopy {
+        let Parts { map, since, given } = parts;
+        let kept = match guard {
+            Some(guard) => KeptCopy::guarded(map, guard),
+            None => KeptCopy::new(map),
+        };
+        kept.until_synced(self.server_of(copy.target).is_some())
+            .from_server(self.server_of(copy.source).is_some())
+            .with_since(since)
+            .with_given(given)
     }
 
     /// Names the export that a node lies on.
@@ -149,16 +239,19 @@ impl Control {
         (info.driver == "nbd").then(|| format!("{} of {} bytes", info.filename, bottom.len()))
     }
 
-    /// Refuses a map whose target is not as it was left.
+    /// Refuses a map whose target is not as it was left, or whose source, where that lies on a server.
     async fn check_target(&self, copy: &Copied<'_>, kept: &KeptCopy, until: u64) -> Result<(), String> {
-        if self.blockdevs().bottom_path(copy.target).is_some() {
-            return self.check_file_of(copy.target, until);
+        let servers = [copy.source, copy.target].map(|name| self.server_of(name).is_some());
+        if !servers[1] {
+            self.check_file_of(copy.target, until)?;
         }
-        let target = copy.to_server.ok_or("its target is no local file")?;
-        let looking = has_what_it_should(kept.map(), copy.node, target);
-        rt::timeout(SERVER_PATIENCE, looking)
-            .await
-            .unwrap_or_else(|| Err("its server does not answer".into()))
+        let is_backup = copy.kind == JobType::Backup;
+        if servers == [false, false] {
+            return Ok(());
+        }
+        let patience = if is_backup { BACKUP_PATIENCE } else { SERVER_PATIENCE };
+        let looking = has_what_it_should(kept, is_backup, copy.node, copy.copy);
+        rt::timeout(patience, looking).await.unwrap_or_else(|| Err("its server does not answer".into()))
     }
 
     /// The map of a copy that goes on, if what it says can be relied on; the error says why not.
@@ -169,17 +262,21 @@ impl Control {
         // From here on: where it is not used, it is removed.
         let (kept, until) = match guarded {
             // Guests may have written to its source since: they were seen.
-            Some(guarded) => (KeptCopy::guarded(guarded.map, guarded.watching), guarded.until),
+            Some(guarded) => (self.kept_of(copy, guarded.parts, Some(guarded.watching)), guarded.until),
             None if name.watched.is_some() => return Err("its source was not watched".into()),
             None => {
                 let found = self.find_map(copy.id, &name).await?;
-                let until = written_until(&found);
-                let kept = KeptCopy::new(found);
-                self.check_file_of(copy.source, until)?;
+                let until = written_until(&found.map);
+                let kept = self.kept_of(copy, found, None);
+                if self.server_of(copy.source).is_none() {
+                    self.check_file_of(copy.source, until)?;
+                }
                 (kept, until)
             }
         };
-        if self.map_name(copy, name.generation).as_ref() != Some(&name) {
+        // The bitmap may be gone: its map of what was written since is not.
+        let now = self.map_name(copy, name.generation);
+        if now.map(|now| MapName { since: name.since, ..now }).as_ref() != Some(&name) {
             return Err("source or target is another one".into());
         }
         if node.is_some_and(|node| !is_same(&node)) {
@@ -189,7 +286,7 @@ impl Control {
         match kept.map().is_live() {
             true => {
                 self.maps.running.borrow_mut().insert(copy.id.to_owned(), kept.map().clone());
-                Ok((kept.until_synced(name.identity.contains(TO_SERVER)), name))
+                Ok((kept, name))
             }
             false => Err("its source was written to".into()),
         }
@@ -208,7 +305,7 @@ impl Control {
     /// The job of that id does not go on.
     pub(super) fn drop_map(&self, id: &str) {
         if let Some(guarded) = self.maps.guarded.borrow_mut().remove(id) {
-            guarded.map.remove();
+            guarded.parts.map.remove();
         }
     }
 
@@ -216,20 +313,19 @@ impl Control {
     pub(super) async fn new_map(&self, copy: &Copied<'_>) -> Option<Kept> {
         self.drop_map(copy.id);
         let name = self.map_name(copy, RandomState::new().build_hasher().finish())?;
-        let begun = match self.map_memory(copy.id, &name) {
-            Ok((memory, owner)) => {
+        let begun = match self.map_places(copy.id, &name) {
+            Ok(places) => {
                 let all = copy.all;
-                let begun = rt::offload(move || KeptMap::begin(memory, owner, all)).await;
+                let begun = rt::offload(move || places.begin(all)).await;
                 begun.map_err(|error| error.to_string())
             }
             Err(why) => Err(why),
         };
         match begun {
-            Ok(map) => {
-                let map = Arc::new(map);
-                map.set_alive(seconds(SystemTime::now()));
-                self.maps.running.borrow_mut().insert(copy.id.to_owned(), map.clone());
-                Some((KeptCopy::new(map).until_synced(name.identity.contains(TO_SERVER)), name))
+            Ok(parts) => {
+                parts.map.set_alive(seconds(SystemTime::now()));
+                self.maps.running.borrow_mut().insert(copy.id.to_owned(), parts.map.clone());
+                Some((self.kept_of(copy, parts, None), name))
             }
             Err(reason) => {
                 tracing::warn!(
@@ -265,15 +361,20 @@ impl Control {
                 continue;
             }
             let found = self.find_map(&id, &name).await;
-            let found = found.and_then(|map| {
-                let until = written_until(&map);
-                self.check_file_of(watched, until).map(|()| (map, until))
+            let found = found.and_then(|parts| {
+                let until = written_until(&parts.map);
+                // What a server has is looked at when the job begins.
+                match self.server_of(watched) {
+                    Some(_) => Ok((parts, until)),
+                    None => self.check_file_of(watched, until).map(|()| (parts, until)),
+                }
             });
             match found {
-                Ok((map, until)) => {
-                    let guard = Arc::new(MapGuard::new(map.clone(), kind == JobType::Backup));
-                    let watching = node.watch(guard).await;
-                    let guarded = Guarded { map, node: node.downgrade(), watching, until };
+                Ok((parts, until)) => {
+                    let guard = MapGuard::new(parts.map.clone(), kind == JobType::Backup);
+                    let guard = guard.with_since(parts.since.clone());
+                    let watching = node.watch(Arc::new(guard)).await;
+                    let guarded = Guarded { parts, node: node.downgrade(), watching, until };
                     self.maps.guarded.borrow_mut().insert(id, guarded);
                 }
                 Err(reason) => {
@@ -311,7 +412,7 @@ impl Control {
     pub(super) fn tick_maps(&self) {
         let now = seconds(SystemTime::now());
         self.maps.running.borrow().values().for_each(|map| map.set_alive(now));
-        self.maps.guarded.borrow().values().for_each(|guarded| guarded.map.set_alive(now));
+        self.maps.guarded.borrow().values().for_each(|guarded| guarded.parts.map.set_alive(now));
         self.tick_bitmaps(now);
     }
 
@@ -330,6 +431,9 @@ impl Control {
         self.maps.running.borrow_mut().retain(|id, _| runs(id));
         let jobs: Vec<_> =
             state.job_names().iter().map(|id| format!("{prefix}{:016x}", hash(id.as_bytes()))).collect();
-        dir.remove_unwanted(&prefix, |name| jobs.iter().any(|job| job == name));
+        dir.remove_unwanted(&prefix, |name| {
+            let map = [SINCE, GIVEN].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
+            jobs.iter().any(|job| job == map)
+        });
     }
 }

@@ -19,6 +19,7 @@ use infill_node::{BitmapUse, DirtyMap, Held, NodeHandle, Watching};
 use infill_storage::sync::Arc;
 
 use super::keep::KeepOld;
+use super::keeping::Since;
 use super::mirror::hold;
 use super::{Copier, CopyPolicy, Goal, KeptCopy, Scope, Transfer, piece_bytes};
 use crate::error::JobError;
@@ -159,7 +160,7 @@ pub fn prepare(
         (None, ..) => old.mark(0, source.len()),
     }
     let goes_on = goes_on.is_some();
-    let transfer = Transfer::of_the_kept_past(source.clone(), target, scope, old, map);
+    let transfer = Transfer::of_the_kept_past(source.clone(), target, scope, old, kept.as_ref());
     if sync == BackupSync::Bitmap && !goes_on {
         transfer.cold.merge(transfer.old());
     }
@@ -168,9 +169,18 @@ pub fn prepare(
         on_target_error: options.on_target_error,
         min_rate: options.min_rate,
     };
-    let bitmap = bitmap.map(|used| {
+    let kept_since = kept.as_ref().and_then(|kept| kept.since().cloned());
+    let watching_since = kept_since.as_ref().map(|since| {
+        if !goes_on {
+            since.go_live();
+        }
+        held.watch(Arc::new(Since(since.clone())))
+    });
+    // Where it is not known what was written before, the bitmap is left alone: it says too much, and never too little.
+    let bitmap = bitmap.filter(|_| !goes_on || kept_since.is_some()).map(|used| {
         let granularity = used.bitmap.bitmap().map().granularity();
         let since = Arc::new(DirtyMap::new(source.len(), granularity));
+        kept_since.iter().filter(|_| goes_on).for_each(|before| before.copy_into(&since));
         Followed { _watching: held.watch(since.clone()), since, used }
     });
     let keep = Arc::new(KeepOld::new(transfer.clone(), false, None));
@@ -186,6 +196,7 @@ pub fn prepare(
         transfer,
         keep,
         bitmap,
+        watching_since,
         goes_on: false,
         _claims: options.keep,
         _claim: claim,
@@ -207,6 +218,8 @@ struct Backup {
     watching: Option<Watching>,
     kept: Option<KeptCopy>,
     bitmap: Option<Followed>,
+    /// Has what guests write noted for a later process.
+    watching_since: Option<Watching>,
     /// Runs until it is cancelled.
     endless: bool,
     /// A later process goes on with it.
@@ -242,6 +255,8 @@ impl Backup {
         let Some(followed) = &self.bitmap else { return Ok(()) };
         // No write that one of them has seen and the other has not.
         let held = hold(&self.transfer.source).await?;
+        // From here on the bitmap sees what is written, and this does not: no later process is to renew it again.
+        self.kept.iter().filter_map(KeptCopy::since).for_each(|since| since.void());
         let bitmap = followed.used.bitmap.bitmap();
         let new = DirtyMap::new(bitmap.map().len(), bitmap.map().granularity());
         left.into_iter().for_each(|left| new.merge(left));
@@ -284,6 +299,9 @@ impl Work for Backup {
         self.goes_on = end == WorkEnd::GoesOn;
         if let Some(kept) = &mut self.kept {
             kept.end_of_past(end, self.watching.take());
+        }
+        if self.goes_on {
+            std::mem::forget(self.watching_since.take());
         }
     }
 }

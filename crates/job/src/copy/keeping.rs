@@ -8,31 +8,54 @@
 //!    cache keeps, nothing of the block is under way, and nothing is marked. One lock makes these one step.
 //! 4. A target on a server, which may die with what it was told, has a block when a sync that began after the write has
 //!    succeeded ([`KeptCopy::until_synced`]), and no later write of it waits for the next one.
+//! 5. A source on a server ([`KeptCopy::from_server`]) may lose what guests have written, which the target has then: what was copied
+//!    of it counts when a sync of the source that began after that has succeeded. What no guest has written since the first such
+//!    sync counts at once.
 //!
 //! # Order, of a copy of the past
-//! 1. The target has a block; its bit is cleared; it is called old no more, and only then a guest's write to it goes on.
+//! 1. The target has a block; a target on a server has its receipt ([`GivenMap`]); its bit is cleared; it is called old no more, and
+//!    only then a guest's write to it goes on.
+//! 2. Of a source on a server the map is live when a sync of the source that began after the moment has succeeded: what is old there
+//!    stays as it was, whatever its server forgets.
 //!
 //! So a death between any two of these leaves a bit too many of a mirror, and never one of a backup whose block has changed.
 
 use std::ops::Range;
 
 use futures_util::future::LocalBoxFuture;
-use infill_base::{Ctx, IoResult, align_down};
+use infill_base::{Ctx, IoError, IoResult, align_down};
 use infill_node::{Change, DirtyMap, Kept, Watcher, Watching};
-use infill_storage::sync::atomic::Ordering;
+use infill_storage::sync::atomic::{AtomicBool, Ordering};
 use infill_storage::sync::{Arc, Mutex, MutexGuard, lock};
 
-use super::Transfer;
 use super::kept_map::KeptMap;
+use super::{Failed, GivenMap, Transfer};
 use crate::job::WorkEnd;
+use crate::state::Operation;
 
 /// The map of a copy, and what is under way.
 pub(super) struct Keeping {
     pub(super) map: Arc<KeptMap>,
     under_way: Mutex<Vec<Range<u64>>>,
-    /// What was written to the target since its last sync began, where that is not there to stay. Changed under the lock of
-    /// what is under way.
+    /// What was written to the target since its last sync began, where that is not there to stay, or what was copied of a source
+    /// since its last sync began, where that may go. Changed under the lock of what is under way.
     unsynced: Option<DirtyMap>,
+    to_server: bool,
+    /// Of a mirror or commit from a server: what guests have changed.
+    changed: Option<DirtyMap>,
+    from_server: bool,
+    /// A sync of the source that began after the copy did has succeeded.
+    source_synced: AtomicBool,
+    /// Nobody keeps it true any more. Changed under the lock of what is under way.
+    has_ended: AtomicBool,
+    pub(super) given: Option<Arc<GivenMap>>,
+}
+
+/// What a sync covers.
+#[derive(Debug, Default)]
+pub(super) struct Given {
+    ranges: Vec<Range<u64>>,
+    receipts: Vec<usize>,
 }
 
 /// A guest's change that is under way while this lives.
@@ -47,6 +70,9 @@ pub struct KeptCopy {
     map: Arc<KeptMap>,
     guard: Option<Watching>,
     until_synced: bool,
+    from_server: bool,
+    given: Option<Arc<GivenMap>>,
+    since: Option<Arc<KeptMap>>,
     has_ended: bool,
 }
 
@@ -67,18 +93,54 @@ impl Drop for KeptCopy {
 impl KeptCopy {
     /// A map that was begun for this copy.
     pub fn new(map: Arc<KeptMap>) -> KeptCopy {
-        KeptCopy { map, guard: None, until_synced: false, has_ended: false }
+        let (guard, until_synced, from_server, has_ended) = (None, false, false, false);
+        KeptCopy { map, guard, until_synced, from_server, given: None, since: None, has_ended }
     }
 
     /// A map that was found, and what has kept it true since.
     pub fn guarded(map: Arc<KeptMap>, guard: Watching) -> KeptCopy {
-        KeptCopy { map, guard: Some(guard), until_synced: false, has_ended: false }
+        let mut kept = KeptCopy::new(map);
+        kept.guard = Some(guard);
+        kept
     }
 
     /// What was written to the target is there to stay only when a sync has covered it. For mirrors and commits alone.
     pub fn until_synced(mut self, until_synced: bool) -> KeptCopy {
         self.until_synced = until_synced;
         self
+    }
+
+    /// What the source has is there to stay only when a sync has covered it.
+    pub fn from_server(mut self, from_server: bool) -> KeptCopy {
+        self.from_server = from_server;
+        self
+    }
+
+    /// Whether the source may lose what no sync has covered.
+    pub fn is_from_server(&self) -> bool {
+        self.from_server
+    }
+
+    /// Receipts of what the target has: of a copy of the past to a server, or of one of a part of the disk.
+    pub fn with_given(mut self, given: Option<Arc<GivenMap>>) -> KeptCopy {
+        self.given = given;
+        self
+    }
+
+    /// A map of what guests have written since a copy of the past began.
+    pub fn with_since(mut self, since: Option<Arc<KeptMap>>) -> KeptCopy {
+        self.since = since;
+        self
+    }
+
+    /// The receipts.
+    pub fn given(&self) -> Option<&Arc<GivenMap>> {
+        self.given.as_ref()
+    }
+
+    /// What guests have written since it began, where that is kept.
+    pub fn since(&self) -> Option<&Arc<KeptMap>> {
+        self.since.as_ref()
     }
 
     /// The map.
@@ -118,17 +180,36 @@ pub struct MapGuard {
     map: Arc<KeptMap>,
     /// Whether what is marked is what is still as it was.
     is_of_the_past: bool,
+    since: Option<Arc<KeptMap>>,
+}
+
+/// Marks what guests write, before it may land.
+pub(super) struct Since(pub(super) Arc<KeptMap>);
+
+impl Watcher for Since {
+    fn before<'a>(&'a self, _: &'a Ctx, change: &'a Change) -> Option<LocalBoxFuture<'a, IoResult<Kept>>> {
+        self.0.mark(change.at, change.len);
+        None
+    }
 }
 
 impl MapGuard {
     /// Of a mirror or commit, or of a copy of the past.
     pub fn new(map: Arc<KeptMap>, is_of_the_past: bool) -> MapGuard {
-        MapGuard { map, is_of_the_past }
+        MapGuard { map, is_of_the_past, since: None }
+    }
+
+    /// Of a copy whose map of what was written since is kept true, too.
+    pub fn with_since(self, since: Option<Arc<KeptMap>>) -> MapGuard {
+        MapGuard { since, ..self }
     }
 }
 
 impl Watcher for MapGuard {
     fn before<'a>(&'a self, _: &'a Ctx, change: &'a Change) -> Option<LocalBoxFuture<'a, IoResult<Kept>>> {
+        if let Some(since) = &self.since {
+            since.mark(change.at, change.len);
+        }
         if !self.is_of_the_past {
             self.map.mark(change.at, change.len);
         } else if self.map.has_marked(change.at, change.len) {
@@ -141,18 +222,33 @@ impl Watcher for MapGuard {
 
 impl Keeping {
     /// Of a copy of the past.
-    pub(super) fn new(map: Arc<KeptMap>) -> Keeping {
-        Keeping { map, under_way: Mutex::default(), unsynced: None }
+    pub(super) fn of_past(kept: &KeptCopy) -> Keeping {
+        Keeping {
+            map: kept.map.clone(),
+            under_way: Mutex::default(),
+            unsynced: None,
+            to_server: kept.until_synced,
+            changed: None,
+            from_server: kept.from_server,
+            source_synced: AtomicBool::new(false),
+            has_ended: AtomicBool::new(false),
+            given: kept.given.clone(),
+        }
     }
 
     /// Of a copy in pieces of so many bytes.
     pub(super) fn of(kept: &KeptCopy, piece: u64) -> Keeping {
-        let unsynced = kept.until_synced.then(|| DirtyMap::new(kept.map.disk_bytes(), piece));
-        Keeping { unsynced, ..Keeping::new(kept.map.clone()) }
+        let map = || DirtyMap::new(kept.map.disk_bytes(), piece);
+        let unsynced = (kept.until_synced || kept.from_server).then(map);
+        let changed = kept.from_server.then(map);
+        Keeping { unsynced, changed, ..Keeping::of_past(kept) }
     }
 
     fn begin(&self, range: Range<u64>) {
         let mut under_way = lock(&self.under_way);
+        if let Some(changed) = &self.changed {
+            changed.mark(range.start, range.end - range.start);
+        }
         self.map.mark(range.start, range.end - range.start);
         under_way.push(range);
     }
@@ -169,9 +265,24 @@ impl Keeping {
     /// A range was written to the target.
     fn written(&self, transfer: &Transfer, range: &Range<u64>) {
         let under_way = self.end(range);
+        let (at, len) = (range.start, range.end - range.start);
+        let may_go = self
+            .changed
+            .as_ref()
+            .is_some_and(|changed| !self.source_synced.load(Ordering::SeqCst) || !changed.is_clean(at, len));
         match &self.unsynced {
-            Some(unsynced) => unsynced.mark(range.start, range.end - range.start),
-            None => self.clear(&under_way, transfer, range),
+            Some(unsynced) if self.to_server || may_go => unsynced.mark(at, len),
+            _ => {
+                self.clear(&under_way, transfer, range);
+                self.is_there(range);
+            }
+        }
+    }
+
+    /// The target has a range to stay.
+    fn is_there(&self, range: &Range<u64>) {
+        if let Some(given) = &self.given {
+            given.is_covered(range.start, range.end - range.start);
         }
     }
 
@@ -238,7 +349,9 @@ impl Transfer {
             }
             map.set_walked(self.walked().load(Ordering::Relaxed));
             map.set_piece(self.piece);
-            map.go_live();
+            if !self.is_from_server() {
+                map.go_live();
+            }
             return;
         }
         let walked = map.walked();
@@ -254,8 +367,15 @@ impl Transfer {
     /// Nobody keeps the map true any more.
     pub(super) fn end_keeping(&self) {
         if let Some(keeping) = &self.keeping {
+            let _alone = lock(&keeping.under_way);
+            keeping.has_ended.store(true, Ordering::SeqCst);
             keeping.map.void();
         }
+    }
+
+    /// Whether the source's server may lose what it has not synced, and a later process is to know.
+    pub(super) fn is_from_server(&self) -> bool {
+        self.keeping.as_ref().is_some_and(|keeping| keeping.from_server)
     }
 
     /// Whether it goes on where a process before this one was.
@@ -297,28 +417,84 @@ impl Transfer {
         }
     }
 
-    /// Whether something waits for a sync of the target.
+    /// Whether something waits for a sync.
     pub(super) fn has_unsynced(&self) -> bool {
-        let unsynced = self.keeping.as_ref().and_then(|keeping| keeping.unsynced.as_ref());
-        unsynced.is_some_and(|unsynced| unsynced.dirty_bytes() > 0)
+        let Some(keeping) = &self.keeping else { return false };
+        keeping.unsynced.as_ref().is_some_and(|unsynced| unsynced.dirty_bytes() > 0)
+            || keeping.given.as_ref().is_some_and(|given| given.has_unsynced())
+            || (keeping.from_server && !keeping.source_synced.load(Ordering::SeqCst))
     }
 
-    /// What a sync of the target that begins now covers.
-    pub(super) fn begin_sync(&self) -> Vec<Range<u64>> {
-        let Some(keeping) = &self.keeping else { return Vec::new() };
-        let Some(unsynced) = &keeping.unsynced else { return Vec::new() };
+    /// Whether so much waits that a sync should begin now.
+    pub(super) fn wants_sync(&self) -> bool {
+        let given = self.keeping.as_ref().and_then(|keeping| keeping.given.as_ref());
+        given.is_some_and(|given| given.wants_sync())
+    }
+
+    /// What a sync of the target, and of the source where it may lose something, that begins now covers.
+    pub(super) fn begin_sync(&self) -> Given {
+        let Some(keeping) = &self.keeping else { return Given::default() };
+        let receipts = keeping.given.as_ref().map(|given| given.begin_sync()).unwrap_or_default();
+        let Some(unsynced) = &keeping.unsynced else { return Given { receipts, ..Given::default() } };
         let _alone = lock(&keeping.under_way);
-        std::iter::from_fn(|| unsynced.take_next(0, u64::MAX)).collect()
+        Given { ranges: std::iter::from_fn(|| unsynced.take_next(0, u64::MAX)).collect(), receipts }
     }
 
-    /// That sync has succeeded.
-    pub(super) fn end_sync(&self, covered: &[Range<u64>]) {
+    /// Syncs the source, where something relies on that.
+    pub(super) async fn sync_source(&self) -> IoResult<()> {
+        let needed = |keeping: &Keeping| {
+            keeping.from_server
+                && (keeping.changed.is_some() || !keeping.source_synced.load(Ordering::SeqCst))
+        };
+        match self.keeping.as_ref().is_some_and(needed) {
+            true => self.source.sync(&Ctx::FILL).await,
+            false => Ok(()),
+        }
+    }
+
+    /// That sync has ended: of the target, and of the source.
+    pub(super) fn end_sync(&self, covered: Given, target: bool, source: bool) {
         let Some(keeping) = &self.keeping else { return };
-        for range in covered {
+        if let Some(given) = &keeping.given {
+            given.end_sync(&covered.receipts, target);
+        }
+        if source && keeping.from_server && !keeping.source_synced.swap(true, Ordering::SeqCst) {
+            let _alone = lock(&keeping.under_way);
+            if !keeping.has_ended.load(Ordering::SeqCst) && self.is_of_the_past() {
+                keeping.map.go_live();
+            }
+        }
+        for range in covered.ranges {
             // Guests do not wait for all of it.
             let under_way = lock(&keeping.under_way);
-            keeping.clear(&under_way, self, range);
+            match &keeping.unsynced {
+                Some(unsynced) if !(target && source) => unsynced.mark(range.start, range.end - range.start),
+                _ => {
+                    keeping.clear(&under_way, self, &range);
+                    keeping.is_there(&range);
+                }
+            }
         }
+    }
+
+    /// Whether what is written has receipts.
+    pub(super) fn has_receipts(&self) -> bool {
+        self.is_of_the_past() && self.keeping.as_ref().is_some_and(|keeping| keeping.given.is_some())
+    }
+
+    /// Of the past: the target has a piece, of which a later process is to know whether it still has it.
+    pub(super) async fn note_given(&self, at: u64, len: u64, hash: u64) -> Result<(), Failed> {
+        let Some(given) = self.keeping.as_ref().and_then(|keeping| keeping.given.as_ref()) else {
+            return Ok(());
+        };
+        while !given.note(at, len, hash) {
+            // Nobody else may be there to do it: a paused job keeps old bytes, too.
+            let receipts = given.begin_sync();
+            let synced = self.target.sync(&Ctx::FILL).await;
+            given.end_sync(&receipts, synced.is_ok());
+            synced.map_err(|error: IoError| Failed { operation: Operation::Write, error })?;
+        }
+        Ok(())
     }
 
     /// A piece that was taken could not be copied, and is to be taken again.

@@ -78,6 +78,8 @@ pub struct KeptMap {
     seed: u64,
     /// Found, and not begun.
     found: bool,
+    /// What lies beside it and goes with it.
+    beside: Vec<Arc<dyn JournalMemory>>,
 }
 
 impl std::fmt::Debug for KeptMap {
@@ -86,7 +88,7 @@ impl std::fmt::Debug for KeptMap {
     }
 }
 
-fn mix(seed: u64, word: u64) -> u64 {
+pub(super) fn mix(seed: u64, word: u64) -> u64 {
     let mixed = (seed ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     mixed ^ mixed >> 32
 }
@@ -112,7 +114,7 @@ impl KeptMap {
     }
 
     fn of(memory: Arc<dyn JournalMemory>, owner: MapOwner, found: bool) -> KeptMap {
-        let mut map = KeptMap { memory, owner, seed: 0, found };
+        let mut map = KeptMap { memory, owner, seed: 0, found, beside: Vec::new() };
         map.seed = map.header().into_iter().fold(MAGIC, mix);
         map
     }
@@ -217,6 +219,17 @@ impl KeptMap {
     pub fn remove(&self) {
         self.void();
         self.memory.remove();
+        self.beside.iter().for_each(|memory| memory.remove());
+    }
+
+    /// What lies in `memory` goes with it.
+    pub fn add_beside(&mut self, memory: Arc<dyn JournalMemory>) {
+        self.beside.push(memory);
+    }
+
+    /// What its checks begin with: it is of this copy alone.
+    pub(super) fn seed(&self) -> u64 {
+        self.seed
     }
 
     fn checked(&self, at: usize, bits: u64) -> u64 {

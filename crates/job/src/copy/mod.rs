@@ -14,6 +14,7 @@
 pub mod backup;
 pub mod commit;
 pub mod fleece;
+mod given;
 mod keep;
 mod keeping;
 mod kept_map;
@@ -21,10 +22,9 @@ pub mod mirror;
 mod sample;
 mod transfer;
 
-use std::ops::Range;
 use std::time::Duration;
 
-use futures_util::future::{Fuse, LocalBoxFuture};
+use futures_util::future::{Fuse, LocalBoxFuture, join};
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt, select_biased};
 use infill_base::{Ctx, ErrorKind, IoError, IoResult, align_down};
@@ -37,7 +37,9 @@ use crate::job::Job;
 use crate::rate::Pace;
 use crate::state::{ErrorAction, OnError, Operation};
 
+pub use given::GivenMap;
 pub use keep::KeepOld;
+use keeping::Given;
 pub use keeping::{KeptCopy, MapGuard};
 pub use kept_map::{KeptMap, MAP_BYTES_MAX, MapOwner};
 pub use sample::has_what_it_should;
@@ -94,14 +96,16 @@ struct Piece {
 struct Covered {
     /// Bytes that were copied before it began.
     copied_bytes: u64,
-    /// Of a target that forgets: what it had not synced.
-    ranges: Vec<Range<u64>>,
+    /// Of servers that forget: what they had not synced.
+    given: Given,
+    /// Whether the source was synced, too, where it was to be.
+    source: IoResult<()>,
 }
 
 enum Done {
     Copied(Piece, Result<(), Failed>),
     Walked(Result<bool, Failed>),
-    Synced(IoResult<()>, Covered),
+    Synced(IoResult<()>, Box<Covered>),
 }
 
 /// Wants latencies while it lives.
@@ -146,6 +150,8 @@ impl Copier {
     pub(crate) fn new(transfer: Arc<Transfer>, policy: CopyPolicy) -> Copier {
         let now = rt::now();
         transfer.source.latency().listen();
+        // What is old on a server is old for good when that has synced it.
+        let next_sync = if transfer.is_from_server() { now } else { now + SYNC_INTERVAL };
         Copier {
             _listening: Listening(transfer.source.clone()),
             control: Control::new(now, policy.min_rate),
@@ -163,7 +169,7 @@ impl Copier {
             pace: Pace::default(),
             next_tick: now + TICK,
             last_tick: now,
-            next_sync: now + SYNC_INTERVAL,
+            next_sync,
             next_progress: now + PROGRESS_INTERVAL,
             retry_at: None,
             failures: 0,
@@ -385,9 +391,9 @@ impl Copier {
             }
             Done::Synced(result, covered) => {
                 self.syncing = false;
-                // After a failed sync nothing is known; no policy makes that good.
+                // After a failed sync nothing is known; no policy makes that good. One of the source is its guests' matter.
+                self.transfer.end_sync(covered.given, result.is_ok(), covered.source.is_ok());
                 result?;
-                self.transfer.end_sync(&covered.ranges);
                 job.set_durable(covered.copied_bytes);
             }
         }
@@ -454,13 +460,16 @@ impl Copier {
             self.tick(now);
         }
         let unsynced = self.unsynced || self.transfer.has_unsynced();
-        if now >= self.next_sync && unsynced && !self.syncing {
+        let due = now >= self.next_sync || self.transfer.wants_sync();
+        if due && unsynced && !self.syncing {
             self.next_sync = now + SYNC_INTERVAL;
             (self.syncing, self.unsynced) = (true, false);
-            let target = self.transfer.target.clone();
-            let covered = Covered { copied_bytes: self.copied_bytes, ranges: self.transfer.begin_sync() };
-            self.in_flight
-                .push(Box::pin(async move { Done::Synced(target.sync(&Ctx::FILL).await, covered) }));
+            let transfer = self.transfer.clone();
+            let (copied_bytes, given) = (self.copied_bytes, transfer.begin_sync());
+            self.in_flight.push(Box::pin(async move {
+                let (result, source) = join(transfer.target.sync(&Ctx::FILL), transfer.sync_source()).await;
+                Done::Synced(result, Box::new(Covered { copied_bytes, given, source }))
+            }));
         }
         if now >= self.next_progress {
             self.next_progress = now + PROGRESS_INTERVAL;

@@ -9,20 +9,33 @@ use futures_util::stream::{self, StreamExt};
 use infill_base::{Ctx, align_down};
 use infill_node::{DirtyMap, NodeHandle};
 
-use super::{BLOCK_BYTES, KeptMap};
+use super::{BLOCK_BYTES, KeptCopy, KeptMap};
 
 /// Blocks that are compared.
 const SAMPLES: u64 = 64;
 /// How many of them at once.
 const AT_ONCE: usize = 16;
 
-/// Compares blocks that the target has, as `map` says of a mirror of all the disk or of a commit, with the source. The map is
-/// kept true meanwhile. The error says what is wrong.
+/// Compares blocks that the target has with the source: those that the map of a mirror of all the disk or of a commit says, or of
+/// a mirror of a part those that there are receipts of. Of a backup it is its receipts that are looked at. What is kept is kept
+/// true meanwhile. The error says what is wrong.
 pub async fn has_what_it_should(
-    map: &KeptMap,
+    kept: &KeptCopy,
+    is_of_the_past: bool,
     source: &NodeHandle,
     target: &NodeHandle,
 ) -> Result<(), String> {
+    let map = kept.map();
+    if is_of_the_past {
+        let given = kept.given().ok_or("there are no receipts of what was copied")?;
+        let has_left = map.walked() < map.disk_bytes() || map.has_marked(0, map.disk_bytes());
+        let source = match (kept.is_from_server() && has_left, kept.since()) {
+            (true, Some(since)) => Some((source, &**since)),
+            (true, None) => return Err("it is not known what was written since it began".into()),
+            (false, _) => None,
+        };
+        return given.check(target, source).await;
+    }
     let compare = |at: u64| async move {
         let len = BLOCK_BYTES.min(source.len().saturating_sub(at)) as usize;
         let there = target.read_vec(&Ctx::FILL, at, len).await;
@@ -35,8 +48,12 @@ pub async fn has_what_it_should(
         }
         Err(format!("the target does not have what was written to it at byte {at}"))
     };
-    let results: Vec<_> =
-        stream::iter(picked(map).into_iter().map(compare)).buffered(AT_ONCE).collect().await;
+    let results: Vec<_> = stream::iter(
+        kept.given().map_or_else(|| picked(map), |given| given.places()).into_iter().map(compare),
+    )
+    .buffered(AT_ONCE)
+    .collect()
+    .await;
     results.into_iter().collect()
 }
 

@@ -10,8 +10,8 @@ use infill_storage::RangeLock;
 use infill_storage::sync::Arc;
 use infill_storage::sync::atomic::{AtomicU64, Ordering};
 
+use super::given::{hash_of, hash_of_zeroes};
 use super::keeping::{Keeping, KeptCopy};
-use super::kept_map::KeptMap;
 use crate::control::REQUEST_BYTES_MAX;
 use crate::state::Operation;
 
@@ -137,20 +137,20 @@ impl Transfer {
         Transfer::of_the_kept_past(source, target, scope, old, None)
     }
 
-    /// As [`Transfer::of_the_past`]; what is old is in `map`, too, from [`Transfer::begin_keeping`] on.
+    /// As [`Transfer::of_the_past`]; what is old is in a map, too, from [`Transfer::begin_keeping`] on.
     pub(super) fn of_the_kept_past(
         source: NodeHandle,
         target: NodeHandle,
         scope: Scope,
         old: DirtyMap,
-        map: Option<Arc<KeptMap>>,
+        kept: Option<&KeptCopy>,
     ) -> Arc<Transfer> {
         // Zeroes given up on a target whose header names a backing that is not attached would show that one later.
         let unmap = match target.unfiltered().backing() {
             Some(slot) if !slot.is_some() => target.info().backing.is_none(),
             _ => true,
         };
-        Arc::new(Transfer::of(source, target, scope, unmap, Some(old), map.map(Keeping::new)))
+        Arc::new(Transfer::of(source, target, scope, unmap, Some(old), kept.map(Keeping::of_past)))
     }
 
     fn of(
@@ -351,6 +351,12 @@ impl Transfer {
                 let flags = if self.unmap { ZeroFlags::MAY_UNMAP } else { ZeroFlags::empty() };
                 let zeroed = self.target.write_zeroes(cx, extent.start, extent.len, flags).await;
                 zeroed.map_err(write_failed)?;
+                let mut next = extent.start;
+                while self.has_receipts() && next < extent.end() {
+                    let bytes = REQUEST_BYTES_MAX.min(extent.end() - next);
+                    self.note_given(next, bytes, hash_of_zeroes(bytes)).await?;
+                    next += bytes;
+                }
                 continue;
             }
             // A piece may be a cluster of many MiB.
@@ -358,8 +364,12 @@ impl Transfer {
             while next < end {
                 let bytes = REQUEST_BYTES_MAX.min(end - next);
                 let data = self.source.read_vec(cx, next, bytes as usize).await.map_err(read_failed)?;
+                let hash = self.has_receipts().then(|| hash_of(&data));
                 let written = self.target.write(cx, next, data.freeze(), WriteFlags::empty()).await;
                 written.map_err(write_failed)?;
+                if let Some(hash) = hash {
+                    self.note_given(next, bytes, hash).await?;
+                }
                 self.written_bytes.fetch_add(bytes, Ordering::Relaxed);
                 next += bytes;
             }
