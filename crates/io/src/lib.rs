@@ -15,6 +15,7 @@
 mod connect;
 mod file;
 mod journal;
+mod linger;
 mod locks;
 mod net;
 mod reactor;

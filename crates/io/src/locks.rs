@@ -19,6 +19,8 @@ const CONSISTENT_READ: u64 = 0;
 const WRITE: u64 = 1;
 /// Changes the length.
 const RESIZE: u64 = 3;
+/// What nobody lets others do.
+const NOT_SHARED: &[u64] = &[WRITE, RESIZE];
 
 /// What else may happen to a file while it is open.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,11 +42,11 @@ fn name(permission: u64) -> &'static str {
 
 /// Takes the locks of a reader or a writer of the file `fd`; they last as long as the open file.
 pub(crate) fn take(fd: BorrowedFd<'_>, read_only: bool, path: &str) -> Result<(), OpenError> {
-    let used: &[u64] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE, RESIZE] };
-    let unshared: &[u64] = &[WRITE, RESIZE];
     // First everything of one's own, then the look at others: two that come at once may both be refused, never
     // both let in.
-    for byte in used.iter().map(|bit| USED + bit).chain(unshared.iter().map(|bit| UNSHARED + bit)) {
+    for byte in
+        used(read_only).iter().map(|bit| USED + bit).chain(NOT_SHARED.iter().map(|bit| UNSHARED + bit))
+    {
         match lock_call(fd, libc::F_OFD_SETLK, libc::F_RDLCK, byte) {
             Ok(_) => {}
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()), // no locks on this file system
@@ -54,15 +56,33 @@ pub(crate) fn take(fd: BorrowedFd<'_>, read_only: bool, path: &str) -> Result<()
             Err(error) => return Err(OpenError::Io(infill_base::IoError::from(error).in_node(path))),
         }
     }
-    let conflicts = used.iter().map(|bit| UNSHARED + bit).chain(unshared.iter().map(|bit| USED + bit));
-    for byte in conflicts {
-        let held = lock_call(fd, libc::F_OFD_GETLK, libc::F_WRLCK, byte)
-            .map_err(|error| OpenError::Io(infill_base::IoError::from(error).in_node(path)))?;
-        if held {
-            return Err(refused(path, read_only, byte));
+    match conflict(fd, read_only) {
+        Ok(None) => Ok(()),
+        Ok(Some(byte)) => Err(refused(path, read_only, byte)),
+        Err(error) => Err(OpenError::Io(infill_base::IoError::from(error).in_node(path))),
+    }
+}
+
+/// A lock of somebody else that is in the way of a reader or a writer of the file `fd`.
+fn conflict(fd: BorrowedFd<'_>, read_only: bool) -> std::io::Result<Option<u64>> {
+    let unshared = used(read_only).iter().map(|bit| UNSHARED + bit);
+    for byte in unshared.chain(NOT_SHARED.iter().map(|bit| USED + bit)) {
+        if lock_call(fd, libc::F_OFD_GETLK, libc::F_WRLCK, byte)? {
+            return Ok(Some(byte));
         }
     }
-    Ok(())
+    Ok(None)
+}
+
+/// Whether somebody else has a lock that is in the way of a reader or a writer of the file `fd`.
+pub(crate) fn is_taken(fd: BorrowedFd<'_>, read_only: bool) -> bool {
+    // What cannot be looked at is told by [`take`].
+    conflict(fd, read_only).is_ok_and(|byte| byte.is_some())
+}
+
+/// Permissions that a reader or a writer uses.
+const fn used(read_only: bool) -> &'static [u64] {
+    if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE, RESIZE] }
 }
 
 /// Gives the locks of the file `fd` back.

@@ -7,7 +7,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
 use compio::buf::{BufResult, IntoInner, IoBuf};
@@ -19,15 +18,13 @@ use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use smallvec::SmallVec;
 
+use crate::linger;
+
 /// Most runs of bytes that one send hands to the kernel (its own limit is 1024).
 const MAX_RUNS: usize = 1024;
 
 /// Clients that may wait in the kernel until they are accepted.
 const BACKLOG: i32 = 128;
-/// How long a port may still be taken by a process that was killed, and how often it is looked: its ring, which holds the
-/// listening socket, is taken down by the kernel a moment after its end. Short, for who asks in vain is held up by it.
-const LINGER_TIME: Duration = Duration::from_millis(300);
-const LINGER_LOOK: Duration = Duration::from_millis(5);
 /// Modes of socket files, before the umask.
 const FILE_MODE: Mode = Mode::from_raw_mode(0o777);
 const GUARDED_MODE: Mode = Mode::from_raw_mode(0o660);
@@ -80,6 +77,8 @@ impl AsFd for Socket {
 impl Listener {
     /// Listens at `address`. A stale socket file (nobody listens there) is replaced; a live one is an error. Who may
     /// connect to a socket file is decided by its mode, which the process's umask makes (022: its own user alone).
+    ///
+    /// A port that is taken is waited for, which blocks the thread for up to 2 s: it may be that of a process that was killed.
     pub fn bind(address: &Address) -> IoResult<Listener> {
         Listener::bind_with(address, FILE_MODE)
     }
@@ -217,15 +216,7 @@ fn who(stream: &UnixStream) -> String {
 
 /// Listens at a port. Who had it may have been killed a moment ago, which cannot be seen, unlike with a socket file.
 fn bind_tcp(host: &str, port: u16) -> io::Result<TcpListener> {
-    let end = Instant::now() + LINGER_TIME;
-    loop {
-        match TcpListener::bind((host, port)) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < end => {
-                std::thread::sleep(LINGER_LOOK);
-            }
-            bound => return bound,
-        }
-    }
+    linger::retry(|| TcpListener::bind((host, port)), |error| error.kind() == io::ErrorKind::AddrInUse)
 }
 
 /// Whether nobody listens behind a socket file, or only a process that is gone: after a kill its sockets are closed a little
@@ -476,7 +467,7 @@ mod tests {
         let refused = Listener::bind(&address).map(drop).unwrap_err();
         assert!(refused.to_string().contains("in use"), "{refused}");
         let going = std::thread::spawn(move || {
-            std::thread::sleep(LINGER_LOOK * 4);
+            std::thread::sleep(linger::LOOK * 4);
             drop(old);
         });
         Listener::bind(&address).unwrap();

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use infill_io::{Accepted, Address, Listener, connector, stdio};
 use infill_qmp::chardev::ChardevBackend;
 use infill_qmp::{Members, QmpError, SocketAddress, Words, names};
+use infill_storage::rt;
 use infill_storage::stream::Connection;
 
 use crate::size::parse_size;
@@ -307,7 +308,7 @@ async fn open_socket(place: &mut Place, server: bool, wait: bool) -> Result<Char
     let listener = match place {
         Place::Passed(number) => inherit(*number)?,
         Place::Address(address) if server => {
-            let listener = bind_with(address, Listener::bind_guarded)?;
+            let listener = bind_with(address, Listener::bind_guarded).await?;
             if matches!(address, Address::Tcp { .. }) {
                 address.clone_from(listener.address());
             }
@@ -328,15 +329,18 @@ async fn open_socket(place: &mut Place, server: bool, wait: bool) -> Result<Char
 }
 
 /// Listens at `address`.
-pub fn bind(address: &Address) -> Result<Listener, QmpError> {
-    bind_with(address, Listener::bind)
+pub async fn bind(address: &Address) -> Result<Listener, QmpError> {
+    bind_with(address, Listener::bind).await
 }
 
-fn bind_with(
+async fn bind_with(
     address: &Address,
-    bind: impl FnOnce(&Address) -> infill_base::IoResult<Listener>,
+    bind: fn(&Address) -> infill_base::IoResult<Listener>,
 ) -> Result<Listener, QmpError> {
-    bind(address).map_err(|error| {
+    let there = address.clone();
+    // A port that is taken is waited for.
+    let bound = rt::offload(move || bind(&there)).await;
+    bound.map_err(|error| {
         let what = match address {
             Address::Unix(_) => "bind socket to",
             Address::Tcp { .. } => "listen at",

@@ -298,7 +298,7 @@ impl Control {
                 let actions = vec![TransactionAction::Snapshot { node, overlay }];
                 self.transaction(Transaction { actions, grouped: false }).await?;
             }
-            Command::NbdServerStart(options) => self.nbd_server_start(&options)?,
+            Command::NbdServerStart(options) => self.nbd_server_start(&options).await?,
             Command::NbdServerStop => self.nbd_server_stop().await?,
             Command::BlockExportAdd(options) => {
                 self.activate_for_export(&options).await?;

@@ -71,7 +71,7 @@ impl Control {
     }
 
     /// `nbd-server-start`, `--nbd-server`.
-    pub fn nbd_server_start(&self, options: &NbdServerOptions) -> Result<(), QmpError> {
+    pub async fn nbd_server_start(&self, options: &NbdServerOptions) -> Result<(), QmpError> {
         if self.exported.server.borrow().is_some() {
             return Err(QmpError::generic("NBD server already running"));
         }
@@ -89,10 +89,16 @@ impl Control {
         let tls = credentials.as_ref().map(|credentials| credentials.server_tls()).transpose();
         let tls = tls.map_err(|error| refused(&error))?;
         let listener = match &options.addr {
-            SocketAddress::Inet { host, port } => bind(&Address::Tcp { host: host.clone(), port: *port })?,
-            SocketAddress::Unix { path } => bind(&Address::Unix(path.into()))?,
+            SocketAddress::Inet { host, port } => {
+                bind(&Address::Tcp { host: host.clone(), port: *port }).await?
+            }
+            SocketAddress::Unix { path } => bind(&Address::Unix(path.into())).await?,
             SocketAddress::Fd { number } => inherit(*number)?,
         };
+        // Another monitor may have been quicker while the port was waited for.
+        if self.exported.server.borrow().is_some() {
+            return Err(QmpError::generic("NBD server already running"));
+        }
         let server = Server::over(self.exported.registry.clone(), limits, tls);
         let server = if self.exported.open.get() {
             NbdServer::Serving(Listening::start(listener, server, self.reactors.clone(), most))

@@ -194,7 +194,11 @@ impl Daemon {
         let mut command = program.command();
         command.args(["--chardev", &chardev, "--monitor", "chardev=monitor"]).args(options);
         let process = Process::start(&mut command);
-        wait_for_socket(&socket);
+        match program {
+            Program::Infill => wait_for_socket(&socket),
+            // It crashes now and then when somebody comes and goes while it starts.
+            Program::Qemu => wait_until("the competitor makes its monitor", || socket.exists()),
+        }
         Daemon { process, socket }
     }
 
