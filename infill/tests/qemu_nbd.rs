@@ -86,6 +86,10 @@ fn the_same_options_lead_to_the_same_disk() {
         (&["-rf", "qcow2", "-A", "--discard=unmap", "--cache=none", top], ""),
         (&["-f", "qcow2", "--cache", "unsafe", "--aio", "threads", "--discard", "on", top], ""),
         (&["-n", top], ""),
+        (&["--cache=writethrough", top], ""),
+        (&["--cache=directsync", "-f", "qcow2", top], ""),
+        (&["-s", top], ""),
+        (&["-r", "-s", "-f", "raw", base], ""),
         (&["--discard=unmap", "--detect-zeroes=unmap", top], ""),
         (&["--image-opts", &node], ""),
         (&["-r", &node_json], ""),
@@ -187,6 +191,56 @@ fn a_start_in_the_background_that_fails_says_why_and_leaves_nothing() {
 }
 
 #[test]
+fn an_internal_snapshot_is_served_as_the_disk_was_then() {
+    let place = Place::new();
+    let image = place.path("image");
+    let image = text(&image);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", image, "8M"]);
+    for (pattern, name) in ["1", "2", "3"].into_iter().zip(["first", "second", "1"]) {
+        let write = format!("write -P {pattern} {pattern}M 64k");
+        run("qemu-io", &["-f", "qcow2", "-c", &write, "-c", &format!("write -P {pattern} 0 64k"), image]);
+        run("qemu-img", &["snapshot", "-c", name, image]);
+        // The disk has another size then, and is shown with the one that it has now.
+        run("qemu-img", &["resize", "-q", "-f", "qcow2", image, "+1M"]);
+    }
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 9 0 11M", image]);
+    let before = common::sha256(Path::new(image));
+    for which in ["1", "second", "3", "snapshot.id=2", "snapshot.name=1", "snapshot.id=1,snapshot.name=first"]
+    {
+        let ask = |uri: &str| {
+            let copy = place.path("copy");
+            run("nbdcopy", &[uri, text(&copy)]);
+            (told(uri), common::sha256(&copy))
+        };
+        let args = ["-l", which, image];
+        let ours = place.served(text(&place.ours), &args, "", ask);
+        assert_eq!(ours, place.served("qemu-nbd", &args, "", ask), "{which}");
+    }
+    assert_eq!(common::sha256(Path::new(image)), before);
+}
+
+#[test]
+fn what_is_written_to_a_temporary_image_is_gone_at_the_end() {
+    let place = Place::new();
+    let temporary = place.path("temporary");
+    std::fs::create_dir(&temporary).unwrap();
+    let top = place.path("top");
+    let before = common::sha256(&top);
+    let socket = place.path("socket");
+    let mut command = Command::new(&place.ours);
+    command.env("TMPDIR", &temporary).args(["-t", "-s", "-k", text(&socket), text(&top)]);
+    let mut process = Process::start(&mut command);
+    wait_for_socket(&socket);
+    let uri = format!("nbd+unix:///?socket={}", text(&socket));
+    run("qemu-io", &["-f", "raw", "-c", "write -P 5 0 2M", &uri]);
+    run("qemu-io", &["-f", "raw", "-c", "read -P 5 0 2M", "-c", "flush", &uri]);
+    assert_eq!(std::fs::read_dir(&temporary).unwrap().count(), 0, "it has no name");
+    process.signal("TERM");
+    process.wait_for_success();
+    assert_eq!(common::sha256(&top), before);
+}
+
+#[test]
 fn what_is_not_built_is_refused_by_name() {
     let place = Place::new();
     let top = place.path("top");
@@ -194,10 +248,11 @@ fn what_is_not_built_is_refused_by_name() {
         (&["-c", "/dev/nbd0", text(&top)][..], "-c/--connect is not supported"),
         (&["-d", "/dev/nbd0"], "-d/--disconnect is not supported"),
         (&["-L"], "-L/--list is not supported"),
-        (&["-s", text(&top)], "-s/--snapshot is not supported"),
-        (&["-l", "snap", text(&top)], "-l/--load-snapshot is not supported"),
+        (&["-l", "snap", text(&top)], "Failed to load snapshot: Can't find snapshot"),
+        (&["-l", "snapshot.id=7", text(&top)], "Failed to load snapshot: Can't find snapshot"),
+        (&["-l", "snapshot.bad=7", text(&top)], "Failed in parsing snapshot param `snapshot.bad=7'"),
+        (&["-l", "snap", "-f", "raw", text(&top)], "Failed to load snapshot"),
         (&["--tls-authz", "a", text(&top)], "--tls-authz is not supported"),
-        (&["--cache=writethrough", "-f", "qcow2", text(&top)], "--cache=writethrough is not supported"),
         (&["--cache=none", text(&place.path("base"))], "say -f raw"),
         (&["--cache=none", "nbd://localhost/x"], "--image-opts"),
         (&["--cache=some", "-f", "qcow2", text(&top)], "--cache=some"),

@@ -119,6 +119,27 @@ fn a_read_only_export_refuses_every_change() {
 }
 
 #[test]
+fn what_is_written_through_is_stable_when_it_is_answered() {
+    in_world(async || {
+        let disk = SimDisk::new(1 << 20);
+        let node = RawNode::new(StorageHandle::new(disk.clone()), false);
+        let exports = Exports::new();
+        let export =
+            Export { writable: true, writethrough: true, ..Export::new("disk", NodeHandle::new(node)) };
+        exports.add(export).unwrap();
+        let server = Server::new(exports, ServerLimits::default());
+        let mut raw = Raw::go(&server, "disk", Mode::Simple, &[]).await;
+        let is_stable = || disk.crash_point().pending.is_empty();
+        let cookie = raw.write(NONE, 0, vec![7; 8192]).await;
+        assert_eq!((raw.answer(cookie).await, is_stable()), (0, true));
+        for command in [Command::WriteZeroes, Command::Trim] {
+            assert_eq!(raw.ask(command, NONE, 4096, 4096).await, 0);
+            assert!(is_stable(), "{command:?}");
+        }
+    });
+}
+
+#[test]
 fn a_payload_that_nobody_can_skip_and_a_wrong_magic_end_the_connection() {
     in_world(async || {
         let server = memory_server(1 << 20);

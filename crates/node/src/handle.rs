@@ -56,6 +56,12 @@ trait DynNode: Send + Sync {
         name: Option<&'a str>,
     ) -> Answer<'a, Option<Snapshot>>;
     fn apply_snapshot<'a>(&'a self, cx: &'a Ctx, which: &'a str) -> Answer<'a, Option<Snapshot>>;
+    fn load_snapshot<'a>(
+        &'a self,
+        cx: &'a Ctx,
+        id: Option<&'a str>,
+        name: Option<&'a str>,
+    ) -> Answer<'a, Option<Snapshot>>;
     fn check_persistent(&self, node: &str, name: &str, granularity: u64) -> IoResult<()>;
     fn outdate_bitmaps<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
     fn store_bitmaps<'a>(&'a self, cx: &'a Ctx, bitmaps: Vec<Arc<Bitmap>>) -> Answer<'a, ()>;
@@ -147,6 +153,14 @@ impl<N: Node> DynNode for N {
     }
     fn apply_snapshot<'a>(&'a self, cx: &'a Ctx, which: &'a str) -> Answer<'a, Option<Snapshot>> {
         Box::pin(Node::apply_snapshot(self, cx, which))
+    }
+    fn load_snapshot<'a>(
+        &'a self,
+        cx: &'a Ctx,
+        id: Option<&'a str>,
+        name: Option<&'a str>,
+    ) -> Answer<'a, Option<Snapshot>> {
+        Box::pin(Node::load_snapshot(self, cx, id, name))
     }
     fn check_persistent(&self, node: &str, name: &str, granularity: u64) -> IoResult<()> {
         Node::check_persistent(self, node, name, granularity)
@@ -510,6 +524,16 @@ impl NodeHandle {
     /// See [`Node::apply_snapshot`].
     pub async fn apply_snapshot(&self, cx: &Ctx, which: &str) -> IoResult<Option<Snapshot>> {
         self.0.driver.apply_snapshot(cx, which).await
+    }
+
+    /// See [`Node::load_snapshot`].
+    pub async fn load_snapshot(
+        &self,
+        cx: &Ctx,
+        id: Option<&str>,
+        name: Option<&str>,
+    ) -> IoResult<Option<Snapshot>> {
+        self.0.driver.load_snapshot(cx, id, name).await
     }
 
     /// See [`Node::resize`].

@@ -345,6 +345,18 @@ pub trait Node: Send + Sync + 'static {
         async { Err(unsupported(self.info().driver, "keep snapshots")) }
     }
 
+    /// Shows the disk as it was at the first snapshot of this id, this name, or both, in the size that it has now. `None`: there is
+    /// none. The image is open read-only, and nobody uses the disk yet.
+    fn load_snapshot(
+        &self,
+        cx: &Ctx,
+        id: Option<&str>,
+        name: Option<&str>,
+    ) -> impl Future<Output = IoResult<Option<Snapshot>>> {
+        let _ = (cx, id, name);
+        async { Err(unsupported(self.info().driver, "show an internal snapshot")) }
+    }
+
     /// The dirty bitmaps that the image keeps, as they were found at open. Asked once, by the handle, which shows them and
     /// has them record.
     fn stored_bitmaps(&self) -> Vec<Bitmap> {

@@ -160,6 +160,16 @@ impl Node for Qcow2 {
         rt::detached(async move { image.apply_snapshot(&which).await }).await
     }
 
+    async fn load_snapshot(
+        &self,
+        _cx: &Ctx,
+        id: Option<&str>,
+        name: Option<&str>,
+    ) -> IoResult<Option<Snapshot>> {
+        let (image, id, name) = (self.0.clone(), id.map(str::to_owned), name.map(str::to_owned));
+        rt::detached(async move { image.load_snapshot(id.as_deref(), name.as_deref()).await }).await
+    }
+
     fn stored_bitmaps(&self) -> Vec<Bitmap> {
         self.0.bitmaps.take_loaded()
     }

@@ -233,6 +233,29 @@ impl Image {
         Ok(Some(wanted.snapshot.clone()))
     }
 
+    /// Shows the disk as it was at the first snapshot that has this id, this name, or both. `None`: there is none. Nothing of it
+    /// is written, so the image is open read-only, and nobody reads yet. The disk keeps the size that it has now, as in QEMU.
+    pub(crate) async fn load_snapshot(
+        self: &Arc<Image>,
+        id: Option<&str>,
+        name: Option<&str>,
+    ) -> IoResult<Option<Snapshot>> {
+        if self.writer.is_some() {
+            let why = "a snapshot is looked at in an image that is opened read-only";
+            return Err(self.refused(ErrorKind::InvalidInput, why));
+        }
+        let list = self.listed()?;
+        let Some(wanted) = list.iter().find(|listed| is_meant(&listed.snapshot, id, name)) else {
+            return Ok(None);
+        };
+        let mut entries = self.entries_of(wanted).await?;
+        let old = self.active_entries();
+        entries.resize(entries.len().max(old.len()), L1Entry::EMPTY);
+        self.l1.moved(wanted.l1);
+        self.adopt(&entries, &old).await;
+        Ok(Some(wanted.snapshot.clone()))
+    }
+
     fn refused(&self, kind: ErrorKind, why: impl Into<String>) -> IoError {
         IoError::new(kind, why.into()).in_node(self.storage.name())
     }

@@ -172,11 +172,6 @@ impl Control {
         if *writable && facts.read_only {
             return Err(QmpError::generic("Cannot export read-only node as writable"));
         }
-        if options.writethrough {
-            return Err(QmpError::generic(
-                "'writethrough' is not supported yet: leave it out; a client's FLUSH and FUA are always kept",
-            ));
-        }
         if let Some(iothread) =
             options.iothread.as_ref().filter(|id| !self.blockdevs().objects().has_iothread(id))
         {
@@ -194,6 +189,7 @@ impl Control {
         let export = Export {
             description,
             writable: *writable,
+            writethrough: options.writethrough,
             allocation_depth: options.allocation_depth,
             bitmaps: bitmaps.iter().map(|used| used.bitmap().clone()).collect(),
             ..Export::new(name.clone(), self.migrations.before(&name, &edge))

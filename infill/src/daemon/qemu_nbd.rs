@@ -13,10 +13,14 @@ use infill_base::DiscardMode;
 use infill_qmp::{BlockdevOptions, Members};
 use serde_json::{Map, Value, json};
 
+use snapshots::{SnapshotName, temporary_over};
+
 use super::cmdline::{CommandLine, Kind, Opt, Parsed};
 use super::control::Control;
 use crate::blockdev::{Blockdevs, FormatKind, Image, Located, OpenPolicy, locate};
 use crate::size::parse_size;
+
+mod snapshots;
 
 /// The export's id; its name is what clients ask for.
 const EXPORT_ID: &str = "disk";
@@ -85,7 +89,7 @@ struct Options {
     /// As --cache=none.
     #[arg(short, long, conflicts_with = "cache")]
     nocache: bool,
-    /// How the host's page cache is used: none, writeback, directsync or unsafe.
+    /// How the host's page cache is used: none, writeback, writethrough, directsync or unsafe.
     #[arg(long, value_name = "MODE")]
     cache: Option<String>,
     /// Accepted: how the kernel is asked is the program's own choice.
@@ -97,6 +101,12 @@ struct Options {
     /// What writes of zeroes become: off, on or unmap.
     #[arg(long, value_name = "MODE", default_value = "off")]
     detect_zeroes: String,
+    /// Have writes go to a temporary image, which is gone at the end.
+    #[arg(short, long)]
+    snapshot: bool,
+    /// Serve the disk as it was at an internal snapshot: its id or name, or snapshot.id=ID,snapshot.name=NAME.
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    load_snapshot: Option<String>,
     /// FILENAME is a set of options of a node, as driver=qcow2,file.filename=a.qcow2.
     #[arg(long, conflicts_with = "format")]
     image_opts: bool,
@@ -106,10 +116,6 @@ struct Options {
     disconnect: bool,
     #[arg(short = 'L', long, hide = true)]
     list: bool,
-    #[arg(short, long, hide = true)]
-    snapshot: bool,
-    #[arg(short = 'l', long, hide = true)]
-    load_snapshot: Option<String>,
     #[arg(long, hide = true)]
     tls_authz: Option<String>,
     #[arg(long, hide = true)]
@@ -127,12 +133,6 @@ impl Options {
             (self.connect.is_some(), "-c/--connect", device),
             (self.disconnect, "-d/--disconnect", device),
             (self.list, "-L/--list", "nbdinfo --list URI tells it"),
-            (self.snapshot, "-s/--snapshot", "make an overlay with `infill create -b IMAGE` and serve that"),
-            (
-                self.load_snapshot.is_some(),
-                "-l/--load-snapshot",
-                "convert the snapshot to an image of its own",
-            ),
             (
                 self.tls_authz.is_some(),
                 "--tls-authz",
@@ -160,18 +160,14 @@ impl Options {
             "writeback" => (false, false),
             "none" | "directsync" => (true, false),
             "unsafe" => (false, true),
+            // Every write of a client is made stable besides.
             "writethrough" => (false, false),
             other => bail!("--cache={other}: it is none, writeback, writethrough, directsync or unsafe"),
         };
-        if matches!(cache, "writethrough" | "directsync") {
-            bail!(
-                "--cache={cache} is not supported: use none or writeback; a client's FLUSH and FUA are always kept"
-            );
-        }
         let discard = if matches!(self.discard.as_str(), "unmap" | "on") { "unmap" } else { "ignore" };
         let mut settings = Map::new();
         for (key, value) in [
-            ("read-only", json!(self.read_only)),
+            ("read-only", json!(self.opens_read_only())),
             ("discard", json!(discard)),
             ("detect-zeroes", json!(self.detect_zeroes)),
             ("cache", json!({ "direct": direct, "no-flush": no_flush })),
@@ -179,6 +175,16 @@ impl Options {
             settings.insert(key.into(), value);
         }
         Ok(settings)
+    }
+
+    /// Whether every write is made stable before it is answered.
+    fn writes_through(&self) -> bool {
+        matches!(self.cache.as_deref(), Some("writethrough" | "directsync"))
+    }
+
+    /// Whether the image itself is written to by nobody.
+    fn opens_read_only(&self) -> bool {
+        self.read_only || self.snapshot || self.load_snapshot.is_some()
     }
 
     fn disk(&self) -> Result<Disk> {
@@ -199,7 +205,7 @@ impl Options {
             _ => None,
         };
         let plain = !self.nocache
-            && self.cache.as_deref().is_none_or(|mode| mode == "writeback")
+            && self.cache.as_deref().is_none_or(|mode| matches!(mode, "writeback" | "writethrough"))
             && self.detect_zeroes == "off";
         match path {
             Some((filename, device)) if self.format.is_some() || !plain => {
@@ -214,8 +220,12 @@ impl Options {
             true => DiscardMode::Unmap,
             false => DiscardMode::Ignore,
         };
-        let image =
-            Image { format: self.format, read_only: self.read_only, discard, ..Image::read_only(&name) };
+        let image = Image {
+            format: self.format,
+            read_only: self.opens_read_only(),
+            discard,
+            ..Image::read_only(&name)
+        };
         Ok(Disk::Image(image))
     }
 }
@@ -258,6 +268,9 @@ pub struct OneDisk {
     export: Map<String, Value>,
     /// Whether it goes on when the last client has gone.
     pub persistent: bool,
+    load: Option<SnapshotName>,
+    /// Whether what is written goes to a temporary image.
+    temporary: bool,
 }
 
 /// Reads the arguments behind the subcommand.
@@ -290,7 +303,8 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
         ("type", json!("nbd")),
         ("id", json!(EXPORT_ID)),
         ("name", json!(options.export_name)),
-        ("writable", json!(!options.read_only)),
+        ("writable", json!(!options.read_only && options.load_snapshot.is_none())),
+        ("writethrough", json!(options.writes_through())),
         ("allocation-depth", json!(options.allocation_depth)),
         ("bitmaps", json!(options.bitmap)),
     ] {
@@ -304,6 +318,8 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
         offset: options.offset,
         export,
         persistent: options.persistent,
+        load: options.load_snapshot.as_deref().map(SnapshotName::parse).transpose()?,
+        temporary: options.snapshot,
     });
     (line.pidfile, line.daemonize, line.keep_stderr) = (options.pid_file, options.fork, options.verbose);
     Ok(Parsed::Run(Box::new(line)))
@@ -347,7 +363,7 @@ pub async fn serve(control: &Rc<Control>, one: &OneDisk) -> Result<()> {
         Disk::File { filename, device, format, settings } => {
             let format = match format {
                 Some(format) => (*format).as_str(),
-                None => found_out(filename, one.export["writable"] == true).await?,
+                None => found_out(filename, one.export["writable"] == true && !one.temporary).await?,
             };
             let protocol = if *device { "host_device" } else { "file" };
             let file = json!({ "driver": protocol, "filename": filename });
@@ -383,6 +399,13 @@ pub async fn serve(control: &Rc<Control>, one: &OneDisk) -> Result<()> {
             blockdevs.add(BlockdevOptions::read(Members::of_parts(object, strings))?).await?
         }
     };
+    if one.temporary {
+        node = temporary_over(blockdevs, &node).await?;
+    }
+    // With a temporary image over it, it is that one's snapshots that are meant; it has none.
+    if let Some(wanted) = &one.load {
+        wanted.load(&blockdevs.get(&node)?).await?;
+    }
     if let Some(offset) = one.offset {
         let part = json!({
             "driver": "raw", "file": node, "offset": offset, "read-only": one.export["writable"] == false,

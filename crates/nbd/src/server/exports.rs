@@ -34,6 +34,8 @@ pub struct Export {
     pub node: Edge,
     /// Whether clients may write. The node must be writable too.
     pub writable: bool,
+    /// Whether every write is on stable storage before it is answered, as if each had FUA.
+    pub writethrough: bool,
     /// Whether the context `qemu:allocation-depth` is offered.
     pub allocation_depth: bool,
     /// Dirty bitmaps, each offered as a context `qemu:dirty-bitmap:NAME`.
@@ -48,6 +50,7 @@ impl Export {
             description: String::new(),
             node: node.into(),
             writable: false,
+            writethrough: false,
             allocation_depth: false,
             bitmaps: Vec::new(),
         }

@@ -27,6 +27,8 @@ pub(super) struct Target {
     pub node: Port,
     pub size: u64,
     pub writable: bool,
+    /// Whether every change is made stable.
+    pub writethrough: bool,
     pub mode: Mode,
     pub contexts: Contexts,
     /// What the client was told that requests are multiples of, in bytes.
@@ -125,7 +127,7 @@ impl Target {
 
     async fn execute(&self, header: &RequestHeader, payload: Bytes) -> Result<Body, Failure> {
         let (at, len) = (header.offset, header.len);
-        let fua = header.flags.contains(CommandFlags::FUA);
+        let fua = self.writethrough || header.flags.contains(CommandFlags::FUA);
         // As a prefetch, so that a copy-on-read node keeps it as it does what a guest reads.
         let cx = if self.may_wait(header) { Ctx::of(Class::Prefetch) } else { Ctx::GUEST };
         match header.command {
@@ -147,7 +149,7 @@ impl Target {
             Command::Flush => self.node.sync(cx).await?,
             Command::Trim => self.trim(cx, at, len, fua).await?,
             Command::Cache => self.cache(at, len).await?,
-            Command::WriteZeroes => self.write_zeroes(cx, at, len, header.flags).await?,
+            Command::WriteZeroes => self.write_zeroes(cx, at, len, header.flags, fua).await?,
             Command::BlockStatus => {
                 let one = header.flags.contains(CommandFlags::REQ_ONE);
                 let status = block_status(&self.node.node(), cx, &self.contexts, at, len, one).await?;
@@ -231,9 +233,16 @@ impl Target {
         if fua { self.node.sync(cx).await } else { Ok(()) }
     }
 
-    async fn write_zeroes(&self, cx: &Ctx, at: u64, len: u64, how: CommandFlags) -> Result<(), Failure> {
+    async fn write_zeroes(
+        &self,
+        cx: &Ctx,
+        at: u64,
+        len: u64,
+        how: CommandFlags,
+        fua: bool,
+    ) -> Result<(), Failure> {
         let mut flags = ZeroFlags::empty();
-        flags.set(ZeroFlags::FUA, how.contains(CommandFlags::FUA));
+        flags.set(ZeroFlags::FUA, fua);
         flags.set(ZeroFlags::MAY_UNMAP, !how.contains(CommandFlags::NO_HOLE));
         flags.set(ZeroFlags::NO_FALLBACK, how.contains(CommandFlags::FAST_ZERO));
         for (at, len) in self.pieces(at, len) {

@@ -57,6 +57,7 @@ pub(super) async fn transmit(agreed: Agreed, limits: &ServerLimits, total: &Perm
         target: Target {
             size: info.size,
             writable: export.export().writable,
+            writethrough: export.export().writethrough,
             mode,
             contexts,
             request_align: node.limits().request_align.max(1).into(),
