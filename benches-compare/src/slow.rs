@@ -76,7 +76,11 @@ impl Slow {
         fs::create_dir_all(&self.device)?;
         let _ = fs::remove_file(socket);
         let file = tempfile::tempfile_in(MEMORY)?;
-        file.set_len(DEVICE_BYTES)?;
+        // Its memory is there before: else whoever writes to a block first pays for it.
+        let zeroes = vec![0; 1 << 20];
+        for at in (0..DEVICE_BYTES).step_by(zeroes.len()) {
+            file.write_all_at(&zeroes, at)?;
+        }
         serve(UnixListener::bind(socket)?, file);
         let uri = format!("nbd+unix:///?socket={}", socket.display());
         self.fuse = Some(Process::start(Command::new("nbdfuse").arg(&self.device).arg(&uri))?);
