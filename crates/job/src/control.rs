@@ -15,6 +15,8 @@
 //! since they share the local disk, not the link; while a guest writes or flushes, local writes go one piece at a
 //! time. A guest that is as slow under a fill that is held far back does not
 //! suffer from it: then window and pace grow all the same, and it is tried again after 10 s.
+//! What a fill gets while it waits for its own overlay does not count as the rate of the link: smaller requests would
+//! make it slower still.
 //! Neither takes the fill below `min_rate`. The round trip is measured anew every 10 s with nothing else in flight: a
 //! minimum that was taken behind the fill's own queue would drift up without end.
 
@@ -36,6 +38,10 @@ pub(crate) const LINK_BYTES_MAX: u64 = 4 << 20;
 /// Bytes that are written at a time while guests write or flush, and the largest request then: a FLUSH finds no more
 /// than that in the disk's queue.
 const BUSY_BYTES: u64 = 128 << 10;
+/// A source whose round trip is no longer than this is near: its window is [`Control::near_requests`] large.
+const NEAR: Duration = Duration::from_millis(1);
+/// How many requests fill the window of a distant source: the more, the sooner the first of them is there.
+const DISTANT_REQUESTS: u64 = 8;
 /// How long a disk without misses counts as in use.
 const MISS_LATELY: Duration = Duration::from_secs(2);
 /// How long a floor and a round trip hold.
@@ -154,12 +160,16 @@ pub(crate) struct Seen {
 pub(crate) struct Control {
     /// Bytes per second below which politeness does not take the fill.
     min_rate: u64,
+    /// How many requests fill the window of a near source: few large ones cost less than many small ones.
+    near_requests: u64,
     round_trip: Floor,
     probed_at: Option<Duration>,
     rates: VecDeque<f64>,
     span_start: Duration,
     span_bytes: u64,
     span_limited: bool,
+    /// What came had to wait for room in the overlay: the link could have given more.
+    span_behind: bool,
     /// Grows with every answer while nothing is known of the link; `None` once the rate stopped growing.
     start_window: Option<u64>,
     flat_spans: u32,
@@ -183,15 +193,17 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    pub(crate) fn new(now: Duration, min_rate: u64) -> Control {
+    pub(crate) fn new(now: Duration, min_rate: u64, near_requests: u64) -> Control {
         Control {
             min_rate,
+            near_requests,
             round_trip: Floor::default(),
             probed_at: None,
             rates: VecDeque::new(),
             span_start: now,
             span_bytes: 0,
             span_limited: false,
+            span_behind: false,
             start_window: Some(WINDOW_BYTES_START),
             flat_spans: 0,
             last_miss: None,
@@ -251,7 +263,8 @@ impl Control {
             // On a long way a few requests shall fill it: the server may have few threads.
             (self.rate() * 0.000_35).max(self.window(now) as f64 / 8.0)
         } else {
-            self.window(now) as f64 / 8.0
+            let near = self.round_trip.get().is_some_and(|trip| trip <= NEAR);
+            self.window(now) as f64 / (if near { self.near_requests } else { DISTANT_REQUESTS }) as f64
         };
         let max = if self.writes_now(now) { BUSY_BYTES } else { REQUEST_BYTES_MAX };
         let bytes = (bytes as u64).clamp(REQUEST_BYTES_MIN, max);
@@ -310,7 +323,7 @@ impl Control {
         let rate = self.span_bytes as f64 / span.as_secs_f64();
         let best = self.rate();
         // What the link gives is not seen while something else holds the fill back.
-        if !self.span_limited || rate > best {
+        if !(self.span_limited || self.span_behind) || rate > best {
             if self.rates.len() == RATES_KEPT {
                 self.rates.pop_front();
             }
@@ -327,7 +340,12 @@ impl Control {
 
     /// Measures the rate anew from here (after a pause, or when nothing was in flight).
     pub(crate) fn restart_span(&mut self, now: Duration) {
-        (self.span_start, self.span_bytes, self.span_limited) = (now, 0, false);
+        (self.span_start, self.span_bytes, self.span_limited, self.span_behind) = (now, 0, false, false);
+    }
+
+    /// Nothing is asked for because what has come waits for the overlay.
+    pub(crate) fn is_behind(&mut self) {
+        self.span_behind = true;
     }
 
     /// Every [`TICK`]: what guests met since the last one.
@@ -385,7 +403,7 @@ mod tests {
 
     /// A control that has found a link of 25 MB/s with a round trip of 1 ms.
     fn settled() -> (Control, Duration) {
-        let mut control = Control::new(Duration::ZERO, 0);
+        let mut control = Control::new(Duration::ZERO, 0, 2);
         let mut now = MS;
         control.answered(now, 4096, MS, true, false);
         for _ in 0..2000 {
@@ -504,6 +522,31 @@ mod tests {
         assert!((17_000_000..18_000_000).contains(&control.pace()), "{}", control.pace());
         tick(&mut control, now, Seen::default());
         assert_eq!(control.pace(), 0);
+    }
+
+    #[test]
+    fn a_fill_that_waits_for_its_overlay_does_not_take_that_for_the_links_rate() {
+        let mut control = Control::new(Duration::ZERO, 0, 2);
+        let (mut now, trip) = (MS, MS / 10);
+        control.answered(now, 4096, trip, true, false);
+        let mut answers = |control: &mut Control, bytes_per_ms: u64, behind: bool| {
+            for _ in 0..2000 {
+                now += MS;
+                if behind {
+                    control.is_behind();
+                }
+                control.answered(now, bytes_per_ms, trip, false, false);
+            }
+            now
+        };
+        // 1 GB/s with a window of 4.2 MB, then an overlay that takes a twentieth of it.
+        let now = answers(&mut control, 1_000_000, false);
+        assert_eq!(control.request_bytes(now), REQUEST_BYTES_MAX);
+        let now = answers(&mut control, 50_000, true);
+        assert_eq!(control.request_bytes(now), REQUEST_BYTES_MAX);
+        // The link itself has become slow.
+        let now = answers(&mut control, 50_000, false);
+        assert_eq!(control.request_bytes(now), 64 << 10);
     }
 
     #[test]

@@ -51,6 +51,8 @@ const HELD_BYTES_MAX: u64 = 64 << 20;
 /// a large one than for as many small ones, which cost the processor that guests need, too.
 const FAST_RATE: f64 = 200e6;
 const FAST_REQUEST_BYTES: u64 = 512 << 10;
+/// How many pieces fill the window of a near target: while some are read, others are written.
+const NEAR_REQUESTS: u64 = 8;
 /// How often progress is told.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 /// How often the target is synced on the way: what is dirty there others on the same disk wait for.
@@ -154,7 +156,7 @@ impl Copier {
         let next_sync = if transfer.is_from_server() { now } else { now + SYNC_INTERVAL };
         Copier {
             _listening: Listening(transfer.source.clone()),
-            control: Control::new(now, policy.min_rate),
+            control: Control::new(now, policy.min_rate, NEAR_REQUESTS),
             copied_bytes: transfer.copied_before(),
             transfer,
             policy,

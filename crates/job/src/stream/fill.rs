@@ -27,6 +27,8 @@ use crate::state::{ErrorAction, OnError, Operation};
 const HELD_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of a run of zeroes that are linked at once.
 const ZERO_BYTES_MAX: u64 = 16 << 20;
+/// How many requests fill the window of a near source. What they bring is written while the next ones are under way.
+const NEAR_REQUESTS: u64 = 2;
 /// How often the fill's metadata have a round of their own.
 const SYNC_INTERVAL: Duration = Duration::from_secs(1);
 /// How often progress is told.
@@ -195,7 +197,7 @@ impl<'a> Pass<'a> {
         let now = rt::now();
         let listening = [Listening::new(&fill.top), Listening::new(&source)];
         Pass {
-            control: Control::new(now, fill.policy.min_rate),
+            control: Control::new(now, fill.policy.min_rate, NEAR_REQUESTS),
             fill,
             job,
             source,
@@ -334,6 +336,7 @@ impl<'a> Pass<'a> {
             let fresh = self.again.is_empty() && self.rest.is_none();
             let behind = self.link_bytes >= LINK_BYTES_MAX || self.to_link_bytes >= window;
             if behind || (fresh && self.held_bytes >= HELD_BYTES_MAX) {
+                self.control.is_behind();
                 break;
             }
             let ready = self.speed.ready_at().max(self.pace.ready_at());
