@@ -7,6 +7,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use infill_base::{Ctx, WriteFlags};
+use infill_job::copy::backup::{self, BackupOptions};
+use infill_job::copy::mirror::{self, MirrorOptions};
 use infill_job::stream::{StreamOptions, start};
 use infill_job::{Job, JobOptions, Jobs};
 use infill_node::NodeHandle;
@@ -200,6 +202,55 @@ fn a_guest_that_flushes_is_not_held_up_by_the_fill_on_a_slow_disk() {
         assert!(busy.at(500) <= 2 * quiet.at(500));
         assert!(busy.at(990) <= 3 * quiet.at(990));
         assert!(rate > 0.9, "not below the floor");
+    });
+}
+
+/// A disk of 40 MiB/s, and another one on the same device.
+fn on_one_device() -> (Scene, NodeHandle) {
+    let scene = scene(1000 * MIB, TRIP);
+    scene.overlay.disk.lock().unwrap().bytes_per_second = 40 * MIB;
+    let target = NodeHandle::new(Shared(scene.overlay.beside(DISK)));
+    (scene, target)
+}
+
+/// What a guest that flushes meets beside a copy of its disk, which goes on at least at its floor: at most so many times what it
+/// meets alone.
+async fn beside_a_copy(what: &str, times: u32, begin: impl Fn(&Scene, NodeHandle) -> Job) {
+    let quiet = flushed_writes(&on_one_device().0.top, SPAN).await;
+    let (scene, target) = on_one_device();
+    let job = begin(&scene, target);
+    flushed_writes(&scene.top, Duration::from_secs(1)).await;
+    let before = job.info().current_progress;
+    let busy = flushed_writes(&scene.top, SPAN).await;
+    let rate = (job.info().current_progress - before) as f64 / SPAN.as_secs_f64() / MIB as f64;
+    println!(
+        "{what}: quiet p50 {:?} p99 {:?}, busy p50 {:?} p99 {:?}, {rate} MiB/s",
+        quiet.at(500),
+        quiet.at(990),
+        busy.at(500),
+        busy.at(990)
+    );
+    assert!(busy.at(500) <= times * quiet.at(500), "{what}: {:?}", busy.at(500));
+    assert!(busy.at(990) <= 3 * times * quiet.at(990), "{what}: {:?}", busy.at(990));
+    assert!(rate > 0.9, "{what}: below the floor");
+}
+
+#[test]
+fn a_guest_that_flushes_is_not_held_up_by_a_copy_on_its_slow_disk() {
+    block_on(async {
+        beside_a_copy("mirror", 2, |scene, target| {
+            let mirror = MirrorOptions::new(scene.top.clone(), target);
+            mirror::start(&scene.jobs, JobOptions::new("copy"), mirror).unwrap()
+        })
+        .await;
+        // What is overwritten is copied first, on the same device.
+        beside_a_copy("backup", 3, |scene, target| {
+            let held = block_on(scene.top.hold_changes());
+            let backup = BackupOptions::new(scene.top.clone(), target);
+            let prepared = backup::prepare(&scene.jobs, JobOptions::new("copy"), backup, &held).unwrap();
+            prepared.start(&scene.jobs).unwrap()
+        })
+        .await;
     });
 }
 

@@ -373,6 +373,7 @@ impl Copier {
                 let now = rt::now();
                 self.sent_bytes -= piece.len;
                 self.copied_bytes += piece.len;
+                self.control.linked(piece.len);
                 self.transfer.is_copied(piece.at, piece.len, self.copied_bytes);
                 self.unsynced = true;
                 let took = now.saturating_sub(piece.sent);

@@ -187,7 +187,7 @@ pub struct Overlay {
     pub sync_fails: Mutex<Option<ErrorKind>>,
     pub write_time: Duration,
     /// The local disk: bytes per second, first in, first out; every write and populate passes it.
-    pub disk: Mutex<Disk>,
+    pub disk: Arc<Mutex<Disk>>,
 }
 
 /// A disk's queue.
@@ -208,15 +208,25 @@ impl Overlay {
     }
 
     pub fn new(len: u64, unit: u64, backing: &NodeHandle) -> Arc<Overlay> {
-        Arc::new(Overlay {
-            inner: MemoryOverlay::new(len, unit, Some(backing.clone())),
+        Arc::new(Overlay::of(MemoryOverlay::new(len, unit, Some(backing.clone()))))
+    }
+
+    /// A disk of its own, that lies where this one does.
+    pub fn beside(&self, len: u64) -> Arc<Overlay> {
+        let other = Overlay::of(MemoryOverlay::new(len, 4 * KIB, None));
+        Arc::new(Overlay { disk: self.disk.clone(), ..other })
+    }
+
+    fn of(inner: MemoryOverlay) -> Overlay {
+        Overlay {
+            inner,
             log: Mutex::default(),
             space: AtomicU64::new(u64::MAX),
             header_fails: AtomicBool::new(false),
             sync_fails: Mutex::default(),
             write_time: Duration::from_micros(50),
-            disk: Mutex::new(Disk { bytes_per_second: 1 << 40, free_at: Duration::ZERO }),
-        })
+            disk: Arc::new(Mutex::new(Disk { bytes_per_second: 1 << 40, free_at: Duration::ZERO })),
+        }
     }
 
     pub fn log(&self) -> Vec<Step> {
