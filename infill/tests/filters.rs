@@ -444,6 +444,30 @@ fn a_file_that_grows_ahead_is_given_back_what_nobody_wrote() {
 }
 
 #[test]
+fn a_file_that_ignores_discards_keeps_its_space_under_an_image_that_gives_it_back() {
+    use std::os::unix::fs::MetadataExt as _;
+
+    for (discard, kept) in
+        [(json!({}), true), (json!({"discard": "ignore"}), true), (json!({"discard": "unmap"}), false)]
+    {
+        same(|told| {
+            let mut file = json!({"driver": "file", "node-name": "f", "filename": told.path("a")});
+            file.as_object_mut().unwrap().extend(discard.as_object().unwrap().clone());
+            told.add(file);
+            told.add(json!({"driver": "qcow2", "node-name": "d", "file": "f", "discard": "unmap"}));
+            told.export("d");
+            told.guest("d", &["write -P 1 0 2M", "flush", "discard 0 2M", "flush", "read -P 0 0 2M"]);
+            told.qmp.run("block-export-del", json!({"id": "d"}));
+            told.qmp.wait_for("BLOCK_EXPORT_DELETED");
+            told.qmp.run("blockdev-del", json!({"node-name": "d"}));
+            let bytes = std::fs::metadata(told.dir.join("a")).unwrap().blocks() * 512;
+            assert_eq!(bytes >= 2 << 20, kept, "{discard}: {bytes} bytes");
+            run("qemu-img", &["check", "-q", "-f", "qcow2", &told.path("a")]);
+        });
+    }
+}
+
+#[test]
 fn copy_on_read_keeps_what_lies_above_its_bottom_alone() {
     same(|told| {
         let (bottom, middle, top) = (told.path("a"), told.path("m"), told.path("t"));

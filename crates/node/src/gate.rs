@@ -48,6 +48,7 @@ impl Gate for NodeGate {
     ) -> LocalBoxFuture<'a, IoResult<()>> {
         Box::pin(async move {
             let entered = self.0.enter().await;
+            let flags = if self.0.gives_space_back() { flags } else { flags - ZeroFlags::MAY_UNMAP };
             let what = ChangeKind::Zero { may_unmap: flags.contains(ZeroFlags::MAY_UNMAP) };
             let perform = storage.write_zeroes(cx, at, len, flags);
             entered.beyond(cx, storage.len(), Change { at, len, what }, perform).await
@@ -63,6 +64,9 @@ impl Gate for NodeGate {
     ) -> LocalBoxFuture<'a, IoResult<()>> {
         Box::pin(async move {
             let entered = self.0.enter().await;
+            if !self.0.gives_space_back() {
+                return Ok(());
+            }
             let change = Change { at, len, what: ChangeKind::Discard };
             entered.beyond(cx, u64::MAX, change, storage.discard(cx, at, len)).await
         })

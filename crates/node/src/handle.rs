@@ -46,6 +46,7 @@ trait DynNode: Send + Sync {
     fn set_fence<'a>(&'a self, cx: &'a Ctx, fenced: bool) -> Answer<'a, ()>;
     fn make_empty<'a>(&'a self, cx: &'a Ctx) -> Answer<'a, ()>;
     fn forget<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, ()>;
+    fn gives_space_back(&self) -> bool;
     fn keeps_snapshots(&self) -> bool;
     fn snapshots(&self) -> Vec<Snapshot>;
     fn create_snapshot<'a>(&'a self, cx: &'a Ctx, wanted: Snapshot) -> Answer<'a, Snapshot>;
@@ -133,6 +134,9 @@ impl<N: Node> DynNode for N {
     }
     fn forget<'a>(&'a self, cx: &'a Ctx, at: u64, len: u64) -> Answer<'a, ()> {
         Box::pin(Node::forget(self, cx, at, len))
+    }
+    fn gives_space_back(&self) -> bool {
+        Node::gives_space_back(self)
     }
     fn keeps_snapshots(&self) -> bool {
         Node::keeps_snapshots(self)
@@ -494,6 +498,11 @@ impl NodeHandle {
         }
         slot.raise().await;
         self.0.driver.forget(cx, at, len).await
+    }
+
+    /// See [`Node::gives_space_back`].
+    pub fn gives_space_back(&self) -> bool {
+        self.0.driver.gives_space_back()
     }
 
     /// See [`Node::keeps_snapshots`].

@@ -309,6 +309,11 @@ pub trait Node: Send + Sync + 'static {
         async { Err(unsupported(self.info().driver, "make a range absent again")) }
     }
 
+    /// Whether what is discarded gives its space back (`discard: unmap`), also where a format lies on the node's storage.
+    fn gives_space_back(&self) -> bool {
+        true
+    }
+
     /// Whether the image can keep snapshots of its disk in itself.
     fn keeps_snapshots(&self) -> bool {
         false

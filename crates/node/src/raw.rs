@@ -136,6 +136,10 @@ impl Node for RawNode {
         }
     }
 
+    fn gives_space_back(&self) -> bool {
+        self.discard == DiscardMode::Unmap
+    }
+
     async fn sync(&self, cx: &Ctx) -> IoResult<()> {
         self.storage.sync(cx).await
     }
