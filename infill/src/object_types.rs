@@ -60,6 +60,19 @@ pub const THROTTLE_GROUP: TypeOfObject = TypeOfObject {
     ],
 };
 
+/// Something that nobody else is to know.
+pub const SECRET: TypeOfObject = TypeOfObject {
+    name: "secret",
+    parent: "secret_common",
+    properties: &[
+        ("iv", "string"),
+        ("keyid", "string"),
+        ("format", "QCryptoSecretFormat"),
+        ("file", "string"),
+        ("data", "string"),
+    ],
+};
+
 /// Credentials for TLS.
 pub const TLS_CREDS_X509: TypeOfObject = TypeOfObject {
     name: "tls-creds-x509",
@@ -68,4 +81,4 @@ pub const TLS_CREDS_X509: TypeOfObject = TypeOfObject {
 };
 
 /// All types that can be made.
-pub const TYPES: &[&TypeOfObject] = &[&IOTHREAD, &THROTTLE_GROUP, &TLS_CREDS_X509];
+pub const TYPES: &[&TypeOfObject] = &[&IOTHREAD, &SECRET, &THROTTLE_GROUP, &TLS_CREDS_X509];

@@ -1,10 +1,11 @@
-//! Objects by id: I/O threads, which are names, limits that disks share, and credentials for TLS.
+//! Objects by id: I/O threads, which are names, limits that disks share, secrets, and credentials for TLS.
 //!
 //! What never happens: an object goes while somebody uses it; credentials change. A user holds them; whoever takes an object
 //! away is told that it is in use. (QEMU lets the object go and its users keep it; a kept description of a node that
 //! names an object would be worth nothing then.)
 
 use std::collections::BTreeMap;
+use std::io::Read as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,11 +13,11 @@ use anyhow::{Result, anyhow, bail};
 use infill_base::ThrottleLimits;
 use infill_node::ThrottleGroup;
 use infill_qmp::throttle::limits_value;
-use infill_qmp::{ObjectKind, ObjectOptions};
+use infill_qmp::{ObjectKind, ObjectOptions, SecretFrom, SecretOptions};
 use infill_storage::sync::{Mutex, lock};
 use serde_json::{Value, json};
 
-use crate::object_types::{IOTHREAD, THROTTLE_GROUP, TLS_CREDS_X509, TypeOfObject};
+use crate::object_types::{IOTHREAD, SECRET, THROTTLE_GROUP, TLS_CREDS_X509, TypeOfObject};
 use crate::tls::Credentials;
 
 #[derive(Debug)]
@@ -24,6 +25,58 @@ enum Object {
     IoThread,
     Throttle(Arc<ThrottleGroup>),
     Tls(Arc<Credentials>),
+    Secret(Arc<Secret>),
+}
+
+/// Longest secret, in bytes.
+const SECRET_BYTES_MAX: u64 = 1 << 20;
+
+/// Something that nobody else is to know. Neither logs nor answers tell it.
+pub struct Secret {
+    bytes: Vec<u8>,
+    file: Option<String>,
+    base64: bool,
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(…)")
+    }
+}
+
+impl Drop for Secret {
+    fn drop(&mut self) {
+        self.bytes.fill(0);
+    }
+}
+
+impl Secret {
+    fn read(options: &SecretOptions) -> Result<Secret> {
+        let (given, file) = match &options.from {
+            SecretFrom::Data(data) => (data.clone().into_bytes(), None),
+            SecretFrom::File(file) => {
+                let failed = |error: std::io::Error| anyhow!("Unable to read {file}: {error}");
+                let mut bytes = Vec::new();
+                let opened = std::fs::File::open(file).map_err(failed)?;
+                opened.take(SECRET_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+                (bytes, Some(file.clone()))
+            }
+        };
+        if given.len() as u64 > SECRET_BYTES_MAX {
+            bail!("a secret has at most {SECRET_BYTES_MAX} bytes");
+        }
+        let bytes = match options.base64 {
+            true => infill_base::from_base64(&given)
+                .ok_or_else(|| anyhow!("Base64 data contains invalid characters"))?,
+            false => given,
+        };
+        Ok(Secret { bytes, file, base64: options.base64 })
+    }
+
+    /// What it is.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 impl Object {
@@ -32,6 +85,7 @@ impl Object {
             Object::IoThread => &IOTHREAD,
             Object::Throttle(_) => &THROTTLE_GROUP,
             Object::Tls(_) => &TLS_CREDS_X509,
+            Object::Secret(_) => &SECRET,
         }
     }
 
@@ -40,6 +94,7 @@ impl Object {
             Object::IoThread => false,
             Object::Throttle(group) => Arc::strong_count(group) > 1,
             Object::Tls(credentials) => Arc::strong_count(credentials) > 1,
+            Object::Secret(secret) => Arc::strong_count(secret) > 1,
         }
     }
 }
@@ -58,12 +113,14 @@ impl Objects {
             ObjectKind::ThrottleGroup(limits) => Object::Throttle(Arc::new(ThrottleGroup::new(*limits))),
             ObjectKind::TlsCredsX509(creds) => {
                 let (dir, verify, check) = (Path::new(&creds.dir), creds.verify_peer, creds.sanity_check);
+                let password = creds.password.as_deref().map(|id| self.secret(id)).transpose()?;
                 let credentials = match creds.server {
-                    true => Credentials::server(dir, verify, check),
-                    false => Credentials::client(dir, verify, check),
+                    true => Credentials::server(dir, verify, check, password),
+                    false => Credentials::client(dir, verify, check, password),
                 };
                 Object::Tls(Arc::new(credentials?))
             }
+            ObjectKind::Secret(options) => Object::Secret(Arc::new(Secret::read(options)?)),
         };
         let mut objects = lock(&self.0);
         if objects.contains_key(id) {
@@ -102,12 +159,24 @@ impl Objects {
             (Object::Tls(credentials), "dir") => Some(json!(credentials.dir)),
             (Object::Tls(credentials), "verify-peer") => Some(json!(credentials.verify_peer)),
             (Object::Tls(_), _) => None,
+            (Object::Secret(secret), "format") => Some(json!(if secret.base64 { "base64" } else { "raw" })),
+            (Object::Secret(secret), "file") => Some(json!(secret.file.as_deref().unwrap_or_default())),
+            (Object::Secret(_), _) => None,
         }
     }
 
     /// Whether there is an I/O thread of that id.
     pub fn has_iothread(&self, id: &str) -> bool {
         matches!(lock(&self.0).get(id), Some(Object::IoThread))
+    }
+
+    /// The secret of that id, which is in use as long as it is held.
+    fn secret(&self, id: &str) -> Result<Arc<Secret>> {
+        match lock(&self.0).get(id) {
+            Some(Object::Secret(secret)) => Ok(secret.clone()),
+            Some(_) => bail!("Object with id '{id}' is not a secret"),
+            None => bail!("No secret with id '{id}'"),
+        }
     }
 
     /// The credentials of that id, which are in use as long as they are held.

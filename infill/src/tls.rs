@@ -7,14 +7,17 @@
 //! | `server-cert.pem`, `server-key.pem` | needed | |
 //! | `client-cert.pem`, `client-key.pem`, both or it has none to show | | optional |
 //!
-//! Files are read once, when the credentials are made; keys are not encrypted. Messages are QEMU's where it has the same.
+//! Files are read once, when the credentials are made; a key that is encrypted needs a secret. Messages are QEMU's where it has the same.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail};
 use infill_nbd::{ClientCredentials, ServerTls, TlsError, X509};
+
+use crate::objects::Secret;
 
 /// Longest file of credentials, in bytes: ten times what a system's whole list of authorities takes.
 const PEM_BYTES_MAX: u64 = 4 << 20;
@@ -32,6 +35,8 @@ pub struct Credentials {
     /// Whether the other end's certificate is verified.
     pub verify_peer: bool,
     end: End,
+    /// What their key was decrypted with: it cannot go before them.
+    _password: Option<Arc<Secret>>,
 }
 
 /// Which end of a connection.
@@ -49,10 +54,16 @@ struct Files {
     crl: Option<Vec<u8>>,
     certificate: Option<Vec<u8>>,
     key: Option<Vec<u8>>,
+    password: Option<Arc<Secret>>,
 }
 
 impl Files {
-    fn read(dir: &Path, end: &'static str, identity_needed: bool) -> Result<Files> {
+    fn read(
+        dir: &Path,
+        end: &'static str,
+        identity_needed: bool,
+        password: Option<Arc<Secret>>,
+    ) -> Result<Files> {
         let needed = |name: &str| {
             read(&dir.join(name))?.ok_or_else(|| no_access(&dir.join(name), "No such file or directory"))
         };
@@ -67,6 +78,7 @@ impl Files {
             crl: read(&dir.join("ca-crl.pem"))?,
             certificate: identity(format!("{end}-cert.pem"))?,
             key: identity(format!("{end}-key.pem"))?,
+            password,
         })
     }
 
@@ -76,6 +88,7 @@ impl Files {
             crl: self.crl.as_deref(),
             certificate: self.certificate.as_deref(),
             key: self.key.as_deref(),
+            password: self.password.as_ref().map(|password| password.bytes()),
         }
     }
 
@@ -132,26 +145,36 @@ impl Credentials {
     }
 
     /// Those of a server. With `verify_peer` clients need a certificate; with `sanity_check` ours is verified first.
-    pub fn server(dir: &Path, verify_peer: bool, sanity_check: bool) -> Result<Credentials> {
-        let files = Files::read(dir, "server", true)?;
+    pub fn server(
+        dir: &Path,
+        verify_peer: bool,
+        sanity_check: bool,
+        password: Option<Arc<Secret>>,
+    ) -> Result<Credentials> {
+        let files = Files::read(dir, "server", true, password.clone())?;
         let told = |error: TlsError| files.told(&error);
         let tls = ServerTls::new(&files.x509(), verify_peer).map_err(told)?;
         if sanity_check {
             files.x509().check_own(true).map_err(told)?;
         }
-        Ok(Credentials { dir: dir.to_owned(), verify_peer, end: End::Server(tls) })
+        Ok(Credentials { dir: dir.to_owned(), verify_peer, end: End::Server(tls), _password: password })
     }
 
     /// Those of a client. With `verify_peer` servers are verified; with `sanity_check` our own certificate is verified
     /// first.
-    pub fn client(dir: &Path, verify_peer: bool, sanity_check: bool) -> Result<Credentials> {
-        let files = Files::read(dir, "client", false)?;
+    pub fn client(
+        dir: &Path,
+        verify_peer: bool,
+        sanity_check: bool,
+        password: Option<Arc<Secret>>,
+    ) -> Result<Credentials> {
+        let files = Files::read(dir, "client", false, password.clone())?;
         let told = |error: TlsError| files.told(&error);
         let tls = ClientCredentials::new(&files.x509(), verify_peer).map_err(told)?;
         if sanity_check {
             files.x509().check_own(false).map_err(told)?;
         }
-        Ok(Credentials { dir: dir.to_owned(), verify_peer, end: End::Client(tls) })
+        Ok(Credentials { dir: dir.to_owned(), verify_peer, end: End::Client(tls), _password: password })
     }
 
     /// What a server takes.
@@ -173,8 +196,8 @@ impl Credentials {
     /// Those of a client as a URI asks for them.
     pub fn of_uri(dir: Option<&Path>, verify_peer: bool) -> Result<Credentials> {
         match dir {
-            Some(dir) => Credentials::client(dir, verify_peer, true),
-            None => Credentials::client(&usual_dir()?, verify_peer, true),
+            Some(dir) => Credentials::client(dir, verify_peer, true, None),
+            None => Credentials::client(&usual_dir()?, verify_peer, true, None),
         }
     }
 }

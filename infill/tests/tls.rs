@@ -121,6 +121,122 @@ fn objects_are_made_and_refused_as_by_qemu_storage_daemon() {
     }
 }
 
+/// The credentials in `good`, with its key encrypted, in directories by what it is encrypted with.
+fn encrypted(certs: &Certs) -> Vec<PathBuf> {
+    let good = certs.dir("good");
+    let ways: [(&str, &[&str]); 5] = [
+        ("default", &[]),
+        ("aes-128", &["-v2", "aes-128-cbc"]),
+        ("sha-1", &["-v2", "aes-256-cbc", "-v2prf", "hmacWithSHA1"]),
+        ("sha-512", &["-v2", "aes-256-cbc", "-v2prf", "hmacWithSHA512", "-iter", "100000"]),
+        ("old", &["-v2", "des3"]),
+    ];
+    let dirs = ways.into_iter().map(|(name, way)| {
+        for file in ["ca-cert.pem", "server-cert.pem"] {
+            certs.write(name, file, &std::fs::read_to_string(good.join(file)).unwrap());
+        }
+        let (key, to) = (good.join("server-key.pem"), certs.dir(name).join("server-key.pem"));
+        let files = ["pkcs8", "-topk8", "-in", text(&key), "-out", text(&to), "-passout", "pass:hush"];
+        run("openssl", &[&files[..], way].concat());
+        certs.dir(name)
+    });
+    dirs.collect()
+}
+
+#[test]
+fn a_key_that_is_encrypted_is_decrypted_with_a_secret_as_by_qemu_storage_daemon() {
+    let certs = Certs::new();
+    let dirs = encrypted(&certs);
+    let mut told = Vec::new();
+    for program in [Program::Infill, Program::Qemu] {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("password"), "hush").unwrap();
+        let daemon = Daemon::start(program, dir.path(), &[]);
+        let mut qmp = daemon.connect();
+        let secret = |id: &str, more: Value| {
+            let mut object = json!({"qom-type": "secret", "id": id});
+            object.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            object
+        };
+        let mut answers = Vec::new();
+        for object in [
+            secret("plain", json!({"data": "hush"})),
+            secret("coded", json!({"data": "aHVzaA==", "format": "base64"})),
+            secret("file", json!({"file": text(&dir.path().join("password"))})),
+            secret("wrong", json!({"data": "other"})),
+            secret("plain", json!({"data": "again"})),
+            secret("x", json!({})),
+            secret("x", json!({"data": "a", "file": "b"})),
+            secret("x", json!({"data": "!!!", "format": "base64"})),
+            secret("x", json!({"data": "a", "format": "zz"})),
+        ] {
+            answers.push(qmp.ask("object-add", object));
+        }
+        let key = |id: &str, dir: &Path, secret: Option<&str>| {
+            let mut object = creds(id, dir, json!({"endpoint": "server"}));
+            if let Some(secret) = secret {
+                object["passwordid"] = json!(secret);
+            }
+            object
+        };
+        for secret in ["plain", "coded", "file", "nothing"] {
+            answers.push(qmp.ask("object-add", key(&format!("with-{secret}"), &dirs[0], Some(secret))));
+        }
+        for (nth, dir) in dirs[..4].iter().enumerate() {
+            answers.push(qmp.ask("object-add", key(&format!("way-{nth}"), dir, Some("plain"))));
+            for secret in [Some("wrong"), None] {
+                let why =
+                    qmp.refused("object-add", key("w", dir, secret))["desc"].as_str().unwrap().to_owned();
+                let (before, _) = why.split_once("Decryption has failed").expect(&why);
+                answers.push(json!(before.to_owned()));
+            }
+        }
+        // One that is not encrypted asks for none.
+        answers.push(qmp.ask("object-add", key("open", &certs.dir("good"), Some("wrong"))));
+        if program == Program::Infill {
+            let why = qmp.refused("object-add", key("w", &dirs[4], Some("plain")))["desc"].to_string();
+            assert!(why.contains("with another cipher than AES-128 or AES-256"), "{why}");
+            assert_eq!(
+                qmp.refused("object-del", json!({"id": "plain"}))["desc"],
+                "object 'plain' is in use, can not be deleted"
+            );
+        }
+        for id in ["open", "wrong"] {
+            qmp.run("object-del", json!({"id": id}));
+        }
+        daemon.quit(&mut qmp);
+        told.push(answers);
+    }
+    assert_eq!(told[0], told[1], "ours, then qemu-storage-daemon's");
+}
+
+#[test]
+fn a_secret_is_told_to_nobody_and_is_there_again_after_a_restart() {
+    let certs = Certs::new();
+    let dirs = encrypted(&certs);
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    let options = ["--state", text(&state)];
+    let daemon = Daemon::start(Program::Infill, dir.path(), &options);
+    let mut qmp = daemon.connect();
+    qmp.run("object-add", json!({"qom-type": "secret", "id": "s", "data": "hush"}));
+    let tls = creds("t", &dirs[0], json!({"endpoint": "server", "passwordid": "s"}));
+    qmp.run("object-add", tls);
+    for property in ["data", "iv"] {
+        qmp.refused("qom-get", json!({"path": "/objects/s", "property": property}));
+    }
+    assert_eq!(qmp.run("qom-get", json!({"path": "/objects/s", "property": "format"})), "raw");
+    assert!(!qmp.run("__infill_query-state", json!({})).to_string().contains("hush"));
+    daemon.process.kill();
+    let daemon = Daemon::start(Program::Infill, dir.path(), &options);
+    let mut qmp = daemon.connect();
+    let why = qmp.refused("object-del", json!({"id": "s"}));
+    assert_eq!(why["desc"], "object 's' is in use, can not be deleted");
+    qmp.run("object-del", json!({"id": "t"}));
+    qmp.run("object-del", json!({"id": "s"}));
+    daemon.quit(&mut qmp);
+}
+
 /// A daemon that serves a disk over TLS with the credentials in `server`; what is on the disk is a file's content.
 fn tls_daemon(certs: &Certs, dir: &Path, options: &[&str]) -> Daemon {
     let disk = dir.join("disk.raw");

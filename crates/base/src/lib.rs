@@ -4,6 +4,7 @@
 //! boundary are plain `u64` bytes; formats wrap them in newtypes of their own spaces.
 #![forbid(unsafe_code)]
 
+mod base64;
 mod buffer;
 mod context;
 mod error;
@@ -12,6 +13,7 @@ mod faults;
 mod limits;
 mod throttle;
 
+pub use base64::from_base64;
 pub use buffer::{Gather, aligned_buffer, is_zero, zero_bytes};
 pub use context::{Class, Ctx, DetectZeroes, DiscardMode, WriteFlags, ZeroFlags};
 pub use error::{CreateError, ErrorKind, IoError, IoResult, OpenError};

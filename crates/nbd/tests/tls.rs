@@ -28,7 +28,13 @@ const PEER_TIME: Duration = Duration::from_secs(30);
 fn x509<R>(dir: &Path, end: &str, with: impl FnOnce(X509<'_>) -> R) -> R {
     let ca = bytes(dir, "ca-cert.pem").unwrap();
     let (certificate, key) = (bytes(dir, &format!("{end}-cert.pem")), bytes(dir, &format!("{end}-key.pem")));
-    with(X509 { ca: &ca, crl: None, certificate: certificate.as_deref(), key: key.as_deref() })
+    with(X509 {
+        ca: &ca,
+        crl: None,
+        certificate: certificate.as_deref(),
+        key: key.as_deref(),
+        password: None,
+    })
 }
 
 /// Our server, of a disk in memory.

@@ -1,4 +1,4 @@
-//! Objects that a manager may make (`object-add`, `--object`): `iothread`, `throttle-group` and `tls-creds-x509`.
+//! Objects that a manager may make (`object-add`, `--object`): `iothread`, `secret`, `throttle-group` and `tls-creds-x509`.
 
 use infill_base::ThrottleLimits;
 
@@ -25,6 +25,65 @@ pub enum ObjectKind {
     ThrottleGroup(ThrottleLimits),
     /// Credentials for TLS.
     TlsCredsX509(TlsCredsX509),
+    /// Something that nobody else is to know.
+    Secret(SecretOptions),
+}
+
+/// `secret`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SecretOptions {
+    /// Where it stands.
+    pub from: SecretFrom,
+    /// Whether it is written in base64.
+    pub base64: bool,
+}
+
+/// Where a secret stands.
+#[derive(Clone, PartialEq, Eq)]
+pub enum SecretFrom {
+    /// Here.
+    Data(String),
+    /// In a file of that name.
+    File(String),
+}
+
+/// Never tells what it is.
+impl std::fmt::Debug for SecretOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SecretOptions(…)")
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SecretFormat {
+    Raw,
+    Base64,
+}
+
+impl Words for SecretFormat {
+    const WORDS: &'static [(&'static str, SecretFormat)] =
+        &[("raw", SecretFormat::Raw), ("base64", SecretFormat::Base64)];
+}
+
+impl SecretOptions {
+    /// Reads what these alone take.
+    fn read(mut members: Members) -> Result<SecretOptions, QmpError> {
+        let format = members.opt_word("format")?.unwrap_or(SecretFormat::Raw);
+        let (data, file) = (members.opt_str("data")?, members.opt_str("file")?);
+        for name in ["keyid", "iv"] {
+            members.refuse(name, "give the secret in a file that only this program can read")?;
+        }
+        members.finish()?;
+        let from = match (data, file) {
+            (Some(data), None) => SecretFrom::Data(data),
+            (None, Some(file)) => SecretFrom::File(file),
+            (Some(_), Some(_)) => {
+                return Err(QmpError::generic("'file' and 'data' are mutually exclusive"));
+            }
+            (None, None) => return Err(QmpError::generic("Either 'file' or 'data' must be provided")),
+        };
+        Ok(SecretOptions { from, base64: format == SecretFormat::Base64 })
+    }
 }
 
 /// `tls-creds-x509`.
@@ -38,6 +97,8 @@ pub struct TlsCredsX509 {
     pub verify_peer: bool,
     /// Whether our own certificate is verified before it is used.
     pub sanity_check: bool,
+    /// The secret that decrypts our private key.
+    pub password: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,10 +120,7 @@ impl TlsCredsX509 {
         let endpoint = members.opt_word("endpoint")?.unwrap_or(Endpoint::Client);
         let priority = members.opt_str("priority")?;
         let sanity_check = members.opt_bool("sanity-check")?.unwrap_or(true);
-        members.refuse(
-            "passwordid",
-            "decrypt the key (openssl pkey -in KEY -out NEWKEY) and protect its file",
-        )?;
+        let password = members.opt_str("passwordid")?;
         members.finish()?;
         let dir = dir.ok_or_else(|| QmpError::generic("Missing 'dir' property value"))?;
         if priority.is_some_and(|priority| priority != "NORMAL") {
@@ -71,7 +129,7 @@ impl TlsCredsX509 {
                  with ciphers that are not broken are what is agreed on",
             ));
         }
-        Ok(TlsCredsX509 { server: endpoint == Endpoint::Server, dir, verify_peer, sanity_check })
+        Ok(TlsCredsX509 { server: endpoint == Endpoint::Server, dir, verify_peer, sanity_check, password })
     }
 }
 
@@ -84,7 +142,8 @@ macro_rules! kinds {
 }
 
 impl Words for Kind {
-    const WORDS: &'static [(&'static str, Kind)] = kinds!["iothread", "throttle-group", "tls-creds-x509"];
+    const WORDS: &'static [(&'static str, Kind)] =
+        kinds!["iothread", "secret", "throttle-group", "tls-creds-x509"];
 
     fn of(word: &str) -> Option<&'static Kind> {
         Self::WORDS.iter().chain(UNBUILT).find(|(name, _)| *name == word).map(|(_, kind)| kind)
@@ -98,7 +157,6 @@ const UNBUILT: &[(&str, Kind)] = kinds![
     "authz-pam",
     "authz-simple",
     "main-loop",
-    "secret",
     "secret_keyring",
     "tls-creds-anon",
     "tls-creds-psk",
@@ -126,6 +184,7 @@ impl ObjectOptions {
                 members.finish()?;
                 ObjectKind::IoThread
             }
+            "secret" => ObjectKind::Secret(SecretOptions::read(members)?),
             "tls-creds-x509" => ObjectKind::TlsCredsX509(TlsCredsX509::read(members)?),
             "throttle-group" => {
                 let limits = throttle::read_group(&mut members)?;
@@ -146,7 +205,7 @@ impl ObjectOptions {
             }
             other => {
                 return Err(QmpError::generic(format!(
-                    "objects of type '{other}' are not supported yet: only iothread, throttle-group and tls-creds-x509 are"
+                    "objects of type '{other}' are not supported yet: only iothread, secret, throttle-group and tls-creds-x509 are"
                 )));
             }
         };
@@ -167,8 +226,13 @@ mod tests {
 
     #[test]
     fn credentials_have_the_defaults_that_managers_know() {
-        let expected =
-            TlsCredsX509 { server: false, dir: "/d".into(), verify_peer: true, sanity_check: true };
+        let expected = TlsCredsX509 {
+            server: false,
+            dir: "/d".into(),
+            verify_peer: true,
+            sanity_check: true,
+            password: None,
+        };
         let kind = ObjectKind::TlsCredsX509(expected);
         assert_eq!(read("tls-creds-x509,id=a,dir=/d"), Ok(ObjectOptions { id: "a".into(), kind }));
         let ObjectKind::TlsCredsX509(read) = read(
@@ -180,6 +244,23 @@ mod tests {
             panic!()
         };
         assert!(read.server && !read.verify_peer && !read.sanity_check);
+    }
+
+    #[test]
+    fn a_secret_stands_in_one_place_and_is_not_told() {
+        let ObjectOptions { kind, .. } = read("secret,id=s,data=hush").unwrap();
+        assert_eq!(format!("{kind:?}"), "Secret(SecretOptions(…))");
+        let from = SecretFrom::File("/f".into());
+        let kind = ObjectKind::Secret(SecretOptions { from, base64: true });
+        assert_eq!(read("secret,id=s,file=/f,format=base64"), Ok(ObjectOptions { id: "s".into(), kind }));
+        for (text, why) in [
+            ("secret,id=s", "Either 'file' or 'data' must be provided"),
+            ("secret,id=s,data=a,file=b", "'file' and 'data' are mutually exclusive"),
+            ("secret,id=s,data=a,format=zz", "Parameter 'format' does not accept value 'zz'"),
+        ] {
+            assert_eq!(read(text), Err(why.into()), "{text}");
+        }
+        assert!(read("secret,id=s,data=a,keyid=b").unwrap_err().contains("'keyid' is not supported"));
     }
 
     #[test]
@@ -196,7 +277,6 @@ mod tests {
         }
         for (text, why) in [
             ("tls-creds-x509,id=a,dir=/d,priority=SECURE256", "'priority' is"),
-            ("tls-creds-x509,id=a,dir=/d,passwordid=s", "'passwordid' is not supported"),
             ("tls-creds-psk,id=a,dir=/d", "'tls-creds-psk' are not supported"),
             ("tls-creds-anon,id=a", "'tls-creds-anon' are not supported"),
             ("authz-simple,id=a", "'authz-simple' are not supported yet"),

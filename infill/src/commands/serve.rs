@@ -97,7 +97,7 @@ async fn serve_node(
     })?;
     let verify_peer = args.tls_verify_peer == Switch::On;
     let tls = match &args.tls_creds {
-        Some(dir) => Some(Credentials::server(dir, verify_peer, true)?.server_tls()?),
+        Some(dir) => Some(Credentials::server(dir, verify_peer, true, None)?.server_tls()?),
         None => None,
     };
     let uri_tls = tls.is_some().then(UriTls::default);

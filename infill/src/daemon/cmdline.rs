@@ -114,7 +114,8 @@ const OTHERS: [&str; 8] = [
     "--log-format",
 ];
 
-const OBJECTS: &str = "List of user creatable objects:\n  iothread\n  throttle-group\n  tls-creds-x509\n";
+const OBJECTS: &str =
+    "List of user creatable objects:\n  iothread\n  secret\n  throttle-group\n  tls-creds-x509\n";
 
 /// Reads the arguments behind the subcommand.
 pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
@@ -272,7 +273,8 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
   --object help          list the types of objects
   --object iothread,id=<id>
   --object tls-creds-x509,id=<id>,dir=<dir>[,endpoint=server|client]
-           [,verify-peer=on|off][,sanity-check=on|off]
+           [,verify-peer=on|off][,sanity-check=on|off][,passwordid=<id>]
+  --object secret,id=<id>,data=<text>|file=<file>[,format=raw|base64]
                          add an object: a name for exports, or the credentials in
                          <dir> (ca-cert.pem, ca-crl.pem, server-cert.pem,
                          server-key.pem, client-cert.pem, client-key.pem)

@@ -8,6 +8,7 @@
 //!
 //! No file is read here: credentials come as the content of PEM files. What a connection costs is told in [`stream`].
 
+mod encrypted;
 mod explain;
 mod stream;
 #[cfg(test)]
@@ -43,6 +44,8 @@ pub struct X509<'a> {
     pub certificate: Option<&'a [u8]>,
     /// The private key of that certificate.
     pub key: Option<&'a [u8]>,
+    /// What decrypts the key, where it is encrypted.
+    pub password: Option<&'a [u8]>,
 }
 
 /// What is wrong with credentials: which part, and why.
@@ -114,15 +117,21 @@ impl X509<'_> {
     /// Our certificate and key; `None` where there are not both.
     fn identity(&self) -> Result<Option<Identity>, TlsError> {
         let (Some(chain), Some(key)) = (self.chain()?, self.key) else { return Ok(None) };
-        let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| {
-            TlsError::Key(match error {
+        let key = match (encrypted::is_encrypted(key), self.password) {
+            (true, Some(password)) => encrypted::decrypted(key, password),
+            (true, None) => Err(
+                "Decryption has failed: it is encrypted, and no password was given (`passwordid` of credentials names a secret; \
+                 `openssl pkey -in KEY` decrypts it)"
+                    .into(),
+            ),
+            (false, _) => PrivateKeyDer::from_pem_slice(key).map_err(|error| match error {
                 pem::Error::NoItemsFound => {
-                    "there is no key in it that is not encrypted (`openssl pkey -in KEY` decrypts one)".into()
+                    "there is no key in it that can be read (`openssl pkey -in KEY` writes one)".into()
                 }
                 error => unreadable(&error),
-            })
-        })?;
-        Ok(Some((chain, key)))
+            }),
+        };
+        Ok(Some((chain, key.map_err(TlsError::Key)?)))
     }
 
     fn server_verifier(&self) -> Result<Arc<WebPkiServerVerifier>, TlsError> {

@@ -46,6 +46,7 @@ impl Files {
             crl: self.crl.as_deref(),
             certificate: self.certificate.as_deref(),
             key: self.key.as_deref(),
+            password: None,
         }
     }
 }
@@ -585,6 +586,8 @@ fn credentials_that_cannot_be_used_say_which_part() {
     let encrypted = "-----BEGIN ENCRYPTED PRIVATE KEY-----\nMAo=\n-----END ENCRYPTED PRIVATE KEY-----\n";
     let error = of(X509 { key: Some(encrypted.as_bytes()), ..own });
     assert!(error.to_string().contains("openssl pkey"), "{error}");
+    let error = of(X509 { key: Some(encrypted.as_bytes()), password: Some(b"hush"), ..own });
+    assert!(error.to_string().contains("its structure is not that of an encrypted key"), "{error}");
 
     assert_eq!(own.check_own(true), Ok(()));
     assert!(matches!(own.check_own(false), Err(TlsError::Own(_))), "a server's certificate for a client");

@@ -30,14 +30,14 @@ pub(super) struct PeerTls {
 impl PeerTls {
     /// Reads them from a directory that has those of a server and those of a client.
     pub(super) fn read(dir: &Path) -> Result<PeerTls> {
-        let server = Credentials::server(dir, true, true)?.server_tls()?;
+        let server = Credentials::server(dir, true, true, None)?.server_tls()?;
         for file in ["client-cert.pem", "client-key.pem"] {
             let path = dir.join(file);
             if !path.exists() {
                 bail!("{} is missing: between daemons both ends show a certificate", path.display());
             }
         }
-        let client = Credentials::client(dir, true, true)?.client_tls()?;
+        let client = Credentials::client(dir, true, true, None)?.client_tls()?;
         Ok(PeerTls { dir: dir.to_owned(), server, client })
     }
 
