@@ -10,8 +10,8 @@
 //! | none | as much again as is on the way, and 4 ms of rate |
 //!
 //! Every 100 ms the p90 of guest misses is compared with the floor, the smallest sample of the last 10 s; where it is
-//! over max(2 × floor, floor + 1 ms), the window halves (down to one request), else it grows. The guest's FLUSH, read
-//! and write latencies do the same to the *pace* (bytes per second),
+//! over max(2 × floor, floor + 1 ms), the window halves (down to one request), else it grows. The guest's reads (their
+//! p90), writes and FLUSHes (their median) do the same to the *pace* (bytes per second),
 //! since they share the local disk, not the link; while a guest writes or flushes, local writes go one piece at a
 //! time. A guest that is as slow under a fill that is held far back does not
 //! suffer from it: then window and pace grow all the same, and it is tried again after 10 s.
@@ -99,15 +99,21 @@ impl Usual {
     }
 }
 
+/// Which of a tick's samples is compared with the floor, in percent of them. Of reads: a cache answers most of them, and those
+/// that it does not answer are the ones that wait for the fill.
+const TAIL: usize = 90;
+/// Of writes and FLUSHes: a fill makes all of them slower, a busy machine makes some of them much slower.
+const MIDDLE: usize = 50;
+
 /// One kind of guest request: its floor, and what the fill has to do with it.
 ///
 /// Latencies above the floor need not be the fill's doing: the machine may be busy, requests large, a copy-up distant.
-/// So the p90 under a fill that is held far back is compared with the p90 under one that is not. Where holding it back
-/// has not helped, it is let go again; after a while it is tried anew.
+/// So what it meets under a fill that is held far back is compared with what it meets under one that is not. Where holding
+/// it back has not helped, it is let go again; after a while it is tried anew.
 #[derive(Debug, Default)]
 struct Watch {
     floor: Floor,
-    /// The p90 while the fill was held far back, and while it was not.
+    /// What it met while the fill was held far back, and while it was not.
     calm: Usual,
     loud: Usual,
 }
@@ -125,18 +131,18 @@ enum Meets {
 
 impl Watch {
     /// Takes the samples of one tick, in which the fill was held far back (`calm`) or not; `None` if there are none.
-    fn look(&mut self, now: Duration, samples: &mut [Duration], calm: bool) -> Option<Meets> {
+    fn look(&mut self, now: Duration, samples: &mut [Duration], calm: bool, percent: usize) -> Option<Meets> {
         samples.sort_unstable();
         self.floor.note(now, *samples.first()?);
-        let p90 = samples[(samples.len() - 1) * 9 / 10];
+        let felt = samples[(samples.len() - 1) * percent / 100];
         let side = if calm { &mut self.calm } else { &mut self.loud };
-        side.note(now, p90);
+        side.note(now, felt);
         let floor = self.floor.get()?;
-        if p90 <= (2 * floor).max(floor + Duration::from_millis(1)) {
+        if felt <= (2 * floor).max(floor + Duration::from_millis(1)) {
             return Some(Meets::Usual);
         }
         let anyway = match (self.calm.get(now), self.loud.get(now)) {
-            (Some(usual), _) if !calm => p90 <= usual + usual / 2,
+            (Some(usual), _) if !calm => felt <= usual + usual / 2,
             (Some(usual), Some(loud)) => loud <= usual + usual / 2,
             // Held back for long: let it show again whether it is the fill.
             (Some(_), None) => true,
@@ -355,7 +361,7 @@ impl Control {
         let rate = std::mem::take(&mut self.tick_bytes) as f64 / took.as_secs_f64();
         self.ticked_at = now;
         let polite = rate > self.min_rate as f64;
-        match self.misses.look(now, &mut seen.misses, self.window_scale <= CALM_PART) {
+        match self.misses.look(now, &mut seen.misses, self.window_scale <= CALM_PART, TAIL) {
             Some(Meets::Suffers) if polite => {
                 self.start_window = None;
                 self.window_scale = (self.window_scale / 2.0).max(SCALE_MIN);
@@ -369,10 +375,10 @@ impl Control {
         self.best_rate = rate.max(self.best_rate * RATE_KEPT);
         let calm = rate <= self.best_rate * CALM_PART;
         let local = [
-            self.syncs.look(now, &mut seen.syncs, calm),
-            self.writes.look(now, &mut seen.writes, calm),
+            self.syncs.look(now, &mut seen.syncs, calm, MIDDLE),
+            self.writes.look(now, &mut seen.writes, calm, MIDDLE),
             // A read that missed has been looked at above.
-            if had_misses { None } else { self.reads.look(now, &mut seen.reads, calm) },
+            if had_misses { None } else { self.reads.look(now, &mut seen.reads, calm, TAIL) },
         ];
         if local.contains(&Some(Meets::SlowAnyway)) {
             // It was not the fill that made them slow.
@@ -547,6 +553,20 @@ mod tests {
         // The link itself has become slow.
         let now = answers(&mut control, 50_000, false);
         assert_eq!(control.request_bytes(now), 64 << 10);
+    }
+
+    #[test]
+    fn a_busy_machine_that_delays_some_flushes_does_not_hold_a_fill_back() {
+        let (mut control, mut now) = settled();
+        for _ in 0..100 {
+            now += TICK;
+            let delayed: Vec<_> = (0..20).map(|nth| if nth % 5 == 0 { 20 * MS } else { MS / 2 }).collect();
+            tick(&mut control, now, Seen { syncs: delayed.clone(), writes: delayed, ..Seen::default() });
+            assert_eq!(control.pace(), 0);
+        }
+        // All of them are slower: that is the fill.
+        tick(&mut control, now + TICK, Seen { syncs: vec![20 * MS; 20], ..Seen::default() });
+        assert!(control.pace() > 0);
     }
 
     #[test]
