@@ -220,6 +220,28 @@ fn an_internal_snapshot_is_served_as_the_disk_was_then() {
 }
 
 #[test]
+fn what_a_server_exports_is_told_in_the_same_words() {
+    let place = Place::new();
+    let (top, socket) = (place.path("top"), place.path("socket"));
+    let list = ["-L", "-k", text(&socket)];
+    let same = |_: &str| {
+        let [ours, theirs] = [text(&place.ours), "qemu-nbd"].map(|program| run(program, &list));
+        assert!(ours.starts_with("exports available: 1\n"), "{ours}");
+        assert_eq!(ours, theirs, "ours, then qemu-nbd's");
+    };
+    let args = ["-f", "qcow2", "-x", "name", "-D", "a disk", "-A", "-e", "3", text(&top)];
+    for server in ["qemu-nbd", text(&place.ours)] {
+        place.served(server, &args, "name", same);
+        place.served(server, &["-r", "-f", "qcow2", text(&top)], "", same);
+    }
+    // One that speaks less.
+    let _ = std::fs::remove_file(&socket);
+    let _server = Process::start(Command::new("nbdkit").args(["-f", "-U", text(&socket), "memory", "1M"]));
+    wait_for_socket(&socket);
+    same("");
+}
+
+#[test]
 fn what_is_written_to_a_temporary_image_is_gone_at_the_end() {
     let place = Place::new();
     let temporary = place.path("temporary");
@@ -247,7 +269,10 @@ fn what_is_not_built_is_refused_by_name() {
     for (args, why) in [
         (&["-c", "/dev/nbd0", text(&top)][..], "-c/--connect is not supported"),
         (&["-d", "/dev/nbd0"], "-d/--disconnect is not supported"),
-        (&["-L"], "-L/--list is not supported"),
+        (&["-L", text(&top)], "List mode is incompatible with a file name"),
+        (&["-L", "-x", "name"], "List mode is incompatible with per-device settings"),
+        (&["-L"], "Failed to list the exports of"),
+        (&["--tls-hostname", "a", text(&top)], "TLS hostname is only supported in list mode"),
         (&["-l", "snap", text(&top)], "Failed to load snapshot: Can't find snapshot"),
         (&["-l", "snapshot.id=7", text(&top)], "Failed to load snapshot: Can't find snapshot"),
         (&["-l", "snapshot.bad=7", text(&top)], "Failed in parsing snapshot param `snapshot.bad=7'"),

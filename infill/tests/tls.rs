@@ -250,6 +250,24 @@ fn tls_daemon(certs: &Certs, dir: &Path, options: &[&str]) -> Daemon {
     Daemon::start(Program::Infill, dir, &options)
 }
 
+#[test]
+fn exports_behind_tls_are_listed_in_the_same_words() {
+    let certs = Certs::new();
+    let dir = tempfile::tempdir().unwrap();
+    let _daemon = tls_daemon(&certs, dir.path(), &[]);
+    let (socket, good) = (dir.path().join("nbd.sock"), certs.dir("good"));
+    let object = format!("tls-creds-x509,id=c,endpoint=client,dir={}", text(&good));
+    let list = ["-L", "-k", text(&socket), "--object", &object, "--tls-creds", "c", "--tls-hostname"];
+    let here = [&list[..], &["localhost"]].concat();
+    let ours = run(INFILL, &[&["qemu-nbd"], &here[..]].concat());
+    assert!(ours.contains(" export: 'disk'"), "{ours}");
+    assert_eq!(ours, run("qemu-nbd", &here));
+    let why = fails(INFILL, &[&["qemu-nbd"], &list[..], &["elsewhere"]].concat());
+    assert!(why.contains("it is not for 'elsewhere'"), "{why}");
+    let why = fails(INFILL, &["qemu-nbd", "-L", "-k", text(&socket)]);
+    assert!(why.contains("the server wants TLS"), "{why}");
+}
+
 fn nbds(dir: &Path, certs: &Certs, credentials: &str) -> String {
     let (socket, credentials) = (dir.join("nbd.sock"), certs.dir(credentials));
     let hostname = "tls-hostname=localhost";

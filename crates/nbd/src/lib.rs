@@ -10,7 +10,7 @@ mod uri;
 
 #[cfg(any(test, feature = "fuzzing"))]
 pub use client::fuzz::fuzz_client;
-pub use client::{ClientOptions, NbdStorage, OnLost, SourceState, SourceWatch};
+pub use client::{ClientOptions, ListedExport, NbdStorage, OnLost, SourceState, SourceWatch, list_exports};
 #[cfg(any(test, feature = "fuzzing"))]
 pub use server::fuzz::fuzz_server;
 pub use server::{Export, ExportError, ExportStatus, Exports, Removal, RemoveMode, Server, ServerLimits};

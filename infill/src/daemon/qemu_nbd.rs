@@ -20,8 +20,11 @@ use super::control::Control;
 use crate::blockdev::{Blockdevs, FormatKind, Image, Located, OpenPolicy, locate};
 use crate::size::parse_size;
 
+mod list;
 mod snapshots;
 
+/// Where a server listens if nobody says where.
+const EVERYWHERE: &str = "0.0.0.0";
 /// The export's id; its name is what clients ask for.
 const EXPORT_ID: &str = "disk";
 
@@ -36,7 +39,7 @@ struct Options {
     #[arg(short, long, default_value_t = 10809)]
     port: u16,
     /// Address to listen at.
-    #[arg(short, long, default_value = "0.0.0.0")]
+    #[arg(short, long, default_value = EVERYWHERE)]
     bind: String,
     /// Listen at this Unix socket instead.
     #[arg(short = 'k', long, value_name = "PATH")]
@@ -114,11 +117,13 @@ struct Options {
     connect: Option<String>,
     #[arg(short, long, hide = true)]
     disconnect: bool,
-    #[arg(short = 'L', long, hide = true)]
+    /// Tell what another server exports, at the address of -k, or -b and -p.
+    #[arg(short = 'L', long)]
     list: bool,
     #[arg(long, hide = true)]
     tls_authz: Option<String>,
-    #[arg(long, hide = true)]
+    /// With --list: the name that the server's certificate is for.
+    #[arg(long, value_name = "NAME")]
     tls_hostname: Option<String>,
     #[arg(long, hide = true)]
     selinux_label: Option<String>,
@@ -132,13 +137,11 @@ impl Options {
         for (given, option, advice) in [
             (self.connect.is_some(), "-c/--connect", device),
             (self.disconnect, "-d/--disconnect", device),
-            (self.list, "-L/--list", "nbdinfo --list URI tells it"),
             (
                 self.tls_authz.is_some(),
                 "--tls-authz",
                 "let an authority of its own sign the clients' certificates",
             ),
-            (self.tls_hostname.is_some(), "--tls-hostname", "it is of use to clients only"),
             (self.selinux_label.is_some(), "--selinux-label", "label the socket's directory"),
             (self.trace.is_some(), "-T/--trace", "RUST_LOG=debug in the environment tells more"),
         ] {
@@ -175,6 +178,36 @@ impl Options {
             settings.insert(key.into(), value);
         }
         Ok(settings)
+    }
+
+    /// What another server exports.
+    fn list(self) -> Result<String> {
+        if self.filename.is_some() {
+            bail!("List mode is incompatible with a file name");
+        }
+        let of_a_disk = self.offset.is_some()
+            || self.format.is_some()
+            || self.read_only
+            || self.snapshot
+            || self.load_snapshot.is_some()
+            || self.allocation_depth
+            || !self.bitmap.is_empty()
+            || self.description.is_some()
+            || !self.export_name.is_empty();
+        if of_a_disk {
+            bail!("List mode is incompatible with per-device settings");
+        }
+        // Where a server listens at all addresses, it is found at this one.
+        let host = if self.bind == EVERYWHERE { "localhost".to_owned() } else { self.bind };
+        let asked = list::Asked {
+            socket: self.socket,
+            host,
+            port: self.port,
+            objects: self.object,
+            tls_creds: self.tls_creds,
+            tls_hostname: self.tls_hostname,
+        };
+        asked.exports()
     }
 
     /// Whether every write is made stable before it is answered.
@@ -282,6 +315,12 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
         Err(error) => bail!("{}", error.to_string().trim_start_matches("error: ").trim_end()),
     };
     options.refuse_what_is_not_built()?;
+    if options.list {
+        return options.list().map(Parsed::Print);
+    }
+    if options.tls_hostname.is_some() {
+        bail!("TLS hostname is only supported in list mode");
+    }
     let object = |text: &String| Opt { kind: Kind::Object, text: text.clone() };
     let mut line =
         CommandLine { options: options.object.iter().map(object).collect(), ..CommandLine::default() };

@@ -40,6 +40,7 @@
 //! A dropped future leaves nothing behind: what is queued is taken out; a change that was sent goes on, as with every
 //! storage; any other answer is thrown away when it comes.
 
+mod list;
 mod negotiate;
 mod reply;
 mod session;
@@ -51,6 +52,8 @@ mod unsynced;
 pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests;
+
+pub use list::{ListedExport, list_exports};
 
 use std::future::Future;
 use std::time::Duration;

@@ -172,17 +172,24 @@ pub(super) async fn negotiate(
         let why = format!("the name of an export has at most {STRING_BYTES_MAX} bytes and no NUL");
         return Err(Failed::Refused(IoError::new(ErrorKind::InvalidInput, why)));
     }
-    let mut talk = Talk { connection, received: BytesMut::new(), unheard: false };
-    let flags = talk.greet().await?;
-    if let Some(tls) = tls {
-        talk = talk.start_tls(tls, flags).await?;
-    }
+    let (mut talk, flags) = Talk::begin(connection, tls).await?;
     let agreed = talk.agree(export, flags).await?;
     let Talk { connection, received, .. } = talk;
     Ok(Open { connection, received, agreed })
 }
 
-struct Talk {
+/// Why an option that was needed was refused.
+pub(super) fn unanswered(what: &str, refusal: Refusal) -> Failed {
+    match refusal.error {
+        Some(OptionError::TlsRequired | OptionError::Shutdown) => refusal.of_export(""),
+        error => {
+            let why = format!("the server does not answer {what} ({error:?}) {}", refusal.message);
+            Failed::Refused(IoError::new(ErrorKind::Unsupported, why.trim_end()))
+        }
+    }
+}
+
+pub(super) struct Talk {
     connection: Connection,
     received: BytesMut,
     /// TLS has begun, and the server has said nothing in it yet: it may still look at our certificate.
@@ -190,6 +197,19 @@ struct Talk {
 }
 
 impl Talk {
+    /// Meets the server, and has what follows encrypted where that is asked for.
+    pub(super) async fn begin(
+        connection: Connection,
+        tls: Option<&ClientTls>,
+    ) -> Result<(Talk, HandshakeFlags), Failed> {
+        let mut talk = Talk { connection, received: BytesMut::new(), unheard: false };
+        let flags = talk.greet().await?;
+        if let Some(tls) = tls {
+            talk = talk.start_tls(tls, flags).await?;
+        }
+        Ok((talk, flags))
+    }
+
     /// The server's flags, as far as they are answered.
     async fn greet(&mut self) -> Result<HandshakeFlags, Failed> {
         let greeting = self.message(Greeting::decode).await?;
@@ -249,7 +269,7 @@ impl Talk {
         }
     }
 
-    async fn choose_mode(&mut self) -> Result<Mode, Failed> {
+    pub(super) async fn choose_mode(&mut self) -> Result<Mode, Failed> {
         for (request, mode) in [
             (OptionRequest::ExtendedHeaders, Mode::Extended),
             (OptionRequest::StructuredReply, Mode::Structured),
@@ -335,15 +355,24 @@ impl Talk {
     }
 
     /// Sends an option and collects its replies, up to the last one.
-    async fn option(
+    pub(super) async fn option(
         &mut self,
         request: &OptionRequest,
+    ) -> Result<(Vec<OptionReply>, Result<(), Refusal>), Failed> {
+        self.option_of(request, REPLIES_MAX).await
+    }
+
+    /// The same, of an option that may have so many replies.
+    pub(super) async fn option_of(
+        &mut self,
+        request: &OptionRequest,
+        most: usize,
     ) -> Result<(Vec<OptionReply>, Result<(), Refusal>), Failed> {
         let mut out = BytesMut::new();
         request.encode(&mut out);
         self.send(out).await?;
         let mut replies = Vec::new();
-        while replies.len() < REPLIES_MAX {
+        while replies.len() < most {
             let header = self.message(OptionReplyHeader::decode).await?;
             if header.option != request.option() {
                 return Err(broke("the server answers an option that was not asked"));
@@ -462,14 +491,14 @@ struct Facts {
 }
 
 /// An option was refused.
-struct Refusal {
+pub(super) struct Refusal {
     error: Option<OptionError>,
     message: String,
 }
 
 impl Refusal {
     /// Goes on without this option, unless the refusal concerns the whole session.
-    fn only_here(self) -> Result<(), Failed> {
+    pub(super) fn only_here(self) -> Result<(), Failed> {
         match self.error {
             Some(OptionError::TlsRequired | OptionError::Shutdown) => Err(self.of_export("")),
             _ => Ok(()),
