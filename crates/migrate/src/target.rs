@@ -127,13 +127,15 @@ enum Awaited {
     Residual(Term, Option<BitmapId>, Vec<u64>),
 }
 
-/// A round that is being read.
+/// The round that is being read, or was read last.
 #[derive(Debug)]
 #[cfg_attr(feature = "planted-faults", derive(Clone, PartialEq, Eq, Hash))]
 struct Reading {
     bitmap: BitmapId,
     round: Round,
     demoted: Demoted,
+    /// To its end.
+    read: bool,
 }
 
 /// The target's machine.
@@ -370,7 +372,11 @@ impl Target {
         }
         match (&self.reading, self.durable.target()) {
             (Some(reading), View::Prepared(proof)) if (reading.bitmap, reading.round) == (bitmap, round) => {
-                return vec![Send(proof.applied(&reading.demoted, bitmap, round))];
+                // Whoever asks again may have heard of neither.
+                let read = reading.read.then(|| Send(proof.round_read(bitmap, round)));
+                return std::iter::once(Send(proof.applied(&reading.demoted, bitmap, round)))
+                    .chain(read)
+                    .collect();
             }
             // One that is behind: its set is in a later one, or applied.
             (Some(reading), _) if reading.bitmap == bitmap && reading.round > round => return vec![],
@@ -413,13 +419,14 @@ impl Target {
             return vec![];
         };
         let applied = Send(proof.applied(&demoted, bitmap, round));
-        self.reading = Some(Reading { bitmap, round, demoted });
+        self.reading = Some(Reading { bitmap, round, demoted, read: false });
         vec![applied, TargetAction::ReadRound(round)]
     }
 
     fn round_read(&mut self, round: Round) -> Actions {
-        match (self.durable.target(), &self.reading) {
+        match (self.durable.target(), &mut self.reading) {
             (View::Prepared(proof), Some(reading)) if reading.round == round => {
+                reading.read = true;
                 vec![Send(proof.round_read(reading.bitmap, round))]
             }
             _ => vec![],

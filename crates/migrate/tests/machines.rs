@@ -2,7 +2,7 @@
 
 use infill_base::{ErrorKind, IoError};
 use infill_migrate::{
-    BlockSet, Body, Disk, DiskId, Drain, Epoch, Gate, Message, MigrationId, Plan, Record, Source,
+    BlockSet, Body, Disk, DiskId, Drain, Epoch, Gate, Message, MigrationId, Plan, Record, Round, Source,
     SourceAction, SourceInput, SourcePhase, SourceState, State, TERM_MAX, Target, TargetAction, TargetInput,
     TargetState, Term,
 };
@@ -124,6 +124,19 @@ fn all_disks_change_hands_by_one_record_and_every_call_may_come_twice() {
     let epochs =
         |record: &Record| record.plan().disks.iter().map(|disk| record.epoch(disk).0).collect::<Vec<_>>();
     assert_eq!((epochs(source.record()), epochs(target.record())), (vec![43, 1], vec![43, 1]));
+}
+
+#[test]
+fn that_a_round_was_read_is_said_again_to_a_source_that_did_not_hear_it() {
+    let (mut source, mut target) = (source(), target());
+    let round = source_gives(&mut source, SourceInput::Warm);
+    target_gives(&mut target, TargetInput::Message(round[0].clone()));
+    let lost = target_gives(&mut target, TargetInput::RoundRead(Round(1)));
+    assert!(matches!(lost[0].body, Body::RoundRead { .. }));
+    let prepared = target_gives(&mut target, TargetInput::Resend);
+    let again = source_gives(&mut source, SourceInput::Message(prepared[0].clone()));
+    let told = target_gives(&mut target, TargetInput::Message(again[0].clone()));
+    assert!(told.contains(&lost[0]), "{told:?}");
 }
 
 #[test]

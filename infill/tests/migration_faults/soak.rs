@@ -401,7 +401,6 @@ fn soak(faults: u64, time: Duration) {
 }
 
 #[test]
-#[ignore = "now and then a round of warming does not end (docs/roadmap.md): cargo test --profile ci -p infill --test migration_faults -- --ignored --nocapture hundreds"]
 fn hundreds_of_faults_lose_no_byte_and_make_no_second_owner() {
     soak(200, Duration::from_secs(600));
 }

@@ -442,8 +442,9 @@ impl SourceDriver {
     }
 
     fn tell_error(&self, why: &str) {
-        tracing::warn!("migration {}: {why}", self.migration());
-        self.told.error.replace(Some(why.to_owned()));
+        if self.told.error.replace(Some(why.to_owned())).as_deref() != Some(why) {
+            tracing::warn!("migration {}: {why}", self.migration());
+        }
     }
 
     /// The disk's node, or, of a frozen one, its image where the node cannot be opened because it is fenced.
@@ -559,6 +560,10 @@ impl SourceDriver {
 
     /// The target has read a round: another one, or the switch.
     fn after_round(&mut self, round: Round) -> Option<SourceInput> {
+        if self.rounds_over {
+            // It is said again for as long as it may not have been heard.
+            return None;
+        }
         let most = if self.is_whole() { ROUNDS_WHOLE } else { ROUNDS };
         if self.dirty_bytes() <= RESIDUAL_BYTES {
             self.rounds_over = true;

@@ -272,7 +272,7 @@ impl TargetDriver {
                         TargetInput::Message(Message { term, body: Body::Offer { .. }, .. }) => {
                             self.expect_base(*term);
                         }
-                        TargetInput::RoundRead(_) => self.whole.read = true,
+                        TargetInput::RoundRead(_) => (self.reading, self.whole.read) = (None, true),
                         _ => {}
                     }
                     self.step(input).await

@@ -3,8 +3,8 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use futures_util::StreamExt as _;
-use futures_util::stream::FuturesUnordered;
+use futures_util::stream::{self, FuturesUnordered};
+use futures_util::{StreamExt as _, TryStreamExt as _};
 use infill_base::{Ctx, IoResult, is_zero};
 use infill_migrate::BlockSet;
 use infill_node::NodeHandle;
@@ -21,27 +21,22 @@ pub(super) async fn copy_absent(
     block_bytes: u64,
     stop: &Rc<Cell<bool>>,
 ) -> IoResult<()> {
-    let cx = Ctx::FILL;
     // From before the first look at what is zero at the source: that may be stale once blocks were demoted.
     let Some(generation) = node.backing().map(|slot| slot.generation()) else { return Ok(()) };
-    let mut cursor = StreamCursor::new(node, true);
-    let mut flying = FuturesUnordered::new();
-    loop {
-        while flying.len() < PIECES && !stop.get() {
-            let Some(piece) = cursor.next(&cx, PIECE_BYTES).await? else { break };
-            let (at, len, zero) = match piece {
-                FillPiece::Copy { at, len } => (at, len, false),
-                FillPiece::Zero { at, len } => (at, len, true),
-            };
-            for (from, to) in cold(hot, block_bytes, at, at + len) {
-                flying.push(copy_piece(node, from, to - from, zero.then_some(generation)));
-            }
-        }
-        match flying.next().await {
-            Some(done) => done?,
-            None => return Ok(()),
-        }
-    }
+    let missing = stream::try_unfold(StreamCursor::new(node, true), |mut cursor| async move {
+        let piece = if stop.get() { None } else { cursor.next(&Ctx::FILL, PIECE_BYTES).await? };
+        IoResult::Ok(piece.map(|piece| (piece, cursor)))
+    });
+    let pieces = missing.map_ok(|piece| {
+        let (at, len, zero) = match piece {
+            FillPiece::Copy { at, len } => (at, len, None),
+            FillPiece::Zero { at, len } => (at, len, Some(generation)),
+        };
+        let parts = cold(hot, block_bytes, at, at + len).into_iter();
+        stream::iter(parts.map(move |(from, to)| IoResult::Ok(copy_piece(node, from, to - from, zero))))
+    });
+    // The look for the next piece goes on beside the pieces, and they beside it: it may wait for what one of them has.
+    pieces.try_flatten().try_buffer_unordered(PIECES).try_collect().await
 }
 
 /// Copies a piece; one that is zero under a generation of the edge is not asked for.
