@@ -29,6 +29,8 @@ const HELD_BYTES_MAX: u64 = 64 << 20;
 const ZERO_BYTES_MAX: u64 = 16 << 20;
 /// How many requests fill the window of a near source. What they bring is written while the next ones are under way.
 const NEAR_REQUESTS: u64 = 2;
+/// Bytes that are looked at before they are asked for: what guests wrote or fetched since the walk came by is not asked for.
+const LOOK_BYTES: u64 = 1 << 20;
 /// How often the fill's metadata have a round of their own.
 const SYNC_INTERVAL: Duration = Duration::from_secs(1);
 /// How often progress is told.
@@ -363,7 +365,7 @@ impl<'a> Pass<'a> {
             // Comes back also when this future is dropped in the middle: the walk has not moved then.
             let mut walk = Lent::take(&cursor);
             let result = match walk.cursor.as_mut() {
-                Some(cursor) => cursor.next(&Ctx::FILL, u64::MAX).await,
+                Some(cursor) => cursor.next(&Ctx::FILL, LOOK_BYTES).await,
                 None => Err(IoError::new(ErrorKind::Busy, "the walk is in use")),
             };
             let skipped = walk.cursor.as_ref().map_or(0, StreamCursor::skipped_bytes);

@@ -85,18 +85,53 @@ impl StreamCursor {
         self.skipped_bytes
     }
 
-    /// The next piece, of at most `max` bytes (rounded up to one populate unit); `None` at the end.
+    /// The next piece, of at most `max` bytes (rounded up to one populate unit); `None` at the end. What was written or
+    /// populated since it was mapped is left out.
     pub async fn next(&mut self, cx: &Ctx, max: u64) -> IoResult<Option<FillPiece>> {
-        while self.pending.is_empty() && self.next < self.end {
-            self.map_stride(cx).await?;
+        let unit = self.node.populate_unit();
+        let max = align_down(max, unit).max(unit);
+        loop {
+            while self.pending.is_empty() && self.next < self.end {
+                self.map_stride(cx).await?;
+            }
+            let Some(&FillPiece::Copy { at, len }) = self.pending.front() else {
+                return Ok(self.pending.pop_front());
+            };
+            let (len, rest) = (len.min(max), len.saturating_sub(max));
+            let (skipped, missing) = self.still_absent(cx, at, len).await?;
+            // Nothing is waited for from here on: dropped before, it has changed nothing.
+            self.pending.pop_front();
+            self.skipped_bytes += skipped;
+            let left = len - skipped - missing + rest;
+            if left > 0 {
+                self.pending.push_front(FillPiece::Copy { at: at + skipped + missing, len: left });
+            }
+            if missing > 0 {
+                return Ok(Some(FillPiece::Copy { at: at + skipped, len: missing }));
+            }
         }
-        let Some(piece) = self.pending.pop_front() else { return Ok(None) };
-        let FillPiece::Copy { at, len } = piece else { return Ok(Some(piece)) };
-        let max = align_down(max, self.node.populate_unit()).max(self.node.populate_unit());
-        if len > max {
-            self.pending.push_front(FillPiece::Copy { at: at + max, len: len - max });
+    }
+
+    /// Of `[at, at + len)`: how many bytes at its beginning are not absent any more, and how many after them are; whole units.
+    async fn still_absent(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<(u64, u64)> {
+        let (unit, end) = (self.node.populate_unit(), at + len);
+        let own = self.node.extents(cx, at, len).await?;
+        let covered = own.last().map_or(at, |last| last.end().min(end));
+        let mut absent = own.iter().filter(|extent| extent.kind == ExtentKind::Absent);
+        let Some(first) = absent.next() else {
+            // What was not looked at is looked at the next time; of a unit that is not whole nothing is known.
+            let known = if covered == end { end } else { align_down(covered, unit) };
+            return Ok(if known > at { (known - at, 0) } else { (0, len) });
+        };
+        let from = align_down(first.start, unit).max(at);
+        let mut to = align_up(first.end(), unit).min(end);
+        for next in absent {
+            if next.start > to {
+                break;
+            }
+            to = align_up(next.end(), unit).min(end);
         }
-        Ok(Some(FillPiece::Copy { at, len: len.min(max) }))
+        Ok((from - at, to - from))
     }
 
     /// Maps the next stride. Dropped in the middle, it has changed nothing.
@@ -289,6 +324,23 @@ mod tests {
         let copied: u64 = pieces.iter().map(FillPiece::len).sum();
         assert_eq!((pieces.len(), copied), (32, (1 << 20) - 32 * 4096));
         assert_eq!(asked.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn what_guests_wrote_since_the_walk_came_by_is_left_out() {
+        let source = NodeHandle::new(Distant(Arc::default()));
+        let top = NodeHandle::new(MemoryOverlay::new(1 << 20, 4096, Some(source)));
+        let mut cursor = StreamCursor::new(&top, false);
+        let mut next = |max: u64| cursor.next(&Ctx::FILL, max).now_or_never().unwrap().unwrap();
+        assert_eq!(next(64 << 10), Some(FillPiece::Copy { at: 0, len: 64 << 10 }));
+        fill(&top, 64 << 10, 8192);
+        fill(&top, 96 << 10, 4096);
+        fill(&top, 128 << 10, 128 << 10);
+        assert_eq!(next(64 << 10), Some(FillPiece::Copy { at: 72 << 10, len: 24 << 10 }));
+        assert_eq!(next(64 << 10), Some(FillPiece::Copy { at: 100 << 10, len: 28 << 10 }));
+        assert_eq!(next(u64::MAX), Some(FillPiece::Copy { at: 256 << 10, len: (1 << 20) - (256 << 10) }));
+        assert_eq!(next(u64::MAX), None);
+        assert_eq!(cursor.skipped_bytes(), (8192 + 4096) + (128 << 10));
     }
 
     #[test]
