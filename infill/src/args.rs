@@ -572,6 +572,10 @@ pub struct MigrateArgs {
     /// Stop before the disks change hands, until `infill switch`.
     #[arg(long)]
     pub hold: bool,
+    /// How long the disks can come back once all data is there, unless a guest has written to them there (default: 300 with
+    /// --hold, otherwise 0).
+    #[arg(long, value_name = "SECONDS")]
+    pub way_back: Option<u32>,
     /// The UUID of the migration (default: a new one).
     #[arg(long, value_name = "UUID")]
     pub migration: Option<String>,

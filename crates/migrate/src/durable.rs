@@ -113,6 +113,7 @@ pub(crate) mod source {
                 disks: plan.disks.clone(),
                 block_bytes: plan.block_bytes,
                 whole: plan.whole,
+                way_back: plan.way_back,
             })
         }
 

@@ -22,6 +22,10 @@ pub struct Message {
     pub body: Body,
 }
 
+pub(crate) fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
 /// What a message says.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -35,6 +39,10 @@ pub enum Body {
         /// Nothing is to be left at the source when the disks change hands.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         whole: bool,
+        /// How many seconds the target, having everything, waits for a guest's write before it says so: until then the
+        /// disks can be given back.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        way_back: u32,
     },
     /// D → S: the overlay exists.
     Prepared,

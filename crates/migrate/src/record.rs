@@ -42,6 +42,9 @@ pub struct Plan {
     pub witness: Option<String>,
     /// The target accepts no offer before it has everything: nothing is left at the source when the disks change hands.
     pub whole: bool,
+    /// For how many seconds the target, having everything, keeps what it has to itself while no guest has written there:
+    /// the disks can be given back until then.
+    pub way_back: u32,
 }
 
 /// A disk of a migration.
@@ -294,6 +297,7 @@ impl Record {
             peer: self.plan.peer.clone(),
             witness: self.plan.witness.clone(),
             whole: self.plan.whole,
+            way_back: self.plan.way_back,
             block_bytes: self.plan.block_bytes,
             disks: disks.collect(),
             forced_from: self.forced_from.map(|term| term.0),
@@ -374,6 +378,8 @@ struct WireRecord {
     witness: Option<String>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     whole: bool,
+    #[serde(default, skip_serializing_if = "crate::message::is_zero")]
+    way_back: u32,
     block_bytes: u32,
     disks: Vec<WireDisk>,
     #[serde(deserialize_with = "present")]
@@ -420,6 +426,7 @@ impl WireRecord {
             peer: self.peer,
             witness: self.witness,
             whole: self.whole,
+            way_back: self.way_back,
         };
         Ok(Record {
             plan: Arc::new(plan),
@@ -452,6 +459,7 @@ mod tests {
             peer: "b.example:10809".into(),
             witness: None,
             whole: true,
+            way_back: 300,
         }
     }
 
@@ -481,6 +489,7 @@ mod tests {
             (r#""seq":9,"#, ""),
             (r#""witness":null,"#, ""),
             (r#""whole":true"#, r#""whole":1"#),
+            (r#""way_back":300"#, r#""way_back":-1"#),
             (r#""role":"target""#, r#""role":"source""#),
             (r#""state":"owner""#, r#""state":"owned""#),
             (r#""state":"owner""#, r#""state":"prepared""#),

@@ -554,7 +554,11 @@ impl Target {
             return vec![TargetAction::Refuse("another migration, or a term that is not possible")];
         }
         match (message.body, self.state()) {
-            (Body::Prepare { disks, block_bytes, whole }, _) => self.prepare_again(disks, block_bytes, whole),
+            (Body::Prepare { disks, block_bytes, whole, way_back }, _) => {
+                let plan = &self.record().plan;
+                let same = plan.disks == disks && plan.block_bytes == block_bytes;
+                self.prepare_again(same && plan.whole == whole && plan.way_back == way_back)
+            }
             (Body::Round { bitmap, round, dirty }, TargetState::Prepared) => self.round(bitmap, round, dirty),
             (Body::Offer { bitmap, residual }, TargetState::Prepared | TargetState::Accepted)
                 if term > mine || (term != mine && self.planted.is(Fault::AcceptsOlderOffer)) =>
@@ -574,9 +578,8 @@ impl Target {
         }
     }
 
-    fn prepare_again(&mut self, disks: Vec<crate::Disk>, block_bytes: u32, whole: bool) -> Actions {
-        let plan = &self.record().plan;
-        if plan.disks != disks || plan.block_bytes != block_bytes || plan.whole != whole {
+    fn prepare_again(&mut self, same: bool) -> Actions {
+        if !same {
             return vec![TargetAction::Refuse(
                 "the disks are not those that this migration was prepared for",
             )];

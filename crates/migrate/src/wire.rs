@@ -194,8 +194,8 @@ mod tests {
         let (bitmap, round) = (BitmapId(9), Round(2));
         let disk = Disk { id: DiskId(Uuid::from_u128(1)), bytes: 6 << 20, epoch_before: Epoch(41) };
         let bodies = [
-            Body::Prepare { disks: vec![disk.clone()], block_bytes: 65536, whole: false },
-            Body::Prepare { disks: vec![disk], block_bytes: 65536, whole: true },
+            Body::Prepare { disks: vec![disk.clone()], block_bytes: 65536, whole: false, way_back: 300 },
+            Body::Prepare { disks: vec![disk], block_bytes: 65536, whole: true, way_back: 0 },
             Body::Prepared,
             Body::Round { bitmap, round, dirty: vec![set.clone(), BlockSet::empty(0)] },
             Body::Applied { bitmap, round },

@@ -22,6 +22,7 @@ fn plan() -> Plan {
         peer: "peer".into(),
         witness: None,
         whole: false,
+        way_back: 0,
     }
 }
 
@@ -217,7 +218,7 @@ fn nonsense_from_a_peer_changes_nothing() {
     foreign.migration = MigrationId(uuid::Uuid::from_u128(99));
     let mut disks = plan().disks;
     disks[0].bytes += 1;
-    let wrong_size = Body::Prepare { disks, block_bytes: 512, whole: false };
+    let wrong_size = Body::Prepare { disks, block_bytes: 512, whole: false, way_back: 0 };
     for message in [
         foreign,
         message(u64::MAX, offer(BLOCKS)),

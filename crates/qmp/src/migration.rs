@@ -40,6 +40,8 @@ pub struct Migrate {
     pub migration: Option<String>,
     /// Whether the disks change hands by themselves, as soon as they can.
     pub auto_switch: bool,
+    /// For how many seconds the disks can come back once all data is there, unless a guest has written to them there.
+    pub way_back: Option<u32>,
     /// What the other daemon's certificate is for, where that is not the host that is dialled.
     pub tls_hostname: Option<String>,
 }
@@ -82,6 +84,7 @@ impl MigrationCommand {
                 mode: arguments.opt_word("mode")?.unwrap_or_default(),
                 migration: arguments.opt_str("migration")?,
                 auto_switch: arguments.opt_bool("auto-switch")?.unwrap_or(true),
+                way_back: arguments.opt_u32("way-back")?,
                 tls_hostname: arguments.opt_str("tls-hostname")?,
             }),
             "__infill_query-migrations" => MigrationCommand::Query,

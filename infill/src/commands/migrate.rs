@@ -37,6 +37,9 @@ pub fn migrate(args: MigrateArgs) -> Result<ExitCode> {
     if let Some(name) = &args.tls_hostname {
         arguments["tls-hostname"] = json!(name);
     }
+    if let Some(seconds) = args.way_back {
+        arguments["way-back"] = json!(seconds);
+    }
     if let Some(migration) = &args.migration {
         arguments["migration"] = json!(migration);
     }
@@ -72,7 +75,7 @@ pub fn migrate(args: MigrateArgs) -> Result<ExitCode> {
         match state {
             "released" => break,
             "handed_over" if !args.wait => break,
-            "prepared" if args.hold && now["rounds"].as_u64() > Some(0) => break,
+            "prepared" if args.hold && word(now, "phase") == "ready" => break,
             "serving" | "superseded" => {
                 bar.finish_and_clear();
                 bail!(

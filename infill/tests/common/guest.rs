@@ -1,7 +1,8 @@
 //! A small guest: Linux with a busybox that writes numbered records to a file system until it is asked to power off.
 //!
 //! It boots in some seconds without acceleration, because nothing but its kernel, one program and three modules is in
-//! it. What it says goes to a file; what it has written can be told from its number, so the host can judge the disk.
+//! it. What it says goes to a file; what it has written can be told from its number, so that the guest itself reads some of
+//! it again from the disk, and the host can judge all of it.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::io::Write as _;
@@ -32,11 +33,17 @@ while [ ! -b /dev/vda ]; do bb usleep 50000; done
 bb mount -t ext4 -o discard /dev/vda /mnt || echo GUEST-CANNOT-MOUNT
 echo GUEST-IS-UP
 bb mkdir -p /mnt/records
+record() { bb yes "infill record $1" | bb head -c $(($1 * 7919 % 60000 + 1)); }
 n=0
 while [ ! -e /stop ]; do
   n=$((n+1))
-  bb yes "infill record $n" | bb head -c $((n * 7919 % 60000 + 1)) | bb dd of=/mnt/records/$n bs=64k conv=fsync 2>/dev/null
+  record $n | bb dd of=/mnt/records/$n bs=64k conv=fsync 2>/dev/null
   echo "GUEST-WROTE $n"
+  if [ $((n % 4)) = 0 ]; then
+    old=$(((n * 7919 + 13) % 60000 % n + 1))
+    echo 1 >/proc/sys/vm/drop_caches
+    record $old | bb cmp -s - /mnt/records/$old || echo "GUEST-READ-WRONG $old"
+  fi
   case $((n % 8)) in
     3) bb dd if=/dev/urandom of=/mnt/scratch bs=64k count=8 conv=notrunc 2>/dev/null ;;
     7) bb rm -f /mnt/scratch ;;
@@ -139,12 +146,26 @@ pub fn disk(dir: &Path, path: &Path, mib: u64) -> String {
     sum
 }
 
+/// A machine that runs the guest on a disk, a block node in QEMU's words, with a control socket of its own.
+pub fn machine(mut command: Command, dir: &Path, drive: &str, console: &Console, control: &Path) -> Command {
+    command.args(["-accel", "tcg", "-m", "256", "-nodefaults", "-display", "none", "-no-reboot"]);
+    command.args(["-kernel", text(&kernel()), "-initrd", text(&initramfs(dir)), "-append", KERNEL_ARGUMENTS]);
+    command.args(["-serial", &format!("file:{}", text(&console.0))]);
+    command.args(["-qmp", &format!("unix:{},server=on,wait=off", text(control))]);
+    command.args(["-blockdev", &format!("{drive},node-name=d")]);
+    command.args(["-device", "virtio-blk-pci,drive=d,rerror=stop,werror=stop"]);
+    command
+}
+
 /// What the guest says.
 pub struct Console(pub PathBuf);
 
 impl Console {
-    fn said(&self) -> String {
-        String::from_utf8_lossy(&std::fs::read(&self.0).unwrap_or_default()).into_owned()
+    /// All of it.
+    pub fn said(&self) -> String {
+        let said = String::from_utf8_lossy(&std::fs::read(&self.0).unwrap_or_default()).into_owned();
+        assert!(!said.contains("GUEST-READ-WRONG"), "a record was not what the guest had written:\n{said}");
+        said
     }
 
     /// What stands behind `word` where it was said last, in a whole line.

@@ -300,7 +300,7 @@ pub fn image_is_whole(host: &Host) {
 pub fn migrate(from: &Host, to: &Host, mode: &str, auto_switch: bool) -> String {
     let answer = from.qmp().run(
         "__infill_migrate",
-        json!({"disks": [{"name": DISK}], "to": to.address(), "mode": mode, "auto-switch": auto_switch}),
+        json!({"disks": [{"name": DISK}], "to": to.address(), "mode": mode, "auto-switch": auto_switch, "way-back": 0}),
     );
     answer["migration"].as_str().unwrap().to_owned()
 }

@@ -189,9 +189,13 @@ pub struct Daemon {
 impl Daemon {
     /// Starts it with a monitor in `dir`, and `options` behind that.
     pub fn start(program: Program, dir: &Path, options: &[&str]) -> Daemon {
+        Daemon::start_by(program, program.command(), dir, options)
+    }
+
+    /// As [`Daemon::start`], by a command of the caller's.
+    pub fn start_by(program: Program, mut command: Command, dir: &Path, options: &[&str]) -> Daemon {
         let socket = dir.join("monitor.sock");
         let chardev = format!("socket,id=monitor,path={},server=on,wait=off", text(&socket));
-        let mut command = program.command();
         command.args(["--chardev", &chardev, "--monitor", "chardev=monitor"]).args(options);
         let process = Process::start(&mut command);
         match program {

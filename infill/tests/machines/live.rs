@@ -12,15 +12,10 @@ use serde_json::{Value, json};
 const RECORDS: u64 = 8;
 
 fn power_on(dir: &Path, socket: &Path, console: &Console) -> Process {
-    let drive = format!("driver=nbd,node-name=d,server.type=unix,server.path={},export=disk", text(socket));
-    let (kernel, initramfs) = (guest::kernel(), guest::initramfs(dir));
-    let control = format!("unix:{},server=on,wait=off", text(&dir.join("guest.sock")));
-    let mut command = Command::new("qemu-system-x86_64");
-    command.args(["-accel", "tcg", "-m", "256", "-nodefaults", "-display", "none", "-no-reboot"]);
-    command.args(["-kernel", text(&kernel), "-initrd", text(&initramfs), "-append", guest::KERNEL_ARGUMENTS]);
-    command.args(["-serial", &format!("file:{}", text(&console.0)), "-qmp", &control]);
-    command.args(["-blockdev", &format!("{drive},discard=unmap"), "-device", "virtio-blk-pci,drive=d"]);
-    Process::start(&mut command)
+    let drive = format!("driver=nbd,server.type=unix,server.path={},export=disk,discard=unmap", text(socket));
+    let command = Command::new("qemu-system-x86_64");
+    let control = dir.join("guest.sock");
+    Process::start(&mut guest::machine(command, dir, &drive, console, &control))
 }
 
 struct Scene<'a> {

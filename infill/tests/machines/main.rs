@@ -7,5 +7,7 @@ mod common;
 mod guest;
 mod libvirt;
 mod live;
+mod moving;
+mod net;
 #[path = "../common/qmp.rs"]
 mod qmp;

@@ -404,7 +404,8 @@ impl Site {
         let disks: Vec<Value> =
             machines.iter().map(|nth| json!({"name": self.machines[*nth].name})).collect();
         let to = &self.stations[1 - from].words.address;
-        let arguments = json!({"disks": disks, "to": to, "mode": mode, "auto-switch": auto_switch});
+        let arguments =
+            json!({"disks": disks, "to": to, "mode": mode, "auto-switch": auto_switch, "way-back": 0});
         let begun = self.stations[from].must("__infill_migrate", arguments);
         begun["migration"].as_str().unwrap().to_owned()
     }

@@ -251,7 +251,7 @@ impl Soak {
                     one.machines.iter().map(|nth| json!({"name": self.site.machines[*nth].name})).collect();
                 let mode = if self.random.below(3) == 0 { "post-copy" } else { "hybrid" };
                 let arguments = json!({
-                    "disks": disks, "to": self.site.stations[to].words.address, "mode": mode, "auto-switch": false,
+                    "disks": disks, "to": self.site.stations[to].words.address, "mode": mode, "auto-switch": false, "way-back": 0,
                     "migration": one.id,
                 });
                 let answer = self.site.stations[from].ask("__infill_migrate", arguments);

@@ -107,6 +107,7 @@ impl Bounds {
             peer: "peer".into(),
             witness: self.witness.then(|| "witness".into()),
             whole: false,
+            way_back: 0,
         }
     }
 }

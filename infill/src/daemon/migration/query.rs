@@ -33,7 +33,9 @@ impl Control {
         };
         let gates = plan.disks.iter().filter_map(|disk| self.migrations.gate(&disk.id.to_string()));
         let gates: Vec<DiskGate> = gates.collect();
-        let driven = told.is_some();
+        // An earlier migration of the disk says nothing of it any more.
+        let decides = |id| self.migrations.decides(id, plan.migration, record.side());
+        let driven = told.is_some() && plan.disks.first().is_some_and(|disk| decides(disk.id));
         let gate = gates.first().filter(|_| driven).map_or(Gate::Deny, DiskGate::gate);
         let disks = plan.disks.iter().enumerate().map(|(index, disk)| {
             let mut told = json!({

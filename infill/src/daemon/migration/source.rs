@@ -53,6 +53,9 @@ const HELD_ROUND_TIME: Duration = Duration::from_secs(5);
 /// So little that was written since a round began is left for after the switch, or is copied while the guest waits, in
 /// bytes.
 const RESIDUAL_BYTES: u64 = 1 << 20;
+/// How long the target of disks that are held waits for a guest's write once it has everything, where nothing else is said,
+/// in seconds: until then they can come back, for a machine may fail to start there.
+const WAY_BACK_SECONDS: u32 = 300;
 /// A raw disk is rounded up to this, in bytes.
 const SECTOR_BYTES: u64 = 512;
 /// Least size of a block, in bytes, and the most blocks of all disks: a set of them is a bit each.
@@ -161,7 +164,8 @@ pub(super) async fn begin(control: &Rc<Control>, migrate: Migrate) -> Result<Mig
     }
     let block_bytes = block_bytes(&plan_disks);
     let whole = migrate.mode == MigrationMode::PreCopy;
-    let plan = Plan { migration, disks: plan_disks, block_bytes, peer, witness: None, whole };
+    let way_back = migrate.way_back.unwrap_or(if migrate.auto_switch { 0 } else { WAY_BACK_SECONDS });
+    let plan = Plan { migration, disks: plan_disks, block_bytes, peer, witness: None, whole, way_back };
     let local = Local {
         post_copy: migrate.mode == MigrationMode::PostCopy,
         auto_switch: migrate.auto_switch,
@@ -652,6 +656,19 @@ impl SourceDriver {
         }
     }
 
+    /// What it is about, for people.
+    fn phase(&self) -> String {
+        let phase = self.machine.phase();
+        if self.state() != SourceState::Prepared || phase != SourcePhase::Settled {
+            return format!("{phase:?}");
+        }
+        match (self.machine.is_linked(), self.local.post_copy || self.rounds_over) {
+            (false, _) => "waits for the target".into(),
+            (true, false) => "copies".into(),
+            (true, true) => "ready".into(),
+        }
+    }
+
     fn published_live(&self) -> bool {
         self.disks.iter().all(|disk| self.published.contains(&live_name(disk.id)))
     }
@@ -725,7 +742,7 @@ impl Drive for SourceDriver {
                 Err(error) => tracing::debug!("{name} cannot be offered yet: {error:#}"),
             }
         }
-        *self.told.phase.borrow_mut() = format!("{:?}", self.machine.phase());
+        *self.told.phase.borrow_mut() = self.phase();
         self.told.rounds.set(self.machine.round().map_or(0, |round| round.0));
         self.offered_at = match self.state() {
             // While the peer is asked, it may have taken what was offered over: that is no offer that can be late.

@@ -99,6 +99,8 @@ struct TargetDriver {
     /// The task that sees to it, until it is told to stop.
     attaching: Option<Rc<Cell<bool>>>,
     asked_at: Duration,
+    /// Since when everything is here.
+    filled_at: Option<Duration>,
 }
 
 /// A message of a migration that is not known here: the first one is `Prepare`.
@@ -108,12 +110,12 @@ pub(super) async fn prepare(control: &Rc<Control>, link: &Rc<Link>, message: Mes
     if let Some(Driver::Target { inbox, .. }) = control.migrations.driver(migration, Side::Target) {
         return inbox.push(ToTarget::Input(TargetInput::Message(message)));
     }
-    let Body::Prepare { disks, block_bytes, whole } = message.body else {
+    let Body::Prepare { disks, block_bytes, whole, way_back } = message.body else {
         return tracing::debug!("a message of migration {migration}, which is not known here");
     };
     let data = link.data();
     let peer = data.clone().unwrap_or_default();
-    let plan = Plan { migration, disks, block_bytes, peer, witness: None, whole };
+    let plan = Plan { migration, disks, block_bytes, peer, witness: None, whole, way_back };
     if let Err(error) = begin(control, link, plan, data).await {
         tracing::warn!("migration {migration} is refused: {error:#}");
         link.say(&Frame::Refused { migration, why: format!("{error:#}") });
@@ -217,6 +219,7 @@ impl TargetDriver {
             attached: false,
             attaching: None,
             asked_at: rt::now(),
+            filled_at: None,
         })
     }
 
@@ -591,6 +594,9 @@ impl TargetDriver {
                 tracing::warn!("migration {}: {error:#}", self.migration());
             }
         }
+        if self.keeps_way_back() {
+            return;
+        }
         let Some(ownership) = self.machine.ownership() else { return };
         // Nothing lies below the overlays any more, by their own headers: no block is at the source.
         let block_bytes = u64::from(self.machine.record().plan().block_bytes);
@@ -610,6 +616,15 @@ impl TargetDriver {
         if let Some(filled) = filling.settled(synced) {
             self.step(TargetInput::Filled(filled)).await;
         }
+    }
+
+    /// Whether the source is not told yet that everything is here: a machine that fails to start has its disks back only
+    /// until then, so a guest's first write is waited for, for a while.
+    fn keeps_way_back(&mut self) -> bool {
+        let since = *self.filled_at.get_or_insert_with(rt::now);
+        let record = self.machine.record();
+        let patience = Duration::from_secs(record.plan().way_back.into());
+        !record.let_through() && rt::now() - since < patience
     }
 
     /// Begins to fill an overlay, if nobody does.
@@ -706,6 +721,9 @@ impl Drive for TargetDriver {
             (_, true, _) => "asks its peer",
             (false, ..) => "waits for the source's export",
             (_, _, true) => "copies",
+            _ if self.state() == TargetState::Owner && self.filled_at.is_some() => {
+                "waits for a guest's write"
+            }
             _ => "settled",
         };
         phase.clone_into(&mut self.told.phase.borrow_mut());
