@@ -223,9 +223,9 @@ impl Scene {
     }
 
     /// The disk is about to move, and stays until it is told; gives the migration.
-    fn hold_disk(&self) -> String {
+    fn hold_disk(&self, how: &[&str]) -> String {
         let to = format!("{}:{PEERS_PORT}", self.b.network.address);
-        let migration = self.a.infill(&["migrate", DISK, "--to", &to, "--hold", "--detach"]);
+        let migration = self.a.infill(&[&["migrate", DISK, "--to", &to, "--hold", "--detach"], how].concat());
         let migration = migration.trim().to_owned();
         // The same command again waits until a switch has little left to do.
         self.a.infill(&["migrate", DISK, "--to", &to, "--hold", "--quiet", "--migration", &migration]);
@@ -305,7 +305,7 @@ fn is_complete(journal: &str, last: u64) {
 #[test]
 fn a_machine_moves_under_its_guest_and_its_disk_follows() {
     let (mut scene, mut machine) = Scene::begin();
-    let migration = scene.hold_disk();
+    let migration = scene.hold_disk(&[]);
     let mut moved = scene.stands(&mut machine);
     scene.switch(&migration);
     machine.go_on();
@@ -336,13 +336,15 @@ fn a_machine_moves_under_its_guest_and_its_disk_follows() {
     scene.ends(moved, Path::new(&image), &journal);
 }
 
-/// The machine there dies when it owns its disk and has not run: the one that stands goes on, and its disk comes back.
+/// The machine there dies when it owns its disk, all of it, and has not run: the one that stands goes on, and its disk comes
+/// back.
 #[test]
 fn a_machine_that_dies_before_it_runs_gives_its_disk_back() {
     let (mut scene, mut machine) = Scene::begin();
-    let migration = scene.hold_disk();
+    let migration = scene.hold_disk(&["--pre-copy"]);
     let moved = scene.stands(&mut machine);
     scene.switch(&migration);
+    wait_until("all data is there", || scene.b.migration(&migration)["phase"] == "waits for a guest's write");
     moved.process.kill();
     machine.go_on();
     wait_until("it has failed", || machine.migration() == "failed");
@@ -357,7 +359,7 @@ fn a_machine_that_dies_before_it_runs_gives_its_disk_back() {
 #[test]
 fn a_machine_whose_migration_is_cancelled_before_its_disk_has_left_goes_on() {
     let (mut scene, mut machine) = Scene::begin();
-    let migration = scene.hold_disk();
+    let migration = scene.hold_disk(&[]);
 
     // Its memory is under way.
     let ready = scene.ready();
@@ -397,7 +399,7 @@ fn a_machine_whose_migration_is_cancelled_after_its_disk_has_left_has_it_back() 
     let (mut scene, mut machine) = Scene::begin();
 
     // The other host owns it.
-    let migration = scene.hold_disk();
+    let migration = scene.hold_disk(&["--post-copy"]);
     let ready = scene.stands(&mut machine);
     scene.switch(&migration);
     machine.cancel();
@@ -407,7 +409,7 @@ fn a_machine_whose_migration_is_cancelled_after_its_disk_has_left_has_it_back() 
     drop(ready);
 
     // All is there, the machine and its disk, and does not run yet; when it does, it gets nowhere.
-    let migration = scene.hold_disk();
+    let migration = scene.hold_disk(&[]);
     let mut ready = Machine::start(&scene.b, "halted", &["-incoming", "defer", "-S"]);
     scene.stands_for(&mut machine);
     scene.switch(&migration);
@@ -426,7 +428,7 @@ fn a_machine_whose_migration_is_cancelled_after_its_disk_has_left_has_it_back() 
     let mut qmp = scene.b.qmp();
     scene.b.daemon.take().unwrap().quit(&mut qmp);
     scene.b.start("target record owner before");
-    let migration = scene.hold_disk();
+    let migration = scene.hold_disk(&[]);
     let ready = scene.stands(&mut machine);
     scene.a.infill(&["switch", &migration]);
     scene.a.wait_for_state(&migration, "handed_over");
