@@ -237,6 +237,38 @@ fn a_secret_is_told_to_nobody_and_is_there_again_after_a_restart() {
     daemon.quit(&mut qmp);
 }
 
+#[test]
+fn errors_of_a_secret_tell_its_id_and_not_what_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, file) = (dir.path().join("state"), dir.path().join("infill.toml"));
+    let text_of_file = "[[object]]\nqom-type = 'secret'\nid = 's'\ndata = 'hush'\n";
+    std::fs::write(&file, format!("{text_of_file}format = 'base64'\n{text_of_file}")).unwrap();
+    let twice = ["--object", "secret,id=s,data=hush"];
+    let fails_with = |arguments: &[&str], named: &str| {
+        let told = fails(INFILL, arguments);
+        assert!(told.contains(named) && !told.contains("hush") && !told.contains("aHVz"), "{told}");
+    };
+    let daemon = ["daemon", "--chardev", "null,id=c"];
+    let fails_alone =
+        |arguments: &[&str]| fails_with(&[&daemon, arguments].concat(), "--object secret,id=s: ");
+    fails_alone(&[&twice[..], &twice].concat());
+    fails_alone(&["--object", "secret,id=s,data=!hush,format=base64"]);
+    fails_alone(&["--object", r#"{"qom-type": "secret", "id": "s", "data": "hush", "file": "f"}"#]);
+    fails_alone(&["--config", text(&file)]);
+    fails_with(&[&daemon[..], &["--object", "secret,id=s,data=a,hush"]].concat(), "a comma in a value");
+    let disk = dir.path().join("disk.raw");
+    std::fs::write(&disk, [0; 512]).unwrap();
+    let socket = dir.path().join("nbd.sock");
+    let one = [&["qemu-nbd", "-f", "raw", "-k", text(&socket)], &twice[..], &twice, &[text(&disk)]].concat();
+    fails_with(&one, "--object secret,id=s: ");
+    // The state has another one: neither of the two is told.
+    let options = ["--state", text(&state), "--object", "secret,id=s,data=aHVzaA==,format=base64"];
+    let running = Daemon::start(Program::Infill, dir.path(), &options);
+    let mut qmp = running.connect();
+    running.quit(&mut qmp);
+    fails_alone(&["--state", text(&state), "--object", "secret,id=s,data=hush"]);
+}
+
 /// A daemon that serves a disk over TLS with the credentials in `server`; what is on the disk is a file's content.
 fn tls_daemon(certs: &Certs, dir: &Path, options: &[&str]) -> Daemon {
     let disk = dir.join("disk.raw");

@@ -1,10 +1,16 @@
 //! Objects that a manager may make (`object-add`, `--object`): `iothread`, `secret`, `throttle-group` and `tls-creds-x509`.
 
 use infill_base::ThrottleLimits;
+use serde_json::{Map, Value};
 
 use crate::error::QmpError;
 use crate::members::{Members, Words};
 use crate::{names, throttle};
+
+/// What a secret is, where it is given itself.
+const DATA: &str = "data";
+/// The type of an object.
+const QOM_TYPE: &str = "qom-type";
 
 /// An object.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,7 +75,7 @@ impl SecretOptions {
     /// Reads what these alone take.
     fn read(mut members: Members) -> Result<SecretOptions, QmpError> {
         let format = members.opt_word("format")?.unwrap_or(SecretFormat::Raw);
-        let (data, file) = (members.opt_str("data")?, members.opt_str("file")?);
+        let (data, file) = (members.opt_str(DATA)?, members.opt_str("file")?);
         for name in ["keyid", "iv"] {
             members.refuse(name, "give the secret in a file that only this program can read")?;
         }
@@ -163,10 +169,40 @@ const UNBUILT: &[(&str, Kind)] = kinds![
     "tls-cipher-suites",
 ];
 
+/// The members of an object as an error or a log may tell them: without what a secret is.
+pub fn without_secret(members: &Map<String, Value>) -> Map<String, Value> {
+    let mut told = members.clone();
+    if let Some(data) = told.get_mut(DATA) {
+        *data = Value::from("…");
+    }
+    told
+}
+
 impl ObjectOptions {
+    /// The members of an object as an option describes it. Where it cannot be read and may hold a secret, the error quotes
+    /// nothing of it: what follows a comma that was not doubled would be a part of that secret.
+    pub fn members(text: &str) -> Result<Members, QmpError> {
+        Members::of_argument(text, Some(QOM_TYPE)).map_err(|error| match text.contains(DATA) {
+            true => QmpError::generic(
+                "it is neither JSON nor keys with values (a comma in a value is written twice); no more of it is told, \
+                 as it may hold a secret",
+            ),
+            false => error,
+        })
+    }
+
+    /// An object as errors tell of the option that describes it: its type and its id, as far as they can be read.
+    pub fn told(text: &str) -> String {
+        let Ok(members) = Members::of_argument(text, Some(QOM_TYPE)) else { return "…".into() };
+        let (object, _) = members.into_parts();
+        let word = |name: &str| object.get(name).and_then(Value::as_str);
+        let id = word("id").map(|id| format!("id={id}"));
+        [word(QOM_TYPE).map(str::to_owned), id].into_iter().flatten().collect::<Vec<_>>().join(",")
+    }
+
     /// Reads all of `members`.
     pub fn read(mut members: Members) -> Result<ObjectOptions, QmpError> {
-        let kind: Kind = members.word("qom-type")?;
+        let kind: Kind = members.word(QOM_TYPE)?;
         let id = members.str("id")?;
         let kind = match kind.0 {
             "iothread" => {
@@ -261,6 +297,27 @@ mod tests {
             assert_eq!(read(text), Err(why.into()), "{text}");
         }
         assert!(read("secret,id=s,data=a,keyid=b").unwrap_err().contains("'keyid' is not supported"));
+    }
+
+    #[test]
+    fn what_is_told_of_an_option_has_no_secret_of_it() {
+        for (text, told) in [
+            ("secret,id=s,data=hush", "secret,id=s"),
+            (r#"{"qom-type": "secret", "id": "s", "data": "hush"}"#, "secret,id=s"),
+            ("data=hush,id=s", "id=s"),
+            ("secret,id=s,data=a,hush", "…"),
+            (r#"{"data": "hush""#, "…"),
+            ("iothread,id=t", "iothread,id=t"),
+        ] {
+            assert_eq!(ObjectOptions::told(text), told);
+            let why = ObjectOptions::members(text).map_or_else(|error| error.desc, |_| String::new());
+            assert!(!why.contains("hush"), "{why}");
+        }
+        let why = ObjectOptions::members("tls-creds-x509,id=a,dir").unwrap_err().desc;
+        assert_eq!(why, "Expected '=' after parameter 'dir'");
+        let (given, _) = ObjectOptions::members("secret,id=s,data=hush").unwrap().into_parts();
+        let told = Value::Object(without_secret(&given));
+        assert_eq!(told, serde_json::json!({"qom-type": "secret", "id": "s", "data": "…"}));
     }
 
     #[test]

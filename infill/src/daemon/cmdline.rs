@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
+use infill_qmp::ObjectOptions;
 
 use super::config::{self, Config};
 use super::migration;
@@ -48,12 +49,29 @@ impl Kind {
 }
 
 /// One option.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Opt {
     /// What it makes.
     pub kind: Kind,
     /// How.
     pub text: String,
+}
+
+impl std::fmt::Debug for Opt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Opt({})", self.told())
+    }
+}
+
+impl Opt {
+    /// The option as an error tells of it: an object may hold a secret.
+    pub fn told(&self) -> String {
+        let text = match self.kind {
+            Kind::Object => &ObjectOptions::told(&self.text),
+            _ => &self.text,
+        };
+        format!("{} {text}", self.kind.as_str())
+    }
 }
 
 /// A command line to be carried out.

@@ -46,8 +46,7 @@ pub fn read(path: &Path, others: &[&'static str], switches: &[&'static str]) -> 
 }
 
 fn parse(text: &str, others: &[&'static str], switches: &[&'static str]) -> Result<Config> {
-    let mut file: Map<String, Value> =
-        toml::from_str(text).map_err(|error| anyhow::anyhow!("{}", error.to_string().trim()))?;
+    let mut file: Map<String, Value> = toml::from_str(text).map_err(|error| wrong_toml(text, &error))?;
     let mut config = Config::default();
     for kind in ORDER {
         let name = bare(kind.as_str());
@@ -61,6 +60,8 @@ fn parse(text: &str, others: &[&'static str], switches: &[&'static str]) -> Resu
                 (Value::String(text), _) => text,
                 (Value::Object(table), Kind::Chardev) => chardev(table)?,
                 (Value::Object(table), _) => Value::Object(table).to_string(),
+                // An object may hold a secret.
+                (_, Kind::Object) => bail!("'{name}' is a table or a string"),
                 (other, _) => bail!("'{name}' is a table or a string, not {other}"),
             };
             config.options.push(Opt { kind, text });
@@ -89,6 +90,16 @@ fn parse(text: &str, others: &[&'static str], switches: &[&'static str]) -> Resu
         None => Ok(config),
         Some(name) => bail!("'{name}' is no option of the daemon: `infill daemon --help` lists them"),
     }
+}
+
+/// What is wrong with a file, and where. The line itself, which the error would quote, may hold a secret.
+fn wrong_toml(text: &str, error: &toml::de::Error) -> anyhow::Error {
+    let Some(before) = error.span().and_then(|span| text.get(..span.start)) else {
+        return anyhow::anyhow!("TOML parse error: {}", error.message());
+    };
+    let (line, last) = (before.matches('\n').count() + 1, before.rsplit('\n').next().unwrap_or_default());
+    let column = last.chars().count() + 1;
+    anyhow::anyhow!("TOML parse error at line {line}, column {column}: {}", error.message())
 }
 
 fn bare(option: &str) -> &str {
@@ -181,5 +192,27 @@ mod tests {
             let told = read(text).unwrap_err();
             assert!(told.contains(why), "{text}: {told}");
         }
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_file_quotes_no_secret_of_it() {
+        for line in [
+            "data = 'hush",
+            "data = \"hush",
+            "data = \"hush\\q\"",
+            "data = hush",
+            "data = 'a' hush",
+            "data = 'a'hush",
+            "data = 'hush'\ndata = 'hush'",
+            "data 'hush'",
+            "data = 0xhush",
+            "data = ['hush'",
+            "data = {a = 'hush'",
+            "'hush",
+        ] {
+            let told = read(&format!("[[object]]\nqom-type = 'secret'\n{line}")).unwrap_err();
+            assert!(told.contains("TOML parse error at line ") && !told.contains("hush"), "{line}: {told}");
+        }
+        assert!(!read("object = [['secret,id=s,data=hush']]").unwrap_err().contains("hush"));
     }
 }

@@ -70,7 +70,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use futures_util::future::{Either, select};
 use infill_io::{JournalDir, Reactor, Reactors, termination};
-use infill_qmp::{Members, QmpError};
+use infill_qmp::{Members, ObjectOptions, QmpError};
 use infill_storage::rt;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
@@ -230,7 +230,7 @@ async fn start(
     control.restore().await;
     for option in &command_line.options {
         let outcome = carry_out(control, chardevs, option.kind, &option.text).await;
-        outcome.map_err(|error| anyhow!("{} {}: {}", option.kind.as_str(), option.text, error.desc))?;
+        outcome.map_err(|error| anyhow!("{}: {}", option.told(), error.desc))?;
     }
     if let Some(one) = &command_line.one {
         qemu_nbd::serve(control, one).await?;
@@ -250,7 +250,7 @@ async fn carry_out(
         Kind::Blockdev => option(control, "blockdev-add", text, Some("driver")).await,
         Kind::NbdServer => option(control, "--nbd-server", text, None).await,
         Kind::Export => option(control, "block-export-add", text, Some("type")).await,
-        Kind::Object => option(control, "object-add", text, Some("qom-type")).await,
+        Kind::Object => control.carry_out_option("object-add", ObjectOptions::members(text)?).await,
     }
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, anyhow};
 use infill_io::{Address, Reactors, connector};
 use infill_nbd::proto::{Mode, TransmissionFlags};
 use infill_nbd::{ClientTls, ListedExport, list_exports};
-use infill_qmp::{Members, ObjectOptions};
+use infill_qmp::ObjectOptions;
 
 use crate::objects::Objects;
 
@@ -30,9 +30,8 @@ impl Asked {
         let Some(id) = &self.tls_creds else { return Ok(None) };
         let objects = Objects::default();
         for text in &self.objects {
-            let options = ObjectOptions::read(Members::of_argument(text, Some("qom-type"))?)
-                .map_err(|error| anyhow!(error.desc))?;
-            objects.add(&options)?;
+            let options = ObjectOptions::members(text).and_then(ObjectOptions::read);
+            objects.add(&options.map_err(|error| anyhow!(error.desc))?)?;
         }
         let host = self.socket.is_none().then_some(self.host.as_str());
         let name = self.tls_hostname.as_deref().or(host);

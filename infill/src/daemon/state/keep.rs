@@ -6,7 +6,7 @@ use std::rc::Rc;
 use infill_job::{JobStatus, JobType, KeptJob};
 use infill_qmp::command::{Command, JobCommand};
 use infill_qmp::transaction::Transaction;
-use infill_qmp::{Members, QmpError};
+use infill_qmp::{Members, QmpError, without_secret};
 use serde_json::{Map, Value, json};
 
 use super::record::{JobRecord, Key, Kind, Record, made_together, makes, read_command, takes};
@@ -19,7 +19,10 @@ const MADE_UP: &str = "#block";
 impl State {
     /// What is refused because an option of the command line and the state differ.
     fn differs(&self, record: &Record) -> QmpError {
-        let given = Value::Object(record.given.clone());
+        let given = match record.key.kind {
+            Kind::Object => Value::Object(without_secret(&record.given)),
+            _ => Value::Object(record.given.clone()),
+        };
         QmpError::generic(format!(
             "{} is kept in {} with other options ({given}): give the same, or take it away there first ({}), or start once \
              with --forget to begin with nothing",
