@@ -250,8 +250,9 @@ impl Image {
         };
         let mut entries = self.entries_of(wanted).await?;
         let old = self.active_entries();
+        // The disk may have grown since.
         entries.resize(entries.len().max(old.len()), L1Entry::EMPTY);
-        self.l1.moved(wanted.l1);
+        self.l1.moved(TableRef { count: entries.len() as u32, ..wanted.l1 });
         self.adopt(&entries, &old).await;
         Ok(Some(wanted.snapshot.clone()))
     }

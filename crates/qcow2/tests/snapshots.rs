@@ -185,6 +185,26 @@ fn snapshots_of_qemu_are_deleted_and_gone_back_to_here_and_the_rest_of_the_image
     }
 }
 
+/// The table of such a snapshot has fewer entries than that of the disk.
+#[test]
+fn a_snapshot_of_before_the_disk_grew_is_looked_at_and_its_rest_is_zeroes() {
+    let bench = Bench::new();
+    let path = image(&bench, "cluster_size=512");
+    let first = bench.content(&path);
+    run("qemu-img", &["snapshot", "-c", "first", text(&path)]);
+    run("qemu-img", &["resize", "-q", "-f", "qcow2", text(&path), "16M"]);
+    io(&path, &["write -P 4 0 1M", "write -P 5 8M 1M"]);
+    World::new(3).run(async {
+        let storage = Arc::new(MemoryStorage::from_bytes(std::fs::read(&path).unwrap()));
+        let image = Qcow2::open(CX, StorageHandle::from_arc(storage), bench::read_only()).await.unwrap();
+        let node = NodeHandle::new(image);
+        node.load_snapshot(CX, None, Some("first")).await.unwrap().unwrap();
+        let mut then = first;
+        then.resize(16 << 20, 0);
+        assert!(content(&node, 1 << 20).await == then);
+    });
+}
+
 #[test]
 fn a_snapshot_under_writing_guests_has_what_was_answered_before_and_nothing_that_came_after() {
     for cluster_bytes in [512, 4096, 65536] {
