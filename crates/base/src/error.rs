@@ -213,6 +213,11 @@ pub enum OpenError {
         /// Why, and what to do.
         why: String,
     },
+    /// Another process has the image open.
+    Locked {
+        /// Which lock is in the way, and what to do.
+        why: String,
+    },
     /// Reading or writing failed.
     Io(IoError),
 }
@@ -225,7 +230,7 @@ impl fmt::Display for OpenError {
                 write!(f, "this {format} image needs {feature}, which is not supported; {advice}")
             }
             OpenError::Malformed { format, what } => write!(f, "damaged {format} image: {what}"),
-            OpenError::Refused { why } => f.write_str(why),
+            OpenError::Refused { why } | OpenError::Locked { why } => f.write_str(why),
             OpenError::Io(error) => error.fmt(f),
         }
     }

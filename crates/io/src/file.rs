@@ -25,7 +25,6 @@ use infill_storage::{RangeLock, Storage, StorageHandle, rt};
 use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use crate::linger;
 use crate::locks::{self, Share};
 use bulk::Bulk;
 
@@ -168,12 +167,6 @@ impl FileStorage {
     /// before it is known who uses it. They last until [`FileStorage::unlock`].
     pub fn lock(&self, read_only: bool) -> Result<(), OpenError> {
         locks::take(self.fd.as_fd(), read_only, &self.name())
-    }
-
-    /// Waits while another process has locks that are in the way of this file's use, for up to 2 s: it may be one that was killed, whose
-    /// files are closed in a moment. What it did to the file is done then.
-    pub async fn wait_unlocked(&self) {
-        linger::wait_while(|| locks::is_taken(self.fd.as_fd(), self.read_only)).await;
     }
 
     /// Gives all image locks back.

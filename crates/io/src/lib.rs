@@ -5,6 +5,7 @@
 //! * [`FileStorage`]: a file or block device as a storage, locked as QEMU locks its images.
 //! * [`Listener`], [`TcpConnector`], [`UnixConnector`], [`stdio`]: byte streams.
 //! * [`JournalDir`]: memory that outlives the process.
+//! * [`patiently`]: waits for what a killed process leaves behind for a moment.
 //! * [`Relay`]: a slow or bad link in between.
 //! * [`sandbox`]: what the process gives up for good.
 //! * [`termination`]: waits for a signal that asks the process to end.
@@ -26,6 +27,7 @@ mod signal;
 pub use connect::{TcpConnector, UnixConnector, connector};
 pub use file::{Create, FileOptions, FileStorage};
 pub use journal::JournalDir;
+pub use linger::patiently;
 pub use locks::Share;
 pub use net::{Accepted, Address, Listener, stdio};
 pub use reactor::{Reactor, Reactors};

@@ -74,12 +74,6 @@ fn conflict(fd: BorrowedFd<'_>, read_only: bool) -> std::io::Result<Option<u64>>
     Ok(None)
 }
 
-/// Whether somebody else has a lock that is in the way of a reader or a writer of the file `fd`.
-pub(crate) fn is_taken(fd: BorrowedFd<'_>, read_only: bool) -> bool {
-    // What cannot be looked at is told by [`take`].
-    conflict(fd, read_only).is_ok_and(|byte| byte.is_some())
-}
-
 /// Permissions that a reader or a writer uses.
 const fn used(read_only: bool) -> &'static [u64] {
     if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE, RESIZE] }
@@ -103,7 +97,7 @@ fn refused(path: &str, read_only: bool, byte: u64) -> OpenError {
     let mode = if read_only { "reading" } else { "writing" };
     let shared = if byte < UNSHARED { "shared " } else { "" };
     let permission = name(byte % 100);
-    OpenError::Refused {
+    OpenError::Locked {
         why: format!(
             "{path}: cannot open it for {mode}: Failed to get {shared}\"{permission}\" lock: another process has the \
              image open; end that process, or share the image on purpose"

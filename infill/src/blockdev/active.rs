@@ -186,10 +186,6 @@ impl Blockdevs {
         let node = self.0.graph.get(name)?;
         let below = self.below(name);
         for (at, child) in below.iter().enumerate() {
-            let file = lock(&self.0.entries).get(child).and_then(|entry| entry.file.clone());
-            if let Some(file) = file {
-                file.wait_unlocked().await;
-            }
             let woken = {
                 let mut entries = lock(&self.0.entries);
                 let entry = entries.get_mut(child).ok_or_else(|| unknown(child))?;

@@ -34,8 +34,8 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use infill_base::{Ctx, DetectZeroes, DiscardMode};
-use infill_io::{FileStorage, JournalDir};
+use infill_base::{Ctx, DetectZeroes, DiscardMode, OpenError};
+use infill_io::{FileStorage, JournalDir, patiently};
 use infill_job::copy::fleece::Past;
 use infill_nbd::{OnLost, SourceWatch};
 use infill_node::{Edge, Graph, NodeHandle};
@@ -230,6 +230,12 @@ impl Blockdevs {
         self.add_in(&turn, options).await
     }
 
+    /// As [`Blockdevs::add`]; an image that another process has is tried again for a moment, during which others change the
+    /// graph: that process may have been killed.
+    pub async fn add_patiently(&self, options: &BlockdevOptions) -> Result<String> {
+        patiently(|| self.add(options.clone()), is_locked).await
+    }
+
     /// As [`Blockdevs::add`], for whoever changes the graph already.
     pub async fn add_in(&self, turn: &RangeGuard, options: BlockdevOptions) -> Result<String> {
         self.add_fenced(turn, options, false).await
@@ -257,7 +263,13 @@ impl Blockdevs {
     }
 
     /// Opens an image by its name, with its whole chain unless `alone`.
+    ///
+    /// One that another process has is tried again for a moment, as by [`Blockdevs::add_patiently`].
     pub async fn add_image(&self, image: &Image) -> Result<String> {
+        patiently(|| self.try_image(image), is_locked).await
+    }
+
+    async fn try_image(&self, image: &Image) -> Result<String> {
         let _turn = self.0.turn.exclusive(0, 1).await;
         let mut opening = open::Opening::new(self, image.fenced);
         let result = opening.open_image(image).await;
@@ -565,6 +577,11 @@ impl Blockdevs {
     fn generated_name(&self) -> String {
         format!("#block{:03}", self.0.next.fetch_add(1, Ordering::Relaxed))
     }
+}
+
+/// Whether an image could not be opened because another process has it open.
+fn is_locked(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| matches!(cause.downcast_ref(), Some(OpenError::Locked { .. })))
 }
 
 fn unknown(name: &str) -> anyhow::Error {

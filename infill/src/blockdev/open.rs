@@ -275,9 +275,6 @@ impl<'a> Opening<'a> {
                 let storage = Arc::new(open_file(Path::new(filename), &options)?);
                 self.meet(file_identity(Path::new(filename))?, filename)?;
                 file = (*locking != Locking::Off && !force_share).then(|| storage.clone());
-                if let (Some(file), true) = (&file, options.active.unwrap_or(true)) {
-                    file.wait_unlocked().await;
-                }
                 path = Some(PathBuf::from(filename));
                 disk = Some(storage.clone());
                 StorageHandle::from_arc(storage)

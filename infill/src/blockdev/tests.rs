@@ -48,6 +48,35 @@ async fn byte_of(blockdevs: &Blockdevs, name: &str) -> u8 {
     blockdevs.get(name).unwrap().read_vec(&Ctx::GUEST, 4096, 1).await.unwrap()[0]
 }
 
+/// As that of a process that was killed, whose files the kernel has not closed yet.
+#[test]
+fn an_image_that_is_given_up_in_a_moment_is_waited_for_and_others_are_added_meanwhile() {
+    use std::pin::pin;
+
+    use futures_util::future::{Either, select};
+    use infill_io::{FileOptions, FileStorage};
+
+    run(|blockdevs, dir| async move {
+        let dir = dir.path();
+        overlay(dir, "disk", "base", "raw").await;
+        raw(dir, "other", 1);
+        let writer = FileStorage::open(dir.join("disk"), FileOptions::default()).unwrap();
+        let text = r#"{"driver":"qcow2","node-name":"q","file":{"driver":"file","filename":"DIR/disk"},"backing":null}"#;
+        refused(&blockdevs, dir, text, "Failed to get").await;
+        let options = BlockdevOptions::of_argument(&text.replace("DIR", dir.to_str().unwrap())).unwrap();
+        let error = blockdevs.add_patiently(&options).await.unwrap_err();
+        assert!(is_locked(&error), "{error:#}");
+        let waiting = pin!(blockdevs.add_patiently(&options));
+        let other = pin!(add(&blockdevs, dir, r#"{"driver":"file","node-name":"o","filename":"DIR/other"}"#));
+        let Either::Right((other, waiting)) = select(waiting, other).await else {
+            panic!("the image is open elsewhere")
+        };
+        other.unwrap();
+        drop(writer);
+        waiting.await.unwrap();
+    });
+}
+
 #[test]
 fn children_in_place_go_with_their_parent_and_named_ones_stay() {
     run(|blockdevs, dir| async move {

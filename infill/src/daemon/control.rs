@@ -335,7 +335,21 @@ impl Control {
         if options.node_name.is_none() {
             return Err(QmpError::generic("'node-name' must be specified for the root node"));
         }
-        let added = self.blockdevs.add(options).await.map(drop).map_err(|error| refused(&error));
+        let added = self.blockdevs.add_patiently(&options).await;
+        self.has_added(added).await
+    }
+
+    /// A node that the state holds: it is tried again anyway.
+    pub(super) async fn blockdev_add_again(
+        self: &Rc<Self>,
+        options: BlockdevOptions,
+    ) -> Result<(), QmpError> {
+        let added = self.blockdevs.add(options).await;
+        self.has_added(added).await
+    }
+
+    async fn has_added(self: &Rc<Self>, added: anyhow::Result<String>) -> Result<(), QmpError> {
+        let added = added.map(drop).map_err(|error| refused(&error));
         if added.is_ok() {
             self.restore_bitmaps().await;
             self.keep_stored_bitmaps().await;

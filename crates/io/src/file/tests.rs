@@ -117,7 +117,7 @@ fn two_writers_are_refused_and_readers_keep_a_writer_out() {
         let writer = FileStorage::open(&path, FileOptions::create_new(4096)).unwrap();
         let refused = FileStorage::open(&path, FileOptions::default()).err().unwrap();
         assert!(
-            matches!(&refused, OpenError::Refused { why } if why.contains("Failed to get \"write\" lock")),
+            matches!(&refused, OpenError::Locked { why } if why.contains("Failed to get \"write\" lock")),
             "{refused}"
         );
         let refused = FileStorage::open(&path, FileOptions::read_only()).err().unwrap();
@@ -130,24 +130,6 @@ fn two_writers_are_refused_and_readers_keep_a_writer_out() {
         assert!(FileStorage::open(&path, FileOptions::default()).is_err());
         drop((reader, second));
         assert!(FileStorage::open(&path, FileOptions::default()).is_ok());
-    });
-}
-
-/// As those of a process that was killed, whose files the kernel has not closed yet.
-#[test]
-fn locks_that_are_given_up_in_a_moment_are_waited_for_and_others_are_not_for_long() {
-    run(|path| async move {
-        let writer = FileStorage::open(&path, FileOptions::create_new(4096)).unwrap();
-        let unguarded = FileOptions { share: Share::Unguarded, ..FileOptions::default() };
-        let next = FileStorage::open(&path, unguarded).unwrap();
-        next.wait_unlocked().await;
-        assert!(next.lock(false).is_err(), "it is there still");
-        rt::spawn(async move {
-            rt::sleep(linger::LOOK * 4).await;
-            drop(writer);
-        });
-        next.wait_unlocked().await;
-        next.lock(false).unwrap();
     });
 }
 

@@ -31,6 +31,8 @@ const ZERO_BYTES_MAX: u64 = 16 << 20;
 const NEAR_REQUESTS: u64 = 2;
 /// Bytes that are looked at before they are asked for: what guests wrote or fetched since the walk came by is not asked for.
 const LOOK_BYTES: u64 = 1 << 20;
+/// Runs that were looked at and are not asked for yet. So many that a distant source has said what comes next when they end.
+const RUNS_AHEAD: usize = 16;
 /// How often the fill's metadata have a round of their own.
 const SYNC_INTERVAL: Duration = Duration::from_secs(1);
 /// How often progress is told.
@@ -356,7 +358,7 @@ impl<'a> Pass<'a> {
     }
 
     fn start_mapping(&mut self) {
-        if self.mapping || self.mapped_all || self.runs.len() > 1 {
+        if self.mapping || self.mapped_all || self.runs.len() >= RUNS_AHEAD {
             return;
         }
         self.mapping = true;

@@ -138,7 +138,10 @@ impl Control {
                     }
                     _ => {}
                 }
-                self.carry_out(command).await.map(drop)
+                match command {
+                    Command::BlockdevAdd(node) => self.blockdev_add_again(*node).await,
+                    command => self.carry_out(command).await.map(drop),
+                }
             }
             Err(error) => Err(error),
         };
