@@ -6,7 +6,7 @@ use infill_base::{ErrorKind, IoError, IoResult};
 use infill_storage::rt;
 use infill_storage::stream::Connector;
 
-use super::negotiate::{Failed, Talk, unanswered};
+use super::negotiate::{Failed, REPLIES_MAX, Talk, unanswered};
 use crate::proto::{
     ExportInfo, HandshakeFlags, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_NAME, Info, Mode, OptionReply,
     OptionRequest,
@@ -16,6 +16,8 @@ use crate::tls::ClientTls;
 /// Exports of one server that are listed at most, and metadata contexts of one export.
 const EXPORTS_MAX: usize = 4096;
 const CONTEXTS_MAX: usize = 1024;
+/// Bytes of all replies of a listing, and of the memory that they take beside.
+pub(super) const LISTING_BYTES_MAX: usize = 16 << 20;
 
 /// An export, as its server tells of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,15 +58,16 @@ pub async fn list_exports(
 impl Talk {
     async fn list(&mut self) -> Result<Vec<ListedExport>, Failed> {
         let mode = self.choose_mode().await?;
-        let (replies, end) = self.option_of(&OptionRequest::List, EXPORTS_MAX).await?;
+        let mut left = LISTING_BYTES_MAX;
+        let (replies, end) = self.option_of(&OptionRequest::List, EXPORTS_MAX, &mut left).await?;
         end.map_err(|refusal| unanswered("LIST", refusal))?;
         let mut exports = Vec::new();
         for reply in replies {
             let OptionReply::Server { name, description } = reply else { continue };
-            exports.push(self.look_at(name, description, mode).await?);
+            exports.push(self.look_at(name, description, mode, &mut left).await?);
         }
         // Who goes without a word looks like one that was lost.
-        let _ = self.option_of(&OptionRequest::Abort, 1).await;
+        let _ = self.option_of(&OptionRequest::Abort, 1, &mut left).await;
         Ok(exports)
     }
 
@@ -73,12 +76,13 @@ impl Talk {
         name: String,
         description: String,
         mode: Mode,
+        left: &mut usize,
     ) -> Result<ListedExport, Failed> {
         let mut listed =
             ListedExport { name, description, info: None, blocks: None, mode, contexts: Vec::new() };
         let wanted = vec![INFO_BLOCK_SIZE, INFO_NAME, INFO_DESCRIPTION];
         let request = OptionRequest::Info { go: false, name: listed.name.clone(), wanted };
-        let (replies, end) = self.option(&request).await?;
+        let (replies, end) = self.option_of(&request, REPLIES_MAX, left).await?;
         if let Err(refusal) = end {
             // It may be gone, or not for us: its name is all that is known.
             refusal.only_here()?;
@@ -99,7 +103,7 @@ impl Talk {
         }
         let request =
             OptionRequest::MetaContext { set: false, export: listed.name.clone(), queries: Vec::new() };
-        let (replies, end) = self.option_of(&request, CONTEXTS_MAX).await?;
+        let (replies, end) = self.option_of(&request, CONTEXTS_MAX, left).await?;
         if let Err(refusal) = end {
             refusal.only_here()?;
         }

@@ -9,6 +9,7 @@ use bytes::BytesMut;
 use infill_base::{ErrorKind, IoError, MAX_TRANSFER_BYTES};
 use infill_storage::stream::Connection;
 
+use super::list::LISTING_BYTES_MAX;
 use crate::proto::{
     CONTEXT_ALLOCATION, CONTEXT_BACKGROUND, ClientFlags, ExportInfo, Greeting, HandshakeFlags,
     INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_NAME, Info, Mode, OptionError, OptionReply, OptionReplyHeader,
@@ -17,7 +18,7 @@ use crate::proto::{
 use crate::tls::ClientTls;
 
 /// Most replies to one option. (The protocol knows four informations; others may come.)
-const REPLIES_MAX: usize = 64;
+pub(super) const REPLIES_MAX: usize = 64;
 /// Spare bytes of the receive buffer.
 const RECEIVE_BYTES: usize = 4096;
 /// Largest smallest request size that the protocol allows, in bytes.
@@ -359,14 +360,17 @@ impl Talk {
         &mut self,
         request: &OptionRequest,
     ) -> Result<(Vec<OptionReply>, Result<(), Refusal>), Failed> {
-        self.option_of(request, REPLIES_MAX).await
+        // They are so few that their lengths bound them.
+        let mut left = usize::MAX;
+        self.option_of(request, REPLIES_MAX, &mut left).await
     }
 
-    /// The same, of an option that may have so many replies.
+    /// The same, of an option of a listing: it may have so many replies, and they take of the bytes that are `left` for all.
     pub(super) async fn option_of(
         &mut self,
         request: &OptionRequest,
         most: usize,
+        left: &mut usize,
     ) -> Result<(Vec<OptionReply>, Result<(), Refusal>), Failed> {
         let mut out = BytesMut::new();
         request.encode(&mut out);
@@ -377,6 +381,13 @@ impl Talk {
             if header.option != request.option() {
                 return Err(broke("the server answers an option that was not asked"));
             }
+            *left = left.checked_sub(size_of::<OptionReply>() + header.len as usize).ok_or_else(|| {
+                let why = format!(
+                    "the server tells more than {LISTING_BYTES_MAX} bytes of its exports, which is the most that is listed: \
+                     ask for one of them by its name"
+                );
+                Failed::Refused(IoError::new(ErrorKind::TooLarge, why))
+            })?;
             while self.received.len() < header.len as usize {
                 self.receive().await?;
             }

@@ -10,6 +10,7 @@ use infill_storage::stream::{Connection, Connector};
 
 use super::*;
 use crate::client::fuzz::{attack, fuzz_client};
+use crate::client::list_exports;
 use crate::proto::*;
 
 const LEN: u64 = 4096;
@@ -115,7 +116,7 @@ struct Says {
 impl Connector for Says {
     fn connect(&self) -> LocalBoxFuture<'_, Result<Connection, IoError>> {
         Box::pin(async {
-            let (here, mut there) = pipe(1 << 24);
+            let (here, mut there) = pipe(1 << 26);
             there.writer.write_all(self.bytes.clone().into()).await?;
             if self.silent {
                 rt::spawn(async move {
@@ -173,6 +174,36 @@ fn a_handshake_has_an_end_whatever_the_server_says() {
     for len in 0..140 {
         let (error, _) = open_error(whole[..len].to_vec(), false);
         assert!(error.to_string().contains("hung up"), "{len}: {error}");
+    }
+}
+
+/// Each of its replies is one that may be, and so is their number.
+#[test]
+fn a_server_with_more_to_tell_of_its_exports_than_memory_is_for_is_refused() {
+    let list = |exports: usize, contexts: usize, name_bytes: usize| {
+        let mut bytes = greeting();
+        OptionReply::Ack.encode(11, &mut bytes);
+        let name = "x".repeat(name_bytes);
+        for _ in 0..exports {
+            OptionReply::Server { name: name.clone(), description: String::new() }.encode(3, &mut bytes);
+        }
+        OptionReply::Ack.encode(3, &mut bytes);
+        for _ in 0..exports {
+            OptionReply::Ack.encode(6, &mut bytes);
+            for id in 0..contexts as u32 {
+                OptionReply::MetaContext { id, name: name.clone() }.encode(9, &mut bytes);
+            }
+            OptionReply::Ack.encode(9, &mut bytes);
+        }
+        OptionReply::Ack.encode(2, &mut bytes);
+        let server = Says { bytes: bytes.to_vec(), silent: true };
+        let listed = block_on(list_exports(&server, None, Duration::from_secs(60)));
+        listed.map(|listed| listed.len()).map_err(|error| error.to_string())
+    };
+    assert_eq!(list(100, 20, 4096), Ok(100));
+    for (exports, contexts, name_bytes) in [(6, 1000, 4096), (4095, 0, 4096), (400, 1000, 1)] {
+        let why = list(exports, contexts, name_bytes).expect_err("it is refused");
+        assert!(why.contains("tells more than 16777216 bytes of its exports"), "{why}");
     }
 }
 
