@@ -20,11 +20,16 @@ use serde_json::{Value, json};
 use crate::object_types::{IOTHREAD, SECRET, THROTTLE_GROUP, TLS_CREDS_X509, TypeOfObject};
 use crate::tls::Credentials;
 
+/// What an id stands for.
 #[derive(Debug)]
-enum Object {
+pub enum Object {
+    /// A name.
     IoThread,
+    /// Limits that disks share.
     Throttle(Arc<ThrottleGroup>),
+    /// Credentials for TLS.
     Tls(Arc<Credentials>),
+    /// What nobody else is to know.
     Secret(Arc<Secret>),
 }
 
@@ -104,11 +109,15 @@ impl Object {
 pub struct Objects(Arc<Mutex<BTreeMap<String, Object>>>);
 
 impl Objects {
-    /// Makes one (`object-add`).
+    /// Makes one, where nobody else is kept waiting.
     pub fn add(&self, options: &ObjectOptions) -> Result<()> {
-        let ObjectOptions { id, kind } = options;
-        let duplicate = || anyhow!("attempt to add duplicate property '{id}' to object (type 'container')");
-        let object = match kind {
+        self.insert(&options.id, self.make(&options.kind)?)
+    }
+
+    /// Makes what is not among the others yet. It reads files and decrypts keys, for seconds where it was asked to: not for a
+    /// reactor.
+    pub fn make(&self, kind: &ObjectKind) -> Result<Object> {
+        Ok(match kind {
             ObjectKind::IoThread => Object::IoThread,
             ObjectKind::ThrottleGroup(limits) => Object::Throttle(Arc::new(ThrottleGroup::new(*limits))),
             ObjectKind::TlsCredsX509(creds) => {
@@ -121,12 +130,16 @@ impl Objects {
                 Object::Tls(Arc::new(credentials?))
             }
             ObjectKind::Secret(options) => Object::Secret(Arc::new(Secret::read(options)?)),
-        };
+        })
+    }
+
+    /// Adds what was made.
+    pub fn insert(&self, id: &str, object: Object) -> Result<()> {
         let mut objects = lock(&self.0);
         if objects.contains_key(id) {
-            return Err(duplicate());
+            bail!("attempt to add duplicate property '{id}' to object (type 'container')");
         }
-        objects.insert(id.clone(), object);
+        objects.insert(id.to_owned(), object);
         Ok(())
     }
 

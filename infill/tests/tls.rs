@@ -7,16 +7,21 @@ mod common;
 #[path = "common/qmp.rs"]
 mod qmp;
 
-use std::io::{BufRead, BufReader};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use certs::{Authority, Certs, End};
-use common::{INFILL, Process, fails, run, text, wait_for_socket};
-use qmp::{Daemon, Program};
+use common::{INFILL, Process, fails, run, text, wait_for_socket, wait_until};
+use qmp::{Daemon, Program, Qmp};
 use serde_json::{Value, json};
 
 const DISK: usize = 1 << 20;
+
+/// Of `open`.
+const NONBLOCK: i32 = rustix::fs::OFlags::NONBLOCK.bits() as i32;
 
 fn creds(id: &str, dir: &Path, extra: Value) -> Value {
     let mut object = json!({"qom-type": "tls-creds-x509", "id": id, "dir": text(dir)});
@@ -234,6 +239,39 @@ fn a_secret_is_told_to_nobody_and_is_there_again_after_a_restart() {
     assert_eq!(why["desc"], "object 's' is in use, can not be deleted");
     qmp.run("object-del", json!({"id": "t"}));
     qmp.run("object-del", json!({"id": "s"}));
+    daemon.quit(&mut qmp);
+}
+
+/// What it reads may be on a server that is away, and a key may have millions of rounds: nobody else waits for either.
+#[test]
+fn a_secret_that_takes_long_to_read_keeps_nobody_else_waiting() {
+    let certs = Certs::new();
+    let dirs = encrypted(&certs);
+    let dir = tempfile::tempdir().unwrap();
+    let (pipe, other) = (dir.path().join("pipe"), dir.path().join("other.sock"));
+    run("mkfifo", &[text(&pipe)]);
+    let chardev = format!("socket,id=other,path={},server=on,wait=off", text(&other));
+    let options = ["--chardev", &chardev, "--monitor", "chardev=other"];
+    let daemon = Daemon::start(Program::Infill, dir.path(), &options);
+    let mut qmp = daemon.connect();
+    let file = text(&pipe).to_owned();
+    let adding = std::thread::spawn(move || {
+        qmp.run("object-add", json!({"qom-type": "secret", "id": "s", "file": file}));
+        qmp
+    });
+    // That succeeds as soon as somebody reads, who then waits for what comes.
+    let mut writing = None;
+    wait_until("the secret is read", || {
+        let opened = File::options().write(true).custom_flags(NONBLOCK).open(&pipe);
+        writing = opened.ok();
+        writing.is_some()
+    });
+    let mut qmp = Qmp::connect(&other);
+    qmp.run("blockdev-add", json!({"driver": "null-co", "node-name": "n"}));
+    writing.take().unwrap().write_all(b"hush").unwrap();
+    let mut first = adding.join().unwrap();
+    let tls = creds("t", &dirs[0], json!({"endpoint": "server", "passwordid": "s"}));
+    first.run("object-add", tls);
     daemon.quit(&mut qmp);
 }
 

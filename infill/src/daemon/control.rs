@@ -311,7 +311,7 @@ impl Control {
             Command::BlockExportDel { id, mode } => self.block_export_del(&id, mode)?,
             Command::BlockStream(stream) => self.block_stream(stream).await?,
             Command::Job { id, command, block } => self.job_command(&id, command, block).await?,
-            Command::ObjectAdd(options) => self.object_add(&options)?,
+            Command::ObjectAdd(options) => self.object_add(options).await?,
             Command::ObjectDel { id } => self.object_del(&id)?,
             Command::Quit => {
                 self.begin_to_end();

@@ -1,13 +1,18 @@
 //! `object-add`, `object-del`.
 
 use infill_qmp::{ObjectOptions, QmpError};
+use infill_storage::rt;
 
 use super::control::{Control, refused};
 
 impl Control {
-    /// `object-add`, `--object`.
-    pub fn object_add(&self, options: &ObjectOptions) -> Result<(), QmpError> {
-        self.blockdevs().objects().add(options).map_err(|error| refused(&error))
+    /// `object-add`, `--object`. A key may take seconds to decrypt, and a file may be on a server that is away.
+    pub(super) async fn object_add(&self, options: ObjectOptions) -> Result<(), QmpError> {
+        let ObjectOptions { id, kind } = options;
+        let objects = self.blockdevs().objects().clone();
+        let made = rt::offload(move || objects.make(&kind)).await;
+        let added = made.and_then(|object| self.blockdevs().objects().insert(&id, object));
+        added.map_err(|error| refused(&error))
     }
 
     /// `object-del`.

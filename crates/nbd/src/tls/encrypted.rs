@@ -104,7 +104,11 @@ impl<'a> Encrypted<'a> {
             rounds.filter(|rounds| *rounds <= ROUNDS_MAX).and_then(|rounds| u32::try_from(rounds).ok());
         let rounds = rounds
             .and_then(NonZeroU32::new)
-            .ok_or_else(|| format!("its rounds are none, or more than {ROUNDS_MAX}"))?;
+            .ok_or_else(|| {
+                format!(
+                    "its rounds are none, or more than {ROUNDS_MAX}: `openssl pkcs8 -topk8 -iter 600000` encrypts it anew"
+                )
+            })?;
         // The length of the key may stand there; the cipher says it.
         let _ = derives.take(INTEGER);
         let hash = match derives.take(SEQUENCE) {
