@@ -126,10 +126,19 @@ impl Place {
         copy.expect("the target")["stats"]["wr_bytes"].as_u64().unwrap()
     }
 
+    /// The backup is not held any more: whatever is written from here on, it knows of. Its status.
+    fn wait_until_begun(qmp: &mut Qmp) -> Value {
+        let mut status = Value::Null;
+        wait_until("the backup has begun", || {
+            status = qmp.run("query-jobs", json!({}))[0]["status"].clone();
+            status != json!("created")
+        });
+        status
+    }
+
     /// The backup ends with this error, or none.
     fn end_backup(&self, qmp: &mut Qmp) -> Option<String> {
-        let jobs = qmp.run("query-jobs", json!({}));
-        if jobs[0]["status"] == json!("running") {
+        if Place::wait_until_begun(qmp) == json!("running") {
             qmp.run("block-job-set-speed", json!({"device": "j", "speed": 0}));
         }
         let mut error = None;
@@ -242,6 +251,8 @@ fn a_backup_from_or_to_a_server_goes_on_after_a_kill_and_is_the_disk_as_it_was()
         place.write("write -P 7 20M 64k");
         daemon.process.kill();
         let (daemon, mut qmp) = place.start();
+        // On a busy machine the disk is there before it is known that the backup can go on, and what is written then is lost to it.
+        Place::wait_until_begun(&mut qmp);
         place.write("write -P 8 22M 64k");
         assert_eq!(place.end_backup(&mut qmp), None, "{ends:?}");
         let written = Place::written(&mut qmp);
@@ -274,6 +285,53 @@ fn a_backup_whose_server_has_forgotten_what_a_guest_has_overwritten_has_failed()
     qmp.run("job-dismiss", json!({"id": "j"}));
     daemon.quit(&mut qmp);
     assert_eq!(place.maps(), Vec::<PathBuf>::new());
+}
+
+/// What keeps the backup waiting, where something does.
+fn held_reason(qmp: &mut Qmp) -> Option<String> {
+    let entries = qmp.run("__infill_query-state", json!({}))["entries"].clone();
+    let job = entries.as_array().unwrap().iter().find(|entry| entry["kind"] == json!("job"))?.clone();
+    job["held"].as_str().map(str::to_owned)
+}
+
+#[test]
+fn a_backup_whose_server_cannot_be_read_waits_for_it_over_kills() {
+    let ends = Ends { source: false, target: true };
+    let place = Place::new();
+    let (daemon, mut qmp) = place.start();
+    let servers = ends.begin(&place, &mut qmp, "blockdev-backup", json!({"sync": "full"}));
+    Place::wait_until_stable(&mut qmp);
+    place.write("write -P 7 20M 64k");
+    daemon.process.kill();
+    servers.into_iter().for_each(Process::kill);
+    // It answers reads late, or not. It does not outlive a client that dies meanwhile.
+    let fails = place.path("fails");
+    std::fs::write(&fails, "").unwrap();
+    let (copy, trigger) = (place.path("copy"), format!("error-file={fails}"));
+    let slow = ["--filter=error", "--filter=delay", "file", &copy, "delay-read=1", "error-pread-rate=1"];
+    let server = place.serve(&[&slow[..], &[&trigger]].concat());
+    let (daemon, mut qmp) = place.start();
+    let mut reason = None;
+    wait_until("the backup is held", || {
+        reason = held_reason(&mut qmp).filter(|reason| !reason.is_empty());
+        reason.is_some()
+    });
+    assert!(reason.as_ref().is_some_and(|reason| reason.contains("cannot be read")), "{reason:?}");
+    daemon.process.kill();
+    server.kill();
+    std::fs::remove_file(fails).unwrap();
+    let server = place.serve(&[&slow[..], &[&trigger]].concat());
+    let (daemon, mut qmp) = place.start();
+    // While it is looked at, which takes seconds. What is new to the daemon may need a guard.
+    qmp.run("blockdev-add", json!({"driver": "null-co", "node-name": "other", "size": MIB}));
+    daemon.process.kill();
+    server.kill();
+    let _server = place.serve(&["file", &copy]);
+    let (daemon, mut qmp) = place.start();
+    assert_eq!(place.end_backup(&mut qmp), None);
+    qmp.run("job-dismiss", json!({"id": "j"}));
+    daemon.quit(&mut qmp);
+    run("qemu-io", &["-f", "raw", "-c", &format!("read -P 1 0 {DISK_BYTES}"), &copy]);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use infill_base::{Ctx, Extents, Gather, IoResult, Limits, WriteFlags, ZeroFlags}
 use infill_job::copy::backup::{self, BackupOptions, BackupSync};
 use infill_job::copy::commit::{self, CommitOptions};
 use infill_job::copy::mirror::{self, CopyMode, MirrorOptions, MirrorSync};
-use infill_job::copy::{GivenMap, KeptCopy, KeptMap, MapGuard, MapOwner, has_what_it_should};
+use infill_job::copy::{GivenMap, KeptCopy, KeptMap, Looked, MapGuard, MapOwner, has_what_it_should};
 use infill_job::{Job, JobOptions, JobStatus, Jobs};
 use infill_node::{BackingSlot, MemoryOverlay, Node, NodeHandle, NodeInfo, Populated};
 use infill_sim::{JournalPages, Rng, World};
@@ -292,9 +292,16 @@ fn start(world: &World, kind: Kind, left: &Left, found: Option<KeptMap>, guests:
         let checked = infill_sim::block_on(async {
             // The disks take no time to be looked at.
             let nodes = [&source, &target].map(|disk| still(disk));
-            has_what_it_should(&kept, kind.is_of_the_past(), &nodes[0], &nodes[1]).await
+            let looked = Looked {
+                map: kept.map(),
+                since: kept.since().map(|since| &**since),
+                given: kept.given().map(|given| &**given),
+                is_of_the_past: kind.is_of_the_past(),
+                from_server: kept.is_from_server(),
+            };
+            has_what_it_should(looked, &nodes[0], &nodes[1]).await
         });
-        *wrong.lock().unwrap() = checked.err();
+        *wrong.lock().unwrap() = checked.err().map(|why| why.to_string());
     }
     let kept = Some(kept);
     let (jobs, options) = (Jobs::new(), JobOptions { speed: kind.speed(), ..JobOptions::new("copy") });

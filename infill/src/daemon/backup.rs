@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use infill_job::copy::Unproven;
 use infill_job::copy::backup::{self, BackupBitmap, BackupOptions, BackupSync, BitmapMode, Prepared};
 use infill_job::{BlockJobProgress, Job, JobEvent, JobType, KeptJob, MapName};
 use infill_node::{Bitmap, CompressNode, Held, NodeHandle};
@@ -90,7 +91,7 @@ impl Control {
                 checked.kept = Some(kept);
                 true
             }
-            Some(Err(why)) => return self.end_lost(&id, JobType::Backup, &why),
+            Some(Err(why)) => return self.cannot_go_on(&id, JobType::Backup, &why),
             None => {
                 checked = self.keep_backup(checked).await;
                 false
@@ -110,6 +111,16 @@ impl Control {
     /// Whether it is known already of a backup that is to go on that it cannot.
     pub(super) fn is_lost(&self, id: &str) -> bool {
         self.jobs().goes_on_as(id).is_some_and(|kept| kept.map.is_none())
+    }
+
+    /// A copy that must not begin anew cannot go on, now or at all.
+    pub(super) fn cannot_go_on(&self, id: &str, kind: JobType, why: &Unproven) -> Result<(), QmpError> {
+        match why {
+            Unproven::Never(why) => self.end_lost(id, kind, why),
+            Unproven::NotNow(why) => Err(QmpError::generic(format!(
+                "it is not known whether the copy can go on ({why}): it is looked at again"
+            ))),
+        }
     }
 
     /// A copy that was to go on cannot, and must not begin anew: it is shown as failed.

@@ -116,13 +116,12 @@ impl Control {
         let (kept, bitmap) = match (found, bitmap) {
             // What the bitmap said stands in the map. One that is gone, or that a kill has left inconsistent, is not cleared.
             (Some(Ok(kept)), bitmap) => (Some(kept), bitmap.unwrap_or_default()),
-            (Some(Err(why)), Err(_)) => return self.end_lost(&id, JobType::Mirror, &why),
-            (Some(Err(why)), Ok(_)) if sync == MirrorSync::Nothing => {
-                return self.end_lost(&id, JobType::Mirror, &why);
+            (Some(Err(why)), bitmap) if bitmap.is_err() || sync == MirrorSync::Nothing => {
+                return self.cannot_go_on(&id, JobType::Mirror, &why);
             }
             (found, bitmap) => {
                 if let Some(Err(reason)) = found {
-                    tracing::warn!(job = id, reason, "everything is copied again");
+                    tracing::warn!(job = id, %reason, "everything is copied again");
                 }
                 let bitmap = bitmap?;
                 (self.new_map(&copied).await, bitmap)

@@ -24,11 +24,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use infill_base::IoResult;
 use infill_io::JournalDir;
-use infill_job::copy::{GivenMap, KeptCopy, KeptMap, MapGuard, MapOwner, has_what_it_should};
+use infill_job::copy::{
+    GivenMap, KeptCopy, KeptMap, Looked, MapGuard, MapOwner, Unproven, has_what_it_should,
+};
 use infill_job::{JobStatus, JobType, MapName};
 use infill_node::{NodeHandle, Watching, WeakNode};
 use infill_storage::journal::JournalMemory;
-use infill_storage::rt;
+use infill_storage::{RangeLock, rt};
 
 use super::control::Control;
 use crate::blockdev::{hash, identity_of};
@@ -44,7 +46,7 @@ const TO_SERVER: &str = " to server ";
 const FROM_SERVER: &str = " from server ";
 /// How long a server may take until it is known whether it has what it should.
 const SERVER_PATIENCE: Duration = Duration::from_secs(10);
-/// The same of a backup, which could not begin anew.
+/// The same of a backup, which could not begin anew: it is tried again later.
 const BACKUP_PATIENCE: Duration = Duration::from_secs(30);
 /// Ends of the names of what lies beside a map.
 const SINCE: &str = "-since";
@@ -70,6 +72,7 @@ struct Guarded {
 }
 
 /// What is kept of a copy.
+#[derive(Clone)]
 struct Parts {
     map: Arc<KeptMap>,
     since: Option<Arc<KeptMap>>,
@@ -121,10 +124,19 @@ impl Places {
 /// Maps of copies, by their jobs' ids.
 #[derive(Default)]
 pub(super) struct Maps {
-    /// Those whose jobs have not begun again.
+    /// Those whose jobs have not begun again, also while it is looked at whether they can.
     guarded: RefCell<BTreeMap<String, Guarded>>,
-    /// Those whose jobs run.
+    /// Those whose jobs run, or are about to.
     running: RefCell<BTreeMap<String, Arc<KeptMap>>>,
+    /// One looks for maps at a time: who has found one has it locked.
+    looking: RangeLock,
+}
+
+impl Maps {
+    /// Whether the map of that job is kept true.
+    fn has(&self, id: &str) -> bool {
+        self.guarded.borrow().contains_key(id) || self.running.borrow().contains_key(id)
+    }
 }
 
 /// A copy that is about to begin.
@@ -240,7 +252,7 @@ impl Control {
     }
 
     /// Refuses a map whose target is not as it was left, or whose source, where that lies on a server.
-    async fn check_target(&self, copy: &Copied<'_>, kept: &KeptCopy, until: u64) -> Result<(), String> {
+    async fn check_target(&self, copy: &Copied<'_>, parts: &Parts, until: u64) -> Result<(), Unproven> {
         let servers = [copy.source, copy.target].map(|name| self.server_of(name).is_some());
         if !servers[1] {
             self.check_file_of(copy.target, until)?;
@@ -250,51 +262,88 @@ impl Control {
             return Ok(());
         }
         let patience = if is_backup { BACKUP_PATIENCE } else { SERVER_PATIENCE };
-        let looking = has_what_it_should(kept, is_backup, copy.node, copy.copy);
-        rt::timeout(patience, looking).await.unwrap_or_else(|| Err("its server does not answer".into()))
+        let looked = Looked {
+            map: &parts.map,
+            since: parts.since.as_deref(),
+            given: parts.given.as_deref(),
+            is_of_the_past: is_backup,
+            from_server: servers[0],
+        };
+        let looking = has_what_it_should(looked, copy.node, copy.copy);
+        rt::timeout(patience, looking).await.unwrap_or_else(|| {
+            Err(Unproven::NotNow(format!("its server has not answered all that was asked in {patience:?}")))
+        })
     }
 
-    /// The map of a copy that goes on, if what it says can be relied on; the error says why not.
-    async fn map_that_goes_on(&self, copy: &Copied<'_>, name: MapName) -> Result<Kept, String> {
-        let guarded = self.maps.guarded.borrow_mut().remove(copy.id);
-        let is_same = |node: &WeakNode| node.upgrade().is_some_and(|node| node.is_same(copy.node));
-        let node = guarded.as_ref().map(|guarded| guarded.node.clone());
-        // From here on: where it is not used, it is removed.
-        let (kept, until) = match guarded {
-            // Guests may have written to its source since: they were seen.
-            Some(guarded) => (self.kept_of(copy, guarded.parts, Some(guarded.watching)), guarded.until),
-            None if name.watched.is_some() => return Err("its source was not watched".into()),
-            None => {
-                let found = self.find_map(copy.id, &name).await?;
-                let until = written_until(&found.map);
-                let kept = self.kept_of(copy, found, None);
-                if self.server_of(copy.source).is_none() {
-                    self.check_file_of(copy.source, until)?;
-                }
-                (kept, until)
-            }
-        };
+    /// Refuses a map that cannot be relied on. `guarded` is the node whose guard keeps it true.
+    async fn check_map(
+        &self,
+        copy: &Copied<'_>,
+        name: &MapName,
+        parts: &Parts,
+        until: u64,
+        guarded: Option<WeakNode>,
+    ) -> Result<(), Unproven> {
+        if guarded.is_none() && self.server_of(copy.source).is_none() {
+            self.check_file_of(copy.source, until)?;
+        }
         // The bitmap may be gone: its map of what was written since is not.
         let now = self.map_name(copy, name.generation);
-        if now.map(|now| MapName { since: name.since, ..now }).as_ref() != Some(&name) {
+        if now.map(|now| MapName { since: name.since, ..now }).as_ref() != Some(name) {
             return Err("source or target is another one".into());
         }
-        if node.is_some_and(|node| !is_same(&node)) {
+        let is_same = |node: &WeakNode| node.upgrade().is_some_and(|node| node.is_same(copy.node));
+        if guarded.is_some_and(|node| !is_same(&node)) {
             return Err("the source was opened anew".into());
         }
-        self.check_target(copy, &kept, until).await?;
-        match kept.map().is_live() {
-            true => {
-                self.maps.running.borrow_mut().insert(copy.id.to_owned(), kept.map().clone());
-                Ok((kept, name))
-            }
+        self.check_target(copy, parts, until).await?;
+        match parts.map.is_live() {
+            true => Ok(()),
             false => Err("its source was written to".into()),
         }
     }
 
+    /// The map of a copy that goes on, if what it says can be relied on; the error says why not. Where that is not known yet, its
+    /// guard keeps it true on; else it is removed where it is not used.
+    async fn map_that_goes_on(&self, copy: &Copied<'_>, name: MapName) -> Result<Kept, Unproven> {
+        let turn = self.maps.looking.exclusive(0, 1).await;
+        let of = |guarded: &Guarded| (guarded.parts.clone(), guarded.until, Some(guarded.node.clone()));
+        let guarded = self.maps.guarded.borrow().get(copy.id).map(of);
+        let (parts, until, node) = match guarded {
+            // Guests may have written to its source since: they were seen.
+            Some(guarded) => guarded,
+            None if name.watched.is_some() => return Err("its source was not watched".into()),
+            None => {
+                let parts = self.find_map(copy.id, &name).await?;
+                let until = written_until(&parts.map);
+                self.maps.running.borrow_mut().insert(copy.id.to_owned(), parts.map.clone());
+                (parts, until, None)
+            }
+        };
+        drop(turn);
+        let is_guarded = node.is_some();
+        let checked = self.check_map(copy, &name, &parts, until, node).await;
+        let checked = match checked {
+            Err(why @ Unproven::NotNow(_)) if is_guarded => return Err(why),
+            checked => checked,
+        };
+        let guard = self.maps.guarded.borrow_mut().remove(copy.id).map(|guarded| guarded.watching);
+        let checked = match checked {
+            Ok(()) if is_guarded && guard.is_none() => Err("it was given up meanwhile".into()),
+            checked => checked,
+        };
+        if let Err(why) = checked {
+            self.maps.running.borrow_mut().remove(copy.id);
+            parts.map.remove();
+            return Err(why);
+        }
+        self.maps.running.borrow_mut().insert(copy.id.to_owned(), parts.map.clone());
+        Ok((self.kept_of(copy, parts, guard), name))
+    }
+
     /// Where what is left to do of a copy is kept for the next daemon. Of one that goes on, where this one begins; an error says
     /// why such a one cannot.
-    pub(super) async fn found_map(&self, copy: &Copied<'_>) -> Option<Result<Kept, String>> {
+    pub(super) async fn found_map(&self, copy: &Copied<'_>) -> Option<Result<Kept, Unproven>> {
         let before = self.jobs().goes_on_as(copy.id)?;
         Some(match before.map {
             Some(name) => self.map_that_goes_on(copy, name).await,
@@ -342,7 +391,7 @@ impl Control {
     pub(super) async fn map_of(&self, copy: Copied<'_>) -> Option<Kept> {
         match self.found_map(&copy).await {
             Some(Ok(kept)) => return Some(kept),
-            Some(Err(reason)) => tracing::warn!(job = copy.id, reason, "everything is copied again"),
+            Some(Err(reason)) => tracing::warn!(job = copy.id, %reason, "everything is copied again"),
             None => {}
         }
         self.new_map(&copy).await
@@ -352,11 +401,11 @@ impl Control {
     /// was added, before anybody can write to it.
     pub(super) async fn guard_maps(&self) {
         let Some(state) = &self.state else { return };
+        let _turn = self.maps.looking.exclusive(0, 1).await;
         for (id, kind, name) in state.held_maps() {
             let Some(watched) = &name.watched else { continue };
             let Ok(node) = self.blockdevs().get(watched) else { continue };
-            let known = self.maps.guarded.borrow().get(&id).map(|guarded| guarded.node.clone());
-            if known.is_some() {
+            if self.maps.has(&id) {
                 // Whether it is still that node is looked at when the job begins.
                 continue;
             }
@@ -393,7 +442,7 @@ impl Control {
     pub(super) fn forget_maps_without_guard(&self) {
         let Some(state) = &self.state else { return };
         for (id, _, name) in state.held_maps() {
-            if name.watched.is_some() && !self.maps.guarded.borrow().contains_key(&id) {
+            if name.watched.is_some() && !self.maps.has(&id) {
                 state.forget_map(&id);
             }
         }
@@ -427,8 +476,12 @@ impl Control {
     /// Removes maps that a daemon before this one has left of jobs that are over.
     pub(super) fn forget_old_maps(&self) {
         let (Some(state), Some((dir, prefix))) = (&self.state, self.map_prefix()) else { return };
-        let runs = |id: &str| self.jobs().get(id).is_ok_and(|job| job.status() != JobStatus::Concluded);
-        self.maps.running.borrow_mut().retain(|id, _| runs(id));
+        // Who is about to begin a job has its map, too.
+        let runs = |id: &str, map: &Arc<KeptMap>| match self.jobs().get(id) {
+            Ok(job) => job.status() != JobStatus::Concluded,
+            Err(_) => Arc::strong_count(map) > 1,
+        };
+        self.maps.running.borrow_mut().retain(|id, map| runs(id, map));
         let jobs: Vec<_> =
             state.job_names().iter().map(|id| format!("{prefix}{:016x}", hash(id.as_bytes()))).collect();
         dir.remove_unwanted(&prefix, |name| {

@@ -23,8 +23,8 @@ use infill_node::NodeHandle;
 use infill_storage::journal::JournalMemory;
 use infill_storage::sync::{Mutex, lock};
 
-use super::KeptMap;
 use super::kept_map::mix;
+use super::{KeptMap, Unproven};
 use crate::control::REQUEST_BYTES_MAX;
 
 /// Receipts that wait for a sync, at most.
@@ -73,9 +73,9 @@ pub(super) fn hash_of_zeroes(len: u64) -> u64 {
 
 impl Receipt {
     /// Whether `node` has what it is of.
-    async fn is_of(&self, node: &NodeHandle) -> Result<bool, String> {
+    async fn is_of(&self, node: &NodeHandle) -> Result<bool, Unproven> {
         let read = node.read_vec(&Ctx::FILL, self.at, self.len as usize).await;
-        let read = read.map_err(|error| format!("{} cannot be read: {error}", node.info().filename))?;
+        let read = read.map_err(|error| Unproven::unread(&node.info().filename, &error))?;
         Ok(hash_of(&read) == self.hash)
     }
 }
@@ -256,19 +256,20 @@ impl GivenMap {
         &self,
         target: &NodeHandle,
         source: Option<(&NodeHandle, &KeptMap)>,
-    ) -> Result<(), String> {
+    ) -> Result<(), Unproven> {
         let receipts = (0..SAMPLES + UNSYNCED_MAX).filter_map(|slot| Some((slot, self.receipt(slot)?)));
         let check = |(slot, receipt): (usize, Receipt)| async move {
             let Receipt { at, len, .. } = receipt;
             if !receipt.is_of(target).await? {
-                return Err(format!("the target does not have what was written to it at byte {at}"));
+                let why = format!("the target does not have what was written to it at byte {at}");
+                return Err(Unproven::Never(why));
             }
             let Some((source, since)) = source.filter(|_| slot < SAMPLES) else { return Ok(()) };
             // Written to meanwhile: it is marked by then.
             if since.has_marked(at, len) || receipt.is_of(source).await? || since.has_marked(at, len) {
                 return Ok(());
             }
-            Err(format!("the source is not as it was when it was copied, at byte {at}"))
+            Err(Unproven::Never(format!("the source is not as it was when it was copied, at byte {at}")))
         };
         let mut checks = stream::iter(receipts.map(check)).buffered(AT_ONCE);
         while let Some(result) = checks.next().await {

@@ -42,7 +42,7 @@ pub use keep::KeepOld;
 use keeping::Given;
 pub use keeping::{KeptCopy, MapGuard};
 pub use kept_map::{KeptMap, MAP_BYTES_MAX, MapOwner};
-pub use sample::has_what_it_should;
+pub use sample::{Looked, Unproven, has_what_it_should};
 pub use transfer::{BLOCK_BYTES, Failed, Scope, Transfer, piece_bytes};
 
 /// Bytes in memory at a time.
