@@ -10,13 +10,16 @@
 //! * A receipt is believed that is of another run of the job: each has a check whose seed the map has.
 //! * A bit is taken out of the map before the receipt stands. One that was being written when the process died is of a piece
 //!   whose bits are still set.
-//! * It grows: where there is no room, who copies waits for a sync of the target.
+//! * It grows: where there is no room, who copies waits for a sync of the target; the copy itself waits much sooner, so that a process
+//!   that goes on has not so much to read.
+//! * A receipt whose sync was given up is forgotten: it waits for the next one ([`Syncing`]).
 //!
 //! Costs: [`GivenMap::BYTES`] of memory, and reading what is copied once more in the processor's cache.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use event_listener::Event;
 use futures_util::stream::{self, StreamExt};
 use infill_base::{Ctx, ErrorKind, IoError, IoResult};
 use infill_node::NodeHandle;
@@ -35,6 +38,10 @@ const SAMPLES: usize = 64;
 const AT_ONCE: usize = 16;
 /// What is to be read of a server after a restart, in bytes, at which a sync does not wait for its time.
 const UNSYNCED_BYTES: u64 = 64 << 20;
+/// The same at which the copy waits for the sync that is under way. What guests overwrite is kept all the same.
+const UNSYNCED_BYTES_MAX: u64 = 2 * UNSYNCED_BYTES;
+/// What is looked at of a piece that a sync has covered, in bytes: its beginning.
+const SAMPLE_BYTES: u64 = 4096;
 /// At, length, hash and check.
 const SLOT_WORDS: usize = 4;
 const WORD_BYTES: usize = size_of::<u64>();
@@ -47,6 +54,10 @@ struct Slots {
     /// Written since the last sync began.
     unsynced: Vec<usize>,
     unsynced_bytes: u64,
+    /// Of those and of what a sync is under way for.
+    waiting_bytes: u64,
+    /// The hash of what is a sample of each later, where that is known.
+    firsts: Vec<Option<u64>>,
     /// How many a sync has covered.
     covered: u64,
     random: u64,
@@ -57,6 +68,55 @@ pub struct GivenMap {
     memory: Arc<dyn JournalMemory>,
     seed: u64,
     slots: Mutex<Slots>,
+    /// Fires when a sync has ended or was given up.
+    synced: Event,
+}
+
+/// Receipts that a sync of the target which is under way covers. Dropped before that has ended, they wait for the next one.
+#[derive(Debug)]
+pub(super) struct Syncing {
+    given: Arc<GivenMap>,
+    slots: Vec<usize>,
+}
+
+impl Drop for Syncing {
+    fn drop(&mut self) {
+        if !self.slots.is_empty() {
+            self.given.give_back(&self.slots);
+        }
+    }
+}
+
+impl Syncing {
+    /// Whether there was nothing for it.
+    pub(super) fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// That sync has ended.
+    pub(super) fn end(mut self, succeeded: bool) {
+        if succeeded {
+            self.given.end_sync(&std::mem::take(&mut self.slots));
+        }
+    }
+}
+
+/// Hashes of what was written, and of its beginning.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Hashes {
+    all: u64,
+    first: u64,
+}
+
+impl Hashes {
+    pub(super) fn of(bytes: &[u8]) -> Hashes {
+        let first = &bytes[..bytes.len().min(SAMPLE_BYTES as usize)];
+        Hashes { all: hash_of(bytes), first: hash_of(first) }
+    }
+
+    pub(super) fn of_zeroes(len: u64) -> Hashes {
+        Hashes { all: hash_of_zeroes(len), first: hash_of_zeroes(len.min(SAMPLE_BYTES)) }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +127,7 @@ struct Receipt {
 }
 
 /// The hash of so many zeroes.
-pub(super) fn hash_of_zeroes(len: u64) -> u64 {
+fn hash_of_zeroes(len: u64) -> u64 {
     (0..=len / WORD_BYTES as u64).fold(len, |hash, _| mix(hash, 0))
 }
 
@@ -87,7 +147,7 @@ impl std::fmt::Debug for GivenMap {
 }
 
 /// A hash of what was written. What reads as zero has that of as many zeroes.
-pub(super) fn hash_of(bytes: &[u8]) -> u64 {
+fn hash_of(bytes: &[u8]) -> u64 {
     let (words, rest) = bytes.as_chunks::<WORD_BYTES>();
     let words = words.iter().map(|word| u64::from_le_bytes(*word));
     let mut last = [0; WORD_BYTES];
@@ -109,10 +169,12 @@ impl GivenMap {
             free: (SAMPLES..SAMPLES + UNSYNCED_MAX).rev().collect(),
             unsynced: Vec::new(),
             unsynced_bytes: 0,
+            waiting_bytes: 0,
+            firsts: vec![None; SAMPLES + UNSYNCED_MAX],
             covered: 0,
             random: map.generation() | 1,
         };
-        Ok(GivenMap { memory, seed: mix(map.seed(), SALT), slots: Mutex::new(slots) })
+        Ok(GivenMap { memory, seed: mix(map.seed(), SALT), slots: Mutex::new(slots), synced: Event::new() })
     }
 
     /// No receipts yet, of the copy that `map` is of. To be called before that is live.
@@ -141,10 +203,14 @@ impl GivenMap {
                 }
                 match receipt {
                     _ if slot < SAMPLES => slots.covered += u64::from(receipt.is_some()),
-                    Some(_) => slots.unsynced.push(slot),
+                    Some(receipt) => {
+                        slots.unsynced.push(slot);
+                        slots.unsynced_bytes += receipt.len;
+                    }
                     None => slots.free.push(slot),
                 }
             }
+            slots.waiting_bytes = slots.unsynced_bytes;
         }
         // One may have been in the middle of being written, or taken out: its piece is still in the map, or is stable.
         match damaged {
@@ -182,12 +248,14 @@ impl GivenMap {
     }
 
     /// The target has a piece of at most [`REQUEST_BYTES_MAX`]. `false` where there is no room until a sync of it has ended.
-    pub(super) fn note(&self, at: u64, len: u64, hash: u64) -> bool {
+    pub(super) fn note(&self, at: u64, len: u64, hashes: Hashes) -> bool {
         let slots = &mut *lock(&self.slots);
         let Some(slot) = slots.free.pop() else { return false };
-        self.set(slot, Some(Receipt { at, len, hash }));
+        self.set(slot, Some(Receipt { at, len, hash: hashes.all }));
+        slots.firsts[slot] = Some(hashes.first);
         slots.unsynced.push(slot);
         slots.unsynced_bytes += len;
+        slots.waiting_bytes += len;
         true
     }
 
@@ -197,37 +265,62 @@ impl GivenMap {
         slots.unsynced_bytes >= UNSYNCED_BYTES || slots.unsynced.len() >= UNSYNCED_MAX / 2
     }
 
+    /// Whether so much waits for syncs that the copy is to wait for them, too.
+    pub(super) fn is_full(&self) -> bool {
+        lock(&self.slots).waiting_bytes >= UNSYNCED_BYTES_MAX
+    }
+
+    /// Fires when a sync has ended or was given up.
+    pub(super) fn synced(&self) -> &Event {
+        &self.synced
+    }
+
     pub(super) fn has_unsynced(&self) -> bool {
         !lock(&self.slots).unsynced.is_empty()
     }
 
     /// What a sync of the target that begins now covers.
-    pub(super) fn begin_sync(&self) -> Vec<usize> {
+    pub(super) fn begin_sync(self: &Arc<GivenMap>) -> Syncing {
         let slots = &mut *lock(&self.slots);
         slots.unsynced_bytes = 0;
-        std::mem::take(&mut slots.unsynced)
+        Syncing { given: self.clone(), slots: std::mem::take(&mut slots.unsynced) }
     }
 
-    /// That sync has ended.
-    pub(super) fn end_sync(&self, covered: &[usize], succeeded: bool) {
-        let slots = &mut *lock(&self.slots);
-        if !succeeded {
-            slots.unsynced.extend_from_slice(covered);
-            return;
-        }
+    /// A sync has covered those.
+    fn end_sync(&self, covered: &[usize]) {
+        self.cover(&mut lock(&self.slots), covered);
+        self.synced.notify(usize::MAX);
+    }
+
+    fn cover(&self, slots: &mut Slots, covered: &[usize]) {
         for slot in covered {
             if let Some(receipt) = self.receipt(*slot) {
-                self.sample(slots, receipt);
+                slots.waiting_bytes = slots.waiting_bytes.saturating_sub(receipt.len);
+                let Receipt { at, len, .. } = receipt;
+                let first = slots.firsts[*slot].take();
+                let first = first.map(|hash| Receipt { at, len: len.min(SAMPLE_BYTES), hash });
+                self.sample(slots, first.unwrap_or(receipt));
             }
             self.set(*slot, None);
             slots.free.push(*slot);
         }
     }
 
+    /// No sync has covered those, and none will that has begun.
+    fn give_back(&self, slots: &[usize]) {
+        {
+            let waiting = &mut *lock(&self.slots);
+            waiting.unsynced.extend_from_slice(slots);
+            let bytes = slots.iter().filter_map(|slot| self.receipt(*slot)).map(|receipt| receipt.len);
+            waiting.unsynced_bytes += bytes.sum::<u64>();
+        }
+        self.synced.notify(usize::MAX);
+    }
+
     /// A sync has covered that range of a copy whose target changes: where one may look.
     pub(super) fn is_covered(&self, at: u64, len: u64) {
         let slots = &mut *lock(&self.slots);
-        self.sample(slots, Receipt { at, len: len.min(REQUEST_BYTES_MAX), hash: 0 });
+        self.sample(slots, Receipt { at, len: len.min(SAMPLE_BYTES), hash: 0 });
     }
 
     /// Keeps it among the samples, each of all that there were as likely as any other.
@@ -297,6 +390,8 @@ mod tests {
         KeptMap::begin(Arc::new(JournalPages::new(0)), owner, false).unwrap()
     }
 
+    const HASHES: Hashes = Hashes { all: 1, first: 2 };
+
     fn memory() -> JournalPages {
         JournalPages::new(GivenMap::BYTES as u64 / 32)
     }
@@ -304,17 +399,41 @@ mod tests {
     #[test]
     fn a_receipt_waits_for_the_sync_that_began_after_it_and_is_a_sample_then() {
         let (pages, map) = (memory(), map());
-        let given = GivenMap::begin(Arc::new(pages.clone()), &map).unwrap();
-        assert!(given.note(0, 4096, 1));
+        let given = Arc::new(GivenMap::begin(Arc::new(pages.clone()), &map).unwrap());
+        assert!(given.note(0, 4096, HASHES));
         let covered = given.begin_sync();
-        assert!(given.note(4096, 4096, 2) && given.has_unsynced());
-        given.end_sync(&covered, true);
-        let found = GivenMap::find(Arc::new(pages.copy()), &map).unwrap();
-        assert_eq!((found.places(), found.begin_sync().len()), (vec![0], 1));
-        // A sync that fails covers nothing.
-        let covered = given.begin_sync();
-        given.end_sync(&covered, false);
-        assert!(given.has_unsynced());
+        assert!(given.note(4096, 4096, HASHES) && given.has_unsynced());
+        covered.end(true);
+        let found = Arc::new(GivenMap::find(Arc::new(pages.copy()), &map).unwrap());
+        assert_eq!((found.places(), found.begin_sync().slots.len()), (vec![0], 1));
+        // A sync that fails, or that nobody waits for, covers nothing.
+        given.begin_sync().end(false);
+        drop(given.begin_sync());
+        assert!(given.has_unsynced() && !given.begin_sync().is_empty());
+    }
+
+    #[test]
+    fn a_copy_waits_where_much_waits_for_a_sync_and_samples_are_small() {
+        let (pages, map) = (memory(), map());
+        let given = Arc::new(GivenMap::begin(Arc::new(pages), &map).unwrap());
+        let mut syncs = Vec::new();
+        for nth in 0..UNSYNCED_BYTES_MAX / REQUEST_BYTES_MAX {
+            assert!(!given.is_full());
+            assert!(given.note(nth * REQUEST_BYTES_MAX, REQUEST_BYTES_MAX, HASHES));
+            if given.wants_sync() {
+                syncs.push(given.begin_sync());
+            }
+        }
+        assert!(given.is_full() && !given.wants_sync(), "all of it is under way");
+        drop(syncs.pop());
+        assert!(given.is_full() && given.wants_sync(), "what was given up waits again");
+        syncs.drain(..).for_each(|sync| sync.end(true));
+        assert!(!given.is_full());
+        given.begin_sync().end(true);
+        assert_eq!(lock(&given.slots).waiting_bytes, 0);
+        let samples = (0..SAMPLES).filter_map(|slot| given.receipt(slot));
+        let is_small = |sample: Receipt| sample.len == SAMPLE_BYTES && sample.hash == HASHES.first;
+        assert!(samples.map(is_small).eq(std::iter::repeat_n(true, SAMPLES)));
     }
 
     #[test]
@@ -332,14 +451,13 @@ mod tests {
     #[test]
     fn there_is_no_room_without_end_and_samples_are_of_all() {
         let (pages, map) = (memory(), map());
-        let given = GivenMap::begin(Arc::new(pages), &map).unwrap();
+        let given = Arc::new(GivenMap::begin(Arc::new(pages), &map).unwrap());
         for round in 0..4 {
             for nth in 0..UNSYNCED_MAX as u64 {
-                assert!(given.note(round * UNSYNCED_MAX as u64 + nth, 1, 0));
+                assert!(given.note(round * UNSYNCED_MAX as u64 + nth, 1, HASHES));
             }
-            assert!(!given.note(0, 1, 0), "it is full");
-            let covered = given.begin_sync();
-            given.end_sync(&covered, true);
+            assert!(!given.note(0, 1, HASHES), "it is full");
+            given.begin_sync().end(true);
         }
         let places = given.places();
         let late = places.iter().filter(|at| **at >= 2 * UNSYNCED_MAX as u64).count();
@@ -350,13 +468,14 @@ mod tests {
     fn receipts_of_another_run_or_that_are_damaged_are_refused() {
         let (pages, map) = (memory(), map());
         let given = GivenMap::begin(Arc::new(pages.clone()), &map).unwrap();
-        (0..4).for_each(|nth| assert!(given.note(nth, 1, 0)));
+        (0..4).for_each(|nth| assert!(given.note(nth, 1, HASHES)));
         let first = SAMPLES * SLOT_WORDS;
         let damage = |slot: usize| pages.words()[first + slot * SLOT_WORDS].fetch_xor(8, Ordering::Relaxed);
         // One may be torn, in each life.
         for left in [3, 2] {
             damage(left);
-            assert_eq!(GivenMap::find(Arc::new(pages.clone()), &map).unwrap().begin_sync().len(), left);
+            let found = Arc::new(GivenMap::find(Arc::new(pages.clone()), &map).unwrap());
+            assert_eq!(found.begin_sync().slots.len(), left);
         }
         for slot in 0..2 {
             damage(slot);

@@ -28,6 +28,7 @@ use infill_node::{Change, DirtyMap, Kept, Watcher, Watching};
 use infill_storage::sync::atomic::{AtomicBool, Ordering};
 use infill_storage::sync::{Arc, Mutex, MutexGuard, lock};
 
+use super::given::{Hashes, Syncing};
 use super::kept_map::KeptMap;
 use super::{Failed, GivenMap, Transfer};
 use crate::job::WorkEnd;
@@ -55,7 +56,7 @@ pub(super) struct Keeping {
 #[derive(Debug, Default)]
 pub(super) struct Given {
     ranges: Vec<Range<u64>>,
-    receipts: Vec<usize>,
+    receipts: Option<Syncing>,
 }
 
 /// A guest's change that is under way while this lives.
@@ -431,10 +432,16 @@ impl Transfer {
         given.is_some_and(|given| given.wants_sync())
     }
 
+    /// Whether so much waits for a sync that is under way that the copy is to wait, too.
+    pub(super) fn waits_for_sync(&self) -> bool {
+        let given = self.keeping.as_ref().and_then(|keeping| keeping.given.as_ref());
+        given.is_some_and(|given| given.is_full())
+    }
+
     /// What a sync of the target, and of the source where it may lose something, that begins now covers.
     pub(super) fn begin_sync(&self) -> Given {
         let Some(keeping) = &self.keeping else { return Given::default() };
-        let receipts = keeping.given.as_ref().map(|given| given.begin_sync()).unwrap_or_default();
+        let receipts = keeping.given.as_ref().map(|given| given.begin_sync());
         let Some(unsynced) = &keeping.unsynced else { return Given { receipts, ..Given::default() } };
         let _alone = lock(&keeping.under_way);
         Given { ranges: std::iter::from_fn(|| unsynced.take_next(0, u64::MAX)).collect(), receipts }
@@ -455,8 +462,8 @@ impl Transfer {
     /// That sync has ended: of the target, and of the source.
     pub(super) fn end_sync(&self, covered: Given, target: bool, source: bool) {
         let Some(keeping) = &self.keeping else { return };
-        if let Some(given) = &keeping.given {
-            given.end_sync(&covered.receipts, target);
+        if let Some(receipts) = covered.receipts {
+            receipts.end(target);
         }
         if source && keeping.from_server && !keeping.source_synced.swap(true, Ordering::SeqCst) {
             let _alone = lock(&keeping.under_way);
@@ -483,18 +490,27 @@ impl Transfer {
     }
 
     /// Of the past: the target has a piece, of which a later process is to know whether it still has it.
-    pub(super) async fn note_given(&self, at: u64, len: u64, hash: u64) -> Result<(), Failed> {
+    pub(super) async fn note_given(&self, at: u64, len: u64, hashes: Hashes) -> Result<(), Failed> {
         let Some(given) = self.keeping.as_ref().and_then(|keeping| keeping.given.as_ref()) else {
             return Ok(());
         };
-        while !given.note(at, len, hash) {
-            // Nobody else may be there to do it: a paused job keeps old bytes, too.
+        loop {
+            let others = given.synced().listen();
+            if given.note(at, len, hashes) {
+                return Ok(());
+            }
             let receipts = given.begin_sync();
+            if receipts.is_empty() {
+                // All that there are have their syncs under way: they end, or are given up.
+                drop(receipts);
+                others.await;
+                continue;
+            }
+            // Nobody else may be there to do it: a paused job keeps old bytes, too.
             let synced = self.target.sync(&Ctx::FILL).await;
-            given.end_sync(&receipts, synced.is_ok());
+            receipts.end(synced.is_ok());
             synced.map_err(|error: IoError| Failed { operation: Operation::Write, error })?;
         }
-        Ok(())
     }
 
     /// A piece that was taken could not be copied, and is to be taken again.

@@ -309,7 +309,7 @@ impl Copier {
         let wrote = board.last(LatencyKind::Write).max(board.last(LatencyKind::Sync));
         self.control.set_last(None, wrote);
         self.start_walking();
-        while !job.should_stop() {
+        while !job.should_stop() && !self.transfer.waits_for_sync() {
             let (window, probe) = match self.hurries {
                 true => (HELD_BYTES_MAX, false),
                 false => (self.control.window(now).min(HELD_BYTES_MAX), self.control.probe_due(now)),

@@ -10,7 +10,7 @@ use infill_storage::RangeLock;
 use infill_storage::sync::Arc;
 use infill_storage::sync::atomic::{AtomicU64, Ordering};
 
-use super::given::{hash_of, hash_of_zeroes};
+use super::given::Hashes;
 use super::keeping::{Keeping, KeptCopy};
 use crate::control::REQUEST_BYTES_MAX;
 use crate::state::Operation;
@@ -354,7 +354,7 @@ impl Transfer {
                 let mut next = extent.start;
                 while self.has_receipts() && next < extent.end() {
                     let bytes = REQUEST_BYTES_MAX.min(extent.end() - next);
-                    self.note_given(next, bytes, hash_of_zeroes(bytes)).await?;
+                    self.note_given(next, bytes, Hashes::of_zeroes(bytes)).await?;
                     next += bytes;
                 }
                 continue;
@@ -364,11 +364,11 @@ impl Transfer {
             while next < end {
                 let bytes = REQUEST_BYTES_MAX.min(end - next);
                 let data = self.source.read_vec(cx, next, bytes as usize).await.map_err(read_failed)?;
-                let hash = self.has_receipts().then(|| hash_of(&data));
+                let hashes = self.has_receipts().then(|| Hashes::of(&data));
                 let written = self.target.write(cx, next, data.freeze(), WriteFlags::empty()).await;
                 written.map_err(write_failed)?;
-                if let Some(hash) = hash {
-                    self.note_given(next, bytes, hash).await?;
+                if let Some(hashes) = hashes {
+                    self.note_given(next, bytes, hashes).await?;
                 }
                 self.written_bytes.fetch_add(bytes, Ordering::Relaxed);
                 next += bytes;
