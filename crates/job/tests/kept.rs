@@ -39,6 +39,8 @@ struct Slow {
     written: AtomicU64,
     /// What a sync has covered: what it holds for sure when its server dies.
     stable: std::sync::Mutex<Vec<u8>>,
+    /// How long a sync takes, and a little.
+    sync_takes: std::sync::Mutex<Duration>,
 }
 
 struct Shared(Arc<Slow>);
@@ -68,7 +70,8 @@ impl Slow {
             infill_sim::block_on(written).unwrap();
         }
         let rng = std::sync::Mutex::new(world.fork_rng());
-        let slow = Slow { inner, rng, written: AtomicU64::new(0), stable: std::sync::Mutex::default() };
+        let (written, stable, sync_takes) = Default::default();
+        let slow = Slow { inner, rng, written, stable, sync_takes };
         *slow.stable.lock().unwrap() = now(&slow);
         Arc::new(slow)
     }
@@ -113,6 +116,8 @@ impl Node for Shared {
     }
     async fn sync(&self, _: &Ctx) -> IoResult<()> {
         let covered = now(&self.0);
+        let takes = *self.0.sync_takes.lock().unwrap();
+        rt::sleep(takes).await;
         self.0.wait().await;
         *self.0.stable.lock().unwrap() = covered;
         Ok(())
@@ -226,6 +231,7 @@ impl Kind {
 }
 
 struct Life {
+    node: NodeHandle,
     source: Arc<Slow>,
     target: Arc<Slow>,
     job: Job,
@@ -327,6 +333,7 @@ fn start(world: &World, kind: Kind, left: &Left, found: Option<KeptMap>, guests:
         }
     };
     let life = Life {
+        node: node.clone(),
         source,
         target,
         job,
@@ -514,6 +521,29 @@ fn a_copy_from_a_server_that_dies_with_what_it_has_not_synced_goes_on_and_is_the
     dies_and_goes_on(Kind::MirrorFromServer(CopyMode::Background));
     dies_and_goes_on(Kind::MirrorFromServer(CopyMode::WriteBlocking));
     dies_and_goes_on(Kind::CommitFromServer);
+}
+
+#[test]
+fn guests_that_are_held_at_the_end_of_a_copy_do_not_wait_for_a_sync_of_the_source() {
+    let world = World::new(9);
+    let left = empty(&world, SMALL_BLOCKS);
+    world.run(async {
+        let life = start(&world, Kind::MirrorFromServer(CopyMode::Background), &left, None, 0);
+        life.job.set_speed(0).unwrap();
+        while life.job.status() != JobStatus::Ready {
+            rt::sleep(MS).await;
+        }
+        let write = |at: u64| life.node.write(&Ctx::GUEST, at, vec![1; 512], WriteFlags::empty());
+        // The next sync is due at once, and the one after it when the target is synced at the end.
+        rt::sleep(3000 * MS).await;
+        write(0).await.unwrap();
+        rt::sleep(100 * MS).await;
+        write(BLOCK).await.unwrap();
+        *life.target.sync_takes.lock().unwrap() = 2000 * MS;
+        *life.source.sync_takes.lock().unwrap() = 1_000_000 * MS;
+        life.job.block_cancel(false).unwrap();
+        rt::timeout(100_000 * MS, life.job.wait()).await.expect("nobody waits for the source").unwrap();
+    });
 }
 
 /// Of 60 backups, how many went on in the middle, and how many were given up because a server has forgotten something.

@@ -447,15 +447,16 @@ impl Transfer {
         Given { ranges: std::iter::from_fn(|| unsynced.take_next(0, u64::MAX)).collect(), receipts }
     }
 
-    /// Syncs the source, where something relies on that.
-    pub(super) async fn sync_source(&self) -> IoResult<()> {
+    /// Syncs the source, where something relies on that, unless guests are `held`, who would wait for it. Whether what relies on it can.
+    pub(super) async fn sync_source(&self, held: bool) -> bool {
         let needed = |keeping: &Keeping| {
             keeping.from_server
                 && (keeping.changed.is_some() || !keeping.source_synced.load(Ordering::SeqCst))
         };
+        // A sync of it that fails is its guests' matter.
         match self.keeping.as_ref().is_some_and(needed) {
-            true => self.source.sync(&Ctx::FILL).await,
-            false => Ok(()),
+            true => !held && self.source.sync(&Ctx::FILL).await.is_ok(),
+            false => true,
         }
     }
 

@@ -101,7 +101,7 @@ struct Covered {
     /// Of servers that forget: what they had not synced.
     given: Given,
     /// Whether the source was synced, too, where it was to be.
-    source: IoResult<()>,
+    source: bool,
 }
 
 enum Done {
@@ -394,8 +394,8 @@ impl Copier {
             }
             Done::Synced(result, covered) => {
                 self.syncing = false;
-                // After a failed sync nothing is known; no policy makes that good. One of the source is its guests' matter.
-                self.transfer.end_sync(covered.given, result.is_ok(), covered.source.is_ok());
+                // After a failed sync nothing is known; no policy makes that good.
+                self.transfer.end_sync(covered.given, result.is_ok(), covered.source);
                 result?;
                 job.set_durable(covered.copied_bytes);
             }
@@ -462,15 +462,17 @@ impl Copier {
         if now >= self.next_tick {
             self.tick(now);
         }
-        let unsynced = self.unsynced || self.transfer.has_unsynced();
+        // What waits for a sync of the source waits on while guests may be held: they would wait for it, too.
+        let unsynced = self.unsynced || (!self.hurries && self.transfer.has_unsynced());
         let due = now >= self.next_sync || self.transfer.wants_sync();
         if due && unsynced && !self.syncing {
             self.next_sync = now + SYNC_INTERVAL;
             (self.syncing, self.unsynced) = (true, false);
             let transfer = self.transfer.clone();
-            let (copied_bytes, given) = (self.copied_bytes, transfer.begin_sync());
+            let (copied_bytes, given, held) = (self.copied_bytes, transfer.begin_sync(), self.hurries);
             self.in_flight.push(Box::pin(async move {
-                let (result, source) = join(transfer.target.sync(&Ctx::FILL), transfer.sync_source()).await;
+                let (result, source) =
+                    join(transfer.target.sync(&Ctx::FILL), transfer.sync_source(held)).await;
                 Done::Synced(result, Box::new(Covered { copied_bytes, given, source }))
             }));
         }
