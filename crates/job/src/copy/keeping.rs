@@ -468,7 +468,9 @@ impl Transfer {
         }
         if source && keeping.from_server && !keeping.source_synced.swap(true, Ordering::SeqCst) {
             let _alone = lock(&keeping.under_way);
-            if !keeping.has_ended.load(Ordering::SeqCst) && self.is_of_the_past() {
+            // One that was found is live, or was made void.
+            let begins = self.is_of_the_past() && !keeping.map.is_found();
+            if begins && !keeping.has_ended.load(Ordering::SeqCst) {
                 keeping.map.go_live();
             }
         }

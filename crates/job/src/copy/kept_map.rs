@@ -9,13 +9,14 @@
 //! * A bit is believed that is of another job, start of the machine, disk, version or run of the job: the header says whose
 //!   it is, under a check, and each word of bits has a check of its own, so that it changes as a whole or not at all.
 //! * A map that was not brought up to date is found: it is *live* only between [`KeptMap::go_live`] and [`KeptMap::void`].
+//! * One that was void goes live again: what it missed stays missed.
 //! * A change waits for I/O: it is one atomic operation on a word of memory.
 //!
 //! Costs: two bits of memory a block, at most [`MAP_BYTES_MAX`]: on larger disks the blocks are larger. The layout stands in
 //! `docs/formats/kept-map.md`.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use infill_base::{ErrorKind, IoError, IoResult, align_down};
 use infill_node::{DirtyMap, KeptBits};
@@ -78,6 +79,8 @@ pub struct KeptMap {
     seed: u64,
     /// Found, and not begun.
     found: bool,
+    /// Was made void, for good.
+    was_voided: AtomicBool,
     /// What lies beside it and goes with it.
     beside: Vec<Arc<dyn JournalMemory>>,
 }
@@ -114,7 +117,8 @@ impl KeptMap {
     }
 
     fn of(memory: Arc<dyn JournalMemory>, owner: MapOwner, found: bool) -> KeptMap {
-        let mut map = KeptMap { memory, owner, seed: 0, found, beside: Vec::new() };
+        let was_voided = AtomicBool::new(false);
+        let mut map = KeptMap { memory, owner, seed: 0, found, was_voided, beside: Vec::new() };
         map.seed = map.header().into_iter().fold(MAGIC, mix);
         map
     }
@@ -200,14 +204,21 @@ impl KeptMap {
         self.owner.generation
     }
 
-    /// It is up to date from now on: the next process finds it.
+    /// It is up to date from now on, unless it was void before: the next process finds it.
     pub fn go_live(&self) {
-        self.memory.words()[AT_MAGIC].store(MAGIC, Ordering::Release);
+        if self.was_voided.load(Ordering::SeqCst) {
+            return;
+        }
+        self.memory.words()[AT_MAGIC].store(MAGIC, Ordering::SeqCst);
+        if self.was_voided.load(Ordering::SeqCst) {
+            self.void();
+        }
     }
 
     /// It is not kept up to date any more: nobody finds it.
     pub fn void(&self) {
-        self.memory.words()[AT_MAGIC].store(0, Ordering::Release);
+        self.was_voided.store(true, Ordering::SeqCst);
+        self.memory.words()[AT_MAGIC].store(0, Ordering::SeqCst);
     }
 
     /// Whether the next process would find it.

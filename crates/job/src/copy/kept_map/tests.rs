@@ -106,8 +106,10 @@ fn a_word_that_was_changed_by_somebody_else_is_not_believed_anywhere() {
     let one = pages.0[first].load(Ordering::Relaxed);
     pages.0[first].store(pages.0[last].swap(one, Ordering::Relaxed), Ordering::Relaxed);
     assert!(KeptMap::find(pages.clone(), owner()).unwrap_err().contains("damaged"));
-    // Whoever changes such a word says that all is worth nothing.
+    // Whoever changes such a word says that all is worth nothing, for good.
     map.clear(0, BLOCK_BYTES);
+    assert!(!map.is_live());
+    map.go_live();
     assert!(!map.is_live());
 }
 
