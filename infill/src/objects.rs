@@ -114,8 +114,8 @@ impl Objects {
         self.insert(&options.id, self.make(&options.kind)?)
     }
 
-    /// Makes what is not among the others yet. It reads files and decrypts keys, for seconds where it was asked to: not for a
-    /// reactor.
+    /// Makes what is not among the others yet. Secrets and credentials read files and decrypt keys, for seconds where that
+    /// was asked for: not for a reactor.
     pub fn make(&self, kind: &ObjectKind) -> Result<Object> {
         Ok(match kind {
             ObjectKind::IoThread => Object::IoThread,

@@ -1,6 +1,6 @@
 //! `object-add`, `object-del`.
 
-use infill_qmp::{ObjectOptions, QmpError};
+use infill_qmp::{ObjectKind, ObjectOptions, QmpError};
 use infill_storage::rt;
 
 use super::control::{Control, refused};
@@ -10,7 +10,13 @@ impl Control {
     pub(super) async fn object_add(&self, options: ObjectOptions) -> Result<(), QmpError> {
         let ObjectOptions { id, kind } = options;
         let objects = self.blockdevs().objects().clone();
-        let made = rt::offload(move || objects.make(&kind)).await;
+        let made = match kind {
+            ObjectKind::Secret(_) | ObjectKind::TlsCredsX509(_) => {
+                rt::offload(move || objects.make(&kind)).await
+            }
+            // Limits begin with the reactor's clock.
+            ObjectKind::IoThread | ObjectKind::ThrottleGroup(_) => objects.make(&kind),
+        };
         let added = made.and_then(|object| self.blockdevs().objects().insert(&id, object));
         added.map_err(|error| refused(&error))
     }
