@@ -550,7 +550,8 @@ pub struct TopArgs {
 #[derive(Debug, Args)]
 #[command(
     after_help = "The disks change hands together. The same command again finds the migration that it began.\n\nExit codes: \
-    0 the disks are owned there (with --wait: all data is there), 1 they stay here."
+    0 the disks are owned there (with --wait: all data is there; with --hold: they are ready to change hands), 1 they stay here, \
+    or, with --pre-copy, the guest writes faster than they are copied: the migration is there until `infill abort`."
 )]
 pub struct MigrateArgs {
     /// The disks of one machine: the UUIDs under which they are exported.

@@ -3,6 +3,9 @@
 use crate::error::QmpError;
 use crate::members::{Members, Words};
 
+/// The phase, at its source, of a migration that is to copy all before disks change hands, and whose guests write faster.
+pub const PHASE_GIVES_UP: &str = "cannot keep up";
+
 /// How the data of disks that change hands follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum MigrationMode {

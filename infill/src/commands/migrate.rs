@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use indicatif::ProgressBar;
+use infill_qmp::migration::PHASE_GIVES_UP;
 use serde_json::{Value, json};
 
 use super::ask::connect;
@@ -52,7 +53,7 @@ pub fn migrate(args: MigrateArgs) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let bar = if args.quiet { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
-    let mut told = String::new();
+    let (mut told, mut wrong) = (String::new(), String::new());
     loop {
         let all = monitor.call("__infill_query-migrations", json!({}))?;
         let of = |one: &&Value| one["migration"] == *migration && one["side"] == "source";
@@ -72,19 +73,20 @@ pub fn migrate(args: MigrateArgs) -> Result<ExitCode> {
             eprintln!("infill: migration {migration}: {state}");
         }
         state.clone_into(&mut told);
-        match state {
-            "released" => break,
-            "handed_over" if !args.wait => break,
-            "prepared" if args.hold && word(now, "phase") == "ready" => break,
-            "serving" | "superseded" => {
+        match outcome(now, args.wait, args.hold) {
+            Outcome::Done => break,
+            Outcome::Failed(why) => {
                 bar.finish_and_clear();
-                bail!(
-                    "the disks stay here: {}",
-                    now["error"].as_str().unwrap_or("the migration was aborted")
-                );
+                bail!("{why}");
             }
-            _ => {}
+            Outcome::UnderWay => {}
         }
+        let error = now["error"].as_str().unwrap_or_default();
+        if error != wrong && !error.is_empty() && !args.quiet {
+            // A peer that is away comes back: it is waited for.
+            bar.suspend(|| eprintln!("infill: migration {migration}: {error}"));
+        }
+        error.clone_into(&mut wrong);
         std::thread::sleep(ASK_AGAIN);
     }
     bar.finish_and_clear();
@@ -92,6 +94,33 @@ pub fn migrate(args: MigrateArgs) -> Result<ExitCode> {
         eprintln!("infill: migration {migration} to {}: {}", args.to, meaning(&told));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// How a migration stands for the one who waits for it.
+#[derive(Debug, PartialEq, Eq)]
+enum Outcome {
+    UnderWay,
+    Done,
+    Failed(String),
+}
+
+/// What is there of what was asked for, as a daemon tells of the migration.
+fn outcome(now: &Value, wait: bool, hold: bool) -> Outcome {
+    let error = now["error"].as_str();
+    match (word(now, "state"), word(now, "phase")) {
+        ("released", _) => Outcome::Done,
+        ("handed_over", _) if !wait => Outcome::Done,
+        ("prepared", "ready") if hold => Outcome::Done,
+        // It gets on when the guest writes less, or when somebody decides.
+        ("prepared", PHASE_GIVES_UP) => Outcome::Failed(format!(
+            "the disks are still here, and do not get ready: {}",
+            error.unwrap_or("the guest writes faster than they are copied; `infill abort` ends it")
+        )),
+        ("serving" | "superseded", _) => {
+            Outcome::Failed(format!("the disks stay here: {}", error.unwrap_or("the migration was aborted")))
+        }
+        _ => Outcome::UnderWay,
+    }
 }
 
 /// What a state means to the one who asked for a migration.
@@ -202,4 +231,38 @@ pub fn decided(command: &str, sure: bool, flag: &str, loses: &str, args: &Migrat
         bail!("{loses}; if that is so, say {flag}");
     }
     told(command, args)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waits_is_told_that_there_is_nothing_to_wait_for_any_more() {
+        let at = |state: &str, phase: &str| json!({"state": state, "phase": phase, "error": "why"});
+        let ends = |now: Value, wait, hold| match outcome(&now, wait, hold) {
+            Outcome::UnderWay => None,
+            Outcome::Done => Some(true),
+            Outcome::Failed(why) => {
+                assert!(why.ends_with("why"), "{why}");
+                Some(false)
+            }
+        };
+        for (wait, hold) in [(false, false), (false, true), (true, false)] {
+            assert_eq!(ends(at("prepared", PHASE_GIVES_UP), wait, hold), Some(false));
+            assert_eq!(ends(at("serving", "over"), wait, hold), Some(false));
+            assert_eq!(ends(at("released", "over"), wait, hold), Some(true));
+            // An error that may pass is no end.
+            assert_eq!(ends(at("prepared", "waits for the target"), wait, hold), None);
+            assert_eq!(ends(at("prepared", "copies"), wait, hold), None);
+            assert_eq!(ends(at("prepared", "ready"), wait, hold), hold.then_some(true));
+            assert_eq!(ends(at("handed_over", "Missing"), wait, hold), (!wait).then_some(true));
+        }
+        let Outcome::Failed(why) =
+            outcome(&json!({"state": "prepared", "phase": PHASE_GIVES_UP}), false, true)
+        else {
+            panic!("it has an end");
+        };
+        assert!(why.contains("infill abort"), "{why}");
+    }
 }

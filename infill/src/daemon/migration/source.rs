@@ -18,7 +18,7 @@ use infill_migrate::{
 };
 use infill_nbd::{Export, RemoveMode};
 use infill_node::{Held, NodeHandle};
-use infill_qmp::migration::{Migrate, MigrationMode};
+use infill_qmp::migration::{Migrate, MigrationMode, PHASE_GIVES_UP};
 use infill_storage::{StorageHandle, rt};
 use uuid::Uuid;
 
@@ -107,6 +107,8 @@ struct SourceDriver {
     drains: u32,
     /// What is dirty now is left for after the switch; of a copy that is whole before, for the time in which the guest waits.
     rounds_over: bool,
+    /// A copy that is to be whole was behind the guest in every round: there is no other one unless an operator wants it.
+    gives_up: bool,
     /// The last offer came to nothing, and another round comes before the next one.
     retry_round: bool,
     /// Not before then is there another round of a disk that is held.
@@ -330,6 +332,7 @@ impl SourceDriver {
             freezes: 0,
             drains: 0,
             rounds_over: false,
+            gives_up: false,
             retry_round: false,
             round_at: Duration::ZERO,
             freeze_at: Duration::ZERO,
@@ -575,9 +578,11 @@ impl SourceDriver {
         }
         if round.0 >= most {
             self.rounds_over = !self.is_whole();
-            if self.is_whole() {
+            self.gives_up = self.is_whole();
+            if self.gives_up {
                 self.tell_error(&format!(
-                    "after {most} rounds the guest still writes more than can be copied while it waits: abort this, and                      migrate with mode hybrid"
+                    "after {most} rounds the guest still writes more than can be copied while it waits: abort this, and \
+                     migrate with mode hybrid"
                 ));
             }
             return None;
@@ -634,13 +639,13 @@ impl SourceDriver {
             return;
         }
         if !self.local.post_copy && self.machine.round().is_none() {
-            self.rounds_over = false;
+            (self.rounds_over, self.gives_up) = (false, false);
             self.disks.iter().for_each(|disk| disk.gate.start_bitmap());
             return self.step(SourceInput::Warm).await;
         }
         if self.retry_round || self.wants_another_round() {
             if let Some(next) = self.another_round() {
-                (self.rounds_over, self.retry_round) = (false, false);
+                (self.rounds_over, self.gives_up, self.retry_round) = (false, false, false);
                 self.round_at = now + HELD_ROUND_TIME;
                 self.step(next).await;
             }
@@ -664,6 +669,7 @@ impl SourceDriver {
         }
         match (self.machine.is_linked(), self.local.post_copy || self.rounds_over) {
             (false, _) => "waits for the target".into(),
+            (true, false) if self.gives_up => PHASE_GIVES_UP.into(),
             (true, false) => "copies".into(),
             (true, true) => "ready".into(),
         }
