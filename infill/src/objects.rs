@@ -16,6 +16,7 @@ use infill_qmp::throttle::limits_value;
 use infill_qmp::{ObjectKind, ObjectOptions, SecretFrom, SecretOptions};
 use infill_storage::sync::{Mutex, lock};
 use serde_json::{Value, json};
+use zeroize::Zeroizing;
 
 use crate::object_types::{IOTHREAD, SECRET, THROTTLE_GROUP, TLS_CREDS_X509, TypeOfObject};
 use crate::tls::Credentials;
@@ -38,7 +39,7 @@ const SECRET_BYTES_MAX: u64 = 1 << 20;
 
 /// Something that nobody else is to know. Neither logs nor answers tell it.
 pub struct Secret {
-    bytes: Vec<u8>,
+    bytes: Zeroizing<Vec<u8>>,
     file: Option<String>,
     base64: bool,
 }
@@ -49,19 +50,13 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-impl Drop for Secret {
-    fn drop(&mut self) {
-        self.bytes.fill(0);
-    }
-}
-
 impl Secret {
     fn read(options: &SecretOptions) -> Result<Secret> {
         let (given, file) = match &options.from {
-            SecretFrom::Data(data) => (data.clone().into_bytes(), None),
+            SecretFrom::Data(data) => (Zeroizing::new(data.clone().into_bytes()), None),
             SecretFrom::File(file) => {
                 let failed = |error: std::io::Error| anyhow!("Unable to read {file}: {error}");
-                let mut bytes = Vec::new();
+                let mut bytes = Zeroizing::new(Vec::new());
                 let opened = std::fs::File::open(file).map_err(failed)?;
                 opened.take(SECRET_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
                 (bytes, Some(file.clone()))
@@ -72,6 +67,7 @@ impl Secret {
         }
         let bytes = match options.base64 {
             true => infill_base::from_base64(&given)
+                .map(Zeroizing::new)
                 .ok_or_else(|| anyhow!("Base64 data contains invalid characters"))?,
             false => given,
         };

@@ -13,6 +13,7 @@ use aws_lc_rs::cipher::{AES_128, AES_256, DecryptionContext, PaddedBlockDecrypti
 use aws_lc_rs::pbkdf2;
 use infill_base::from_base64;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use zeroize::Zeroizing;
 
 const BEGIN: &str = "-----BEGIN ENCRYPTED PRIVATE KEY-----";
 const END: &str = "-----END ENCRYPTED PRIVATE KEY-----";
@@ -47,15 +48,13 @@ pub(super) fn decrypted(pem: &[u8], password: &[u8]) -> Result<PrivateKeyDer<'st
     let body = section(pem).ok_or("there is no encrypted key in it")?;
     let der = from_base64(body.as_bytes()).ok_or("what stands in it is no base64")?;
     let Encrypted { aes, iv, salt, rounds, hash, data } = Encrypted::parse(&der)?;
-    let mut key = vec![0; if aes == Aes::Of256 { 32 } else { 16 }];
+    let mut key = Zeroizing::new(vec![0; if aes == Aes::Of256 { 32 } else { 16 }]);
     pbkdf2::derive(hash, rounds, salt, password, &mut key);
     let cipher = UnboundCipherKey::new(if aes == Aes::Of256 { &AES_256 } else { &AES_128 }, &key);
-    key.fill(0);
     let failed = |_| "Decryption has failed: is the password right?".to_owned();
     let cipher = cipher.and_then(PaddedBlockDecryptingKey::cbc_pkcs7).map_err(failed)?;
-    let mut data = data.to_vec();
+    let mut data = Zeroizing::new(data.to_vec());
     let plain = cipher.decrypt(&mut data, DecryptionContext::Iv128(iv.into())).map_err(failed)?.to_vec();
-    data.fill(0);
     // A wrong password may leave something that ends as it should.
     match plain.first() {
         Some(&SEQUENCE) => Ok(PrivatePkcs8KeyDer::from(plain).into()),
