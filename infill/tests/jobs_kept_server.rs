@@ -308,7 +308,7 @@ fn a_backup_whose_server_cannot_be_read_waits_for_it_over_kills() {
     let fails = place.path("fails");
     std::fs::write(&fails, "").unwrap();
     let (copy, trigger) = (place.path("copy"), format!("error-file={fails}"));
-    let slow = ["--filter=error", "--filter=delay", "file", &copy, "delay-read=1", "error-pread-rate=1"];
+    let slow = ["--filter=error", "--filter=delay", "file", &copy, "delay-read=3", "error-pread-rate=1"];
     let server = place.serve(&[&slow[..], &[&trigger]].concat());
     let (daemon, mut qmp) = place.start();
     let mut reason = None;
@@ -324,6 +324,9 @@ fn a_backup_whose_server_cannot_be_read_waits_for_it_over_kills() {
     let (daemon, mut qmp) = place.start();
     // While it is looked at, which takes seconds. What is new to the daemon may need a guard.
     qmp.run("blockdev-add", json!({"driver": "null-co", "node-name": "other", "size": MIB}));
+    // A guest's write is no stranger's, however long it takes.
+    std::thread::sleep(std::time::Duration::from_secs(6));
+    place.write("write -P 9 20M 64k");
     daemon.process.kill();
     server.kill();
     let _server = place.serve(&["file", &copy]);
