@@ -566,6 +566,12 @@ pub struct MigrateArgs {
     /// Copy everything before the disks change hands: nothing is left at the source.
     #[arg(long)]
     pub pre_copy: bool,
+    /// Let the disks change hands after so long, however much was copied.
+    #[arg(long, value_name = "SECONDS", conflicts_with_all = ["post_copy", "pre_copy"])]
+    pub warm_seconds: Option<u32>,
+    /// Let the disks change hands once so much was copied, if not sooner.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with_all = ["post_copy", "pre_copy"])]
+    pub warm_bytes: Option<u64>,
     /// What the other daemon's certificate is for, if not the host in --to. (Credentials are those of the daemon's own
     /// --migration tls-creds=DIR.)
     #[arg(long, value_name = "NAME")]

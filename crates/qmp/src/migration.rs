@@ -45,6 +45,10 @@ pub struct Migrate {
     pub auto_switch: bool,
     /// For how many seconds the disks can come back once all data is there, unless a guest has written to them there.
     pub way_back: Option<u32>,
+    /// Of a hybrid one: the disks change hands after so many seconds of copying, however much is there.
+    pub warm_seconds: Option<u32>,
+    /// Of a hybrid one: the disks change hands once so many bytes were copied, if not sooner.
+    pub warm_bytes: Option<u64>,
     /// What the other daemon's certificate is for, where that is not the host that is dialled.
     pub tls_hostname: Option<String>,
 }
@@ -88,6 +92,8 @@ impl MigrationCommand {
                 migration: arguments.opt_str("migration")?,
                 auto_switch: arguments.opt_bool("auto-switch")?.unwrap_or(true),
                 way_back: arguments.opt_u32("way-back")?,
+                warm_seconds: arguments.opt_u32("warm-seconds")?,
+                warm_bytes: arguments.opt_u64("warm-bytes")?,
                 tls_hostname: arguments.opt_str("tls-hostname")?,
             }),
             "__infill_query-migrations" => MigrationCommand::Query,

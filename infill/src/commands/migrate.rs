@@ -41,6 +41,12 @@ pub fn migrate(args: MigrateArgs) -> Result<ExitCode> {
     if let Some(seconds) = args.way_back {
         arguments["way-back"] = json!(seconds);
     }
+    if let Some(seconds) = args.warm_seconds {
+        arguments["warm-seconds"] = json!(seconds);
+    }
+    if let Some(bytes) = args.warm_bytes {
+        arguments["warm-bytes"] = json!(bytes);
+    }
     if let Some(migration) = &args.migration {
         arguments["migration"] = json!(migration);
     }

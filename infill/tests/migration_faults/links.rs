@@ -49,6 +49,40 @@ impl Drop for Damaging {
 }
 
 #[test]
+fn a_disk_changes_hands_once_as_much_was_copied_as_may_be_and_at_once_where_somebody_says_so() {
+    for told in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        // All of it would take half a minute.
+        let link = RelayOptions { delay: Duration::ZERO, bytes_per_second: Some(512 << 10) };
+        let mut site = Site::over(dir.path(), 1, seed(), link, 4096);
+        let disks = json!([{"name": site.machines[0].name}]);
+        let to = site.stations[1].words.address.clone();
+        let mut arguments = json!({"disks": disks, "to": to, "auto-switch": !told, "way-back": 0});
+        let refused = json!({"disks": disks, "to": to, "mode": "post-copy", "warm-bytes": 4096});
+        let refused = site.stations[0].ask("__infill_migrate", refused).unwrap();
+        assert!(refused["error"]["desc"].as_str().unwrap().contains("warm-bytes"), "{refused}");
+        if !told {
+            arguments["warm-bytes"] = json!(1 << 20);
+        }
+        let begun = site.stations[0].must("__infill_migrate", arguments);
+        let id = begun["migration"].as_str().unwrap().to_owned();
+        if told {
+            wait_until("it is prepared", || site.state(1, &id) == "prepared");
+            site.stations[0].must("__infill_migration-switch", json!({"migration": id}));
+        }
+        wait_until("it has changed hands", || site.owns(1, &id));
+        let missing = || {
+            let all = site.stations[1].migrations().unwrap();
+            crate::site::of(&all, &id).and_then(|one| one["missing-bytes"].as_u64()).unwrap_or_default()
+        };
+        wait_until("the rest follows", || missing() > 4 << 20);
+        site.stations[0].data.control.become_link(NO_COST);
+        wait_until("it is all there", || site.state(1, &id) == "local" && site.state(0, &id) == "released");
+        site.work_and_judge(0, 1);
+    }
+}
+
+#[test]
 fn what_is_damaged_on_its_way_between_daemons_is_said_again_and_a_disk_is_handed_back_and_reclaimed() {
     let dir = tempfile::tempdir().unwrap();
     let mut site = Site::over(dir.path(), 1, seed(), SLOW, BLOCKS);

@@ -22,6 +22,11 @@ pub(super) struct Local {
     /// Of a source: what the target's certificate is for, where that is not the host that is dialled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) tls_hostname: Option<String>,
+    /// Of a source: how long, in seconds, and how much, in bytes, is copied before the switch at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) warm_seconds: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) warm_bytes: Option<u64>,
     /// In the order of the record's.
     pub(super) disks: Vec<LocalDisk>,
 }

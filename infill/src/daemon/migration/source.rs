@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use infill_base::{Ctx, DiscardMode, ErrorKind, IoError, IoResult};
+use infill_base::{Class, Ctx, DiscardMode, ErrorKind, IoError, IoResult};
 use infill_io::{FileOptions, FileStorage};
 use infill_migrate::{
     BlockSet, Busy, Disk, DiskId, Drain, Epoch, Frame, Gate, MigrationId, Plan, Round, Side, Source,
@@ -59,7 +59,7 @@ const WAY_BACK_SECONDS: u32 = 300;
 /// A raw disk is rounded up to this, in bytes.
 const SECTOR_BYTES: u64 = 512;
 /// Least size of a block, in bytes, and the most blocks of all disks: a set of them is a bit each.
-const BLOCK_BYTES_MIN: u64 = 16 << 10;
+const BLOCK_BYTES_MIN: u64 = 4 << 10;
 const BLOCKS_MAX: u64 = 1 << 26;
 
 /// What goes into the driver.
@@ -100,8 +100,10 @@ struct SourceDriver {
     published: Vec<String>,
     /// What is sealed.
     held: Vec<Held>,
-    /// An operator wants the disks to change hands.
+    /// The disks are to change hands.
     switch: bool,
+    /// An operator wants that now, however much is there.
+    now: bool,
     freezes: u32,
     /// Numbers the freezes, so that what is late of one is not taken for the next one's.
     drains: u32,
@@ -109,6 +111,8 @@ struct SourceDriver {
     rounds_over: bool,
     /// A copy that is to be whole was behind the guest in every round: there is no other one unless an operator wants it.
     gives_up: bool,
+    /// Since when it is copied in this life of the daemon, and how much was read of the disks in the background before.
+    warm_since: Option<(Duration, u64)>,
     /// The last offer came to nothing, and another round comes before the next one.
     retry_round: bool,
     /// Not before then is there another round of a disk that is held.
@@ -166,6 +170,13 @@ pub(super) async fn begin(control: &Rc<Control>, migrate: Migrate) -> Result<Mig
     }
     let block_bytes = block_bytes(&plan_disks);
     let whole = migrate.mode == MigrationMode::PreCopy;
+    if migrate.mode != MigrationMode::Hybrid
+        && (migrate.warm_seconds.is_some() || migrate.warm_bytes.is_some())
+    {
+        bail!(
+            "warm-seconds and warm-bytes bound what a hybrid migration copies before the switch: leave them out, or mode"
+        );
+    }
     let way_back = migrate.way_back.unwrap_or(if migrate.auto_switch { 0 } else { WAY_BACK_SECONDS });
     let plan = Plan { migration, disks: plan_disks, block_bytes, peer, witness: None, whole, way_back };
     let local = Local {
@@ -173,6 +184,8 @@ pub(super) async fn begin(control: &Rc<Control>, migrate: Migrate) -> Result<Mig
         auto_switch: migrate.auto_switch,
         data: None,
         tls_hostname: migrate.tls_hostname,
+        warm_seconds: migrate.warm_seconds,
+        warm_bytes: migrate.warm_bytes,
         disks,
     };
     let (machine, actions) = Source::prepare(plan)?;
@@ -320,6 +333,7 @@ impl SourceDriver {
             control: control.clone(),
             peers,
             switch: local.auto_switch,
+            now: false,
             local,
             disks,
             machine,
@@ -333,6 +347,7 @@ impl SourceDriver {
             drains: 0,
             rounds_over: false,
             gives_up: false,
+            warm_since: None,
             retry_round: false,
             round_at: Duration::ZERO,
             freeze_at: Duration::ZERO,
@@ -426,6 +441,8 @@ impl SourceDriver {
                 // Not before the pause after a freeze that came to nothing is over: a target that has restarted needs the
                 // running disk for a moment before it can take it, and who asks again and again must not keep it from that.
                 (self.switch, self.freezes) = (true, 0);
+                // Now: what is not there yet follows.
+                self.now = !self.is_whole();
                 self.local.auto_switch = true;
             }
             ToSource::Late(nth) if nth == self.drains && self.machine.phase() == SourcePhase::Draining => {
@@ -641,6 +658,7 @@ impl SourceDriver {
         if !self.local.post_copy && self.machine.round().is_none() {
             (self.rounds_over, self.gives_up) = (false, false);
             self.disks.iter().for_each(|disk| disk.gate.start_bitmap());
+            self.count_warming();
             return self.step(SourceInput::Warm).await;
         }
         if self.retry_round || self.wants_another_round() {
@@ -651,7 +669,7 @@ impl SourceDriver {
             }
             return;
         }
-        if self.switch && (self.local.post_copy || self.rounds_over) && now >= self.freeze_at {
+        if self.switch && (self.now || self.has_warmed()) && now >= self.freeze_at {
             if self.freezes >= FREEZES_MAX {
                 self.switch = false;
                 return self.tell_error("the disk could not be frozen: `infill switch` tries it again");
@@ -661,13 +679,41 @@ impl SourceDriver {
         }
     }
 
+    /// From here on it is counted what the target reads.
+    fn count_warming(&mut self) {
+        for disk in &self.disks {
+            if let Ok(node) = self.control.blockdevs().get(&disk.local.node) {
+                node.latency().meter().start();
+            }
+        }
+        self.warm_since = Some((rt::now(), self.background_bytes()));
+    }
+
+    /// Bytes that clients have read of the disks for nobody who waits, since it is counted.
+    fn background_bytes(&self) -> u64 {
+        let nodes = self.disks.iter().filter_map(|disk| self.control.blockdevs().get(&disk.local.node).ok());
+        nodes.map(|node| node.latency().meter().read_bytes(Class::Prefetch)).sum()
+    }
+
+    /// Whether enough was copied for the switch: everything but what is written right now, or as much as may be.
+    fn has_warmed(&self) -> bool {
+        self.local.post_copy || self.rounds_over || self.is_budget_spent()
+    }
+
+    fn is_budget_spent(&self) -> bool {
+        let Some((since, before)) = self.warm_since else { return false };
+        let Local { warm_seconds, warm_bytes, .. } = self.local;
+        warm_seconds.is_some_and(|seconds| rt::now() - since >= Duration::from_secs(seconds.into()))
+            || warm_bytes.is_some_and(|bytes| self.background_bytes().saturating_sub(before) >= bytes)
+    }
+
     /// What it is about, for people.
     fn phase(&self) -> String {
         let phase = self.machine.phase();
         if self.state() != SourceState::Prepared || phase != SourcePhase::Settled {
             return format!("{phase:?}");
         }
-        match (self.machine.is_linked(), self.local.post_copy || self.rounds_over) {
+        match (self.machine.is_linked(), self.has_warmed()) {
             (false, _) => "waits for the target".into(),
             (true, false) if self.gives_up => PHASE_GIVES_UP.into(),
             (true, false) => "copies".into(),

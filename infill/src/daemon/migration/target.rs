@@ -157,7 +157,15 @@ async fn begin(control: &Rc<Control>, link: &Rc<Link>, plan: Plan, data: Option<
             kind: ImageKind::Qcow2,
         });
     }
-    let local = Local { post_copy: false, auto_switch: false, data: Some(data), tls_hostname: None, disks };
+    let local = Local {
+        post_copy: false,
+        auto_switch: false,
+        data: Some(data),
+        tls_hostname: None,
+        warm_seconds: None,
+        warm_bytes: None,
+        disks,
+    };
     let mut made = Vec::new();
     let begun = prepare_disks(control, &plan, &local, &mut made).await;
     let begun = match begun {
