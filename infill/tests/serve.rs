@@ -295,8 +295,8 @@ fn a_server_that_is_killed_in_a_stream_loses_nothing_that_was_flushed_and_goes_o
         qemu_io(&uri, &[&GUEST_WRITES[..], &["flush"]].concat());
         server.kill();
         // A crash may leak, and does no other harm.
-        let code = output("qemu-img", &["check", "-q", text(&overlay)]).status.code();
-        assert!(matches!(code, Some(0 | 3)), "{format}: {code:?}");
+        let checked = output("qemu-img", &["check", "-q", text(&overlay)]);
+        assert!(matches!(checked.status.code(), Some(0 | 3)), "{format}: {checked:?}");
         run(INFILL, &["check", "-q", "-r", "leaks", text(&overlay)]);
         let (mut server, uri) = world.serve(&overlay, &["--stream"]);
         qemu_io(&uri, &GUEST_READS);

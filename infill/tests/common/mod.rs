@@ -75,9 +75,24 @@ fn hint(program: &str) -> String {
 }
 
 /// Runs a command to its end.
+///
+/// A killed daemon's image stays locked until the kernel has taken its ring down, a little after the process is gone: QEMU's
+/// tools, which refuse a locked image before they do anything, are run again.
 pub fn output(program: &str, args: &[&str]) -> Output {
-    let output = Command::new(program).args(args).stdin(Stdio::null()).output();
-    output.unwrap_or_else(|error| panic!("{}: {error}", hint(program)))
+    let end = Instant::now() + SERVER_LIMIT;
+    loop {
+        let output = Command::new(program).args(args).stdin(Stdio::null()).output();
+        let output = output.unwrap_or_else(|error| panic!("{}: {error}", hint(program)));
+        if !program.starts_with("qemu-") || !says_locked(&output) || Instant::now() >= end {
+            return output;
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+fn says_locked(output: &Output) -> bool {
+    let said = String::from_utf8_lossy(&output.stderr);
+    !output.status.success() && said.contains("Failed to get") && said.contains("lock")
 }
 
 /// Runs a command, which must succeed, and gives what it printed.
