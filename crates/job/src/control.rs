@@ -11,7 +11,7 @@
 //!
 //! Every 100 ms the p90 of guest misses is compared with the floor, the smallest sample of the last 10 s; where it is
 //! over max(2 × floor, floor + 1 ms), the window halves (down to one request), else it grows. The guest's reads (their
-//! p90), writes and FLUSHes (their median) do the same to the *pace* (bytes per second),
+//! p90), writes and FLUSHes (their upper quartile) do the same to the *pace* (bytes per second),
 //! since they share the local disk, not the link; while a guest writes or flushes, local writes go one piece at a
 //! time. A guest that is as slow under a fill that is held far back does not
 //! suffer from it: then window and pace grow all the same, and it is tried again after 10 s.
@@ -38,6 +38,11 @@ pub(crate) const LINK_BYTES_MAX: u64 = 4 << 20;
 /// Bytes that are written at a time while guests write or flush, and the largest request then: a FLUSH finds no more
 /// than that in the disk's queue.
 const BUSY_BYTES: u64 = 128 << 10;
+/// Bytes that are asked of a near source, or wait for the overlay: a cache answers many requests in one go, and what guests ask for
+/// meanwhile waits behind it.
+const NEAR_BYTES_MAX: u64 = LINK_BYTES_MAX;
+/// The same while guests write or flush, when what has come is written a piece at a time.
+const NEAR_BUSY_BYTES: u64 = 8 * BUSY_BYTES;
 /// A source whose round trip is no longer than this is near: its window is [`Control::near_requests`] large.
 const NEAR: Duration = Duration::from_millis(1);
 /// How many requests fill the window of a distant source: the more, the sooner the first of them is there.
@@ -102,8 +107,8 @@ impl Usual {
 /// Which of a tick's samples is compared with the floor, in percent of them. Of reads: a cache answers most of them, and those
 /// that it does not answer are the ones that wait for the fill.
 const TAIL: usize = 90;
-/// Of writes and FLUSHes: a fill makes all of them slower, a busy machine makes some of them much slower.
-const MIDDLE: usize = 50;
+/// Of writes and FLUSHes: a fill makes most of them slower, a busy machine makes some of them much slower.
+const QUARTILE: usize = 75;
 
 /// One kind of guest request: its floor, and what the fill has to do with it.
 ///
@@ -269,8 +274,8 @@ impl Control {
             // On a long way a few requests shall fill it: the server may have few threads.
             (self.rate() * 0.000_35).max(self.window(now) as f64 / 8.0)
         } else {
-            let near = self.round_trip.get().is_some_and(|trip| trip <= NEAR);
-            self.window(now) as f64 / (if near { self.near_requests } else { DISTANT_REQUESTS }) as f64
+            self.window(now) as f64
+                / (if self.is_near() { self.near_requests } else { DISTANT_REQUESTS }) as f64
         };
         let max = if self.writes_now(now) { BUSY_BYTES } else { REQUEST_BYTES_MAX };
         let bytes = (bytes as u64).clamp(REQUEST_BYTES_MIN, max);
@@ -287,7 +292,16 @@ impl Control {
         } else {
             rate * (2.0 * trip + 0.004) * self.window_scale
         };
-        (window as u64).max(self.start_window.unwrap_or(0)).clamp(REQUEST_BYTES_MIN, WINDOW_BYTES_MAX)
+        let max = match self.is_near() {
+            true if self.writes_now(now) => NEAR_BUSY_BYTES,
+            true => NEAR_BYTES_MAX,
+            false => WINDOW_BYTES_MAX,
+        };
+        (window as u64).max(self.start_window.unwrap_or(0)).clamp(REQUEST_BYTES_MIN, max)
+    }
+
+    fn is_near(&self) -> bool {
+        self.round_trip.get().is_some_and(|trip| trip <= NEAR)
     }
 
     /// The rate that the local disk's guests leave to the fill, in bytes per second; 0 is no limit.
@@ -375,8 +389,8 @@ impl Control {
         self.best_rate = rate.max(self.best_rate * RATE_KEPT);
         let calm = rate <= self.best_rate * CALM_PART;
         let local = [
-            self.syncs.look(now, &mut seen.syncs, calm, MIDDLE),
-            self.writes.look(now, &mut seen.writes, calm, MIDDLE),
+            self.syncs.look(now, &mut seen.syncs, calm, QUARTILE),
+            self.writes.look(now, &mut seen.writes, calm, QUARTILE),
             // A read that missed has been looked at above.
             if had_misses { None } else { self.reads.look(now, &mut seen.reads, calm, TAIL) },
         ];
@@ -550,6 +564,10 @@ mod tests {
         assert_eq!(control.request_bytes(now), REQUEST_BYTES_MAX);
         let now = answers(&mut control, 50_000, true);
         assert_eq!(control.request_bytes(now), REQUEST_BYTES_MAX);
+        // A cache gives ever so much at once, and a guest's requests would wait behind it.
+        assert_eq!(control.window(now), NEAR_BYTES_MAX);
+        control.set_last(None, Some(now));
+        assert_eq!((control.window(now), control.request_bytes(now)), (NEAR_BUSY_BYTES, BUSY_BYTES));
         // The link itself has become slow.
         let now = answers(&mut control, 50_000, false);
         assert_eq!(control.request_bytes(now), 64 << 10);
