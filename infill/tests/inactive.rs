@@ -8,7 +8,7 @@ mod qmp;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use common::{output, run, text};
+use common::{output, output_once, run, text};
 use qmp::{Daemon, Program, Qmp};
 use serde_json::{Value, json};
 
@@ -239,7 +239,7 @@ fn another_process_has_the_image_while_its_node_is_inactive_and_what_it_wrote_is
             "e",
             &["read -P 7 128k 200k", "read -P 0 64k 64k", "write -P 8 64k 64k", "read -P 8 64k 64k"],
         );
-        let refused = output("qemu-io", &["-f", "qcow2", "-c", "write 0 4k", &top]);
+        let refused = output_once("qemu-io", &["-f", "qcow2", "-c", "write 0 4k", &top]);
         assert!(!refused.status.success(), "{program:?}: the lock is taken again");
         let failed: Vec<&Value> = scene.told.iter().filter(|told| told["failed"].is_string()).collect();
         assert!(failed.is_empty(), "{program:?}: {failed:?}");

@@ -313,10 +313,9 @@ fn a_backup_whose_server_cannot_be_read_waits_for_it_over_kills() {
     let (daemon, mut qmp) = place.start();
     let mut reason = None;
     wait_until("the backup is held", || {
-        reason = held_reason(&mut qmp).filter(|reason| !reason.is_empty());
-        reason.is_some()
+        reason = held_reason(&mut qmp);
+        reason.as_ref().is_some_and(|reason| reason.contains("cannot be read"))
     });
-    assert!(reason.as_ref().is_some_and(|reason| reason.contains("cannot be read")), "{reason:?}");
     daemon.process.kill();
     server.kill();
     std::fs::remove_file(fails).unwrap();
@@ -335,6 +334,68 @@ fn a_backup_whose_server_cannot_be_read_waits_for_it_over_kills() {
     qmp.run("job-dismiss", json!({"id": "j"}));
     daemon.quit(&mut qmp);
     run("qemu-io", &["-f", "raw", "-c", &format!("read -P 1 0 {DISK_BYTES}"), &copy]);
+}
+
+#[test]
+fn a_backup_whose_server_hangs_keeps_no_other_disk_waiting_and_goes_on_when_it_answers() {
+    let ends = Ends { source: false, target: true };
+    let place = Place::new();
+    let (daemon, mut qmp) = place.start();
+    let servers = ends.begin(&place, &mut qmp, "blockdev-backup", json!({"sync": "full"}));
+    // All of it is recorded after the backup.
+    std::fs::File::create(place.path("other")).unwrap().set_len(MIB).unwrap();
+    run("qemu-io", &["-f", "raw", "-c", "write -P 5 0 1M", &place.path("other")]);
+    let other = json!({"driver": "file", "node-name": "other", "filename": place.path("other")});
+    qmp.run("blockdev-add", other);
+    qmp.run("block-export-add", json!({"type": "nbd", "id": "o", "node-name": "other", "name": "other"}));
+    Place::wait_until_stable(&mut qmp);
+    place.write("write -P 7 20M 64k");
+    daemon.process.kill();
+    servers.into_iter().for_each(Process::kill);
+    let read_other = |qmp: &mut Qmp| {
+        let disk = format!("nbd+unix:///other?socket={}", place.path("nbd.sock"));
+        wait_until("the other disk's export is there", || {
+            qmp.run("query-block-exports", json!({})).as_array().unwrap().len() == 2
+        });
+        run("qemu-io", &["-r", "-f", "raw", "-c", "read -P 5 0 1M", &disk]);
+    };
+    // It accepts, and says nothing: the node of the target hangs.
+    let socket = place.path("target.sock");
+    std::fs::remove_file(&socket).unwrap();
+    let silent = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let (daemon, mut qmp) = place.start();
+    read_other(&mut qmp);
+    assert_eq!(held_reason(&mut qmp).as_deref(), Some("what it needs is not there yet"));
+    daemon.process.kill();
+    drop(silent);
+    // It agrees on everything, and answers no read: the look at the target hangs.
+    let copy = place.path("copy");
+    let server = place.serve(&["--filter=delay", "file", &copy, "delay-read=600"]);
+    let (daemon, mut qmp) = place.start();
+    read_other(&mut qmp);
+    assert_eq!(held_reason(&mut qmp).as_deref(), Some("its server has not answered yet"));
+    server.kill();
+    let _server = place.serve(&["file", &copy]);
+    assert_eq!(place.end_backup(&mut qmp), None);
+    qmp.run("job-dismiss", json!({"id": "j"}));
+    daemon.quit(&mut qmp);
+    run("qemu-io", &["-f", "raw", "-c", &format!("read -P 1 0 {DISK_BYTES}"), &copy]);
+    assert_eq!(place.maps(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn an_image_on_a_server_that_answers_no_read_keeps_no_other_disk_waiting() {
+    let place = Place::new();
+    let _server = place.serve(&["--filter=delay", "file", &place.path("top"), "delay-read=600"]);
+    let (daemon, mut qmp) = place.start();
+    place.add_server(&mut qmp, "far", "target.sock");
+    let mut other = daemon.connect();
+    let add = json!({"driver": "qcow2", "node-name": "hangs", "file": "far"});
+    qmp.send(format!("{}\n", json!({"execute": "blockdev-add", "arguments": add})).as_bytes());
+    other.run("blockdev-add", json!({"driver": "null-co", "node-name": "other", "size": MIB}));
+    let nodes = other.run("query-named-block-nodes", json!({"flat": true}));
+    assert!(nodes.as_array().unwrap().iter().all(|node| node["node-name"] != json!("hangs")), "{nodes}");
+    daemon.process.kill();
 }
 
 #[test]

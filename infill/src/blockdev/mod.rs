@@ -13,6 +13,7 @@ mod active;
 mod change;
 mod disks;
 mod exchange;
+mod far;
 mod filters;
 mod fleece;
 mod format;
@@ -29,7 +30,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -48,6 +49,7 @@ use crate::tls::Credentials;
 pub use change::Opened;
 pub use disks::Disks;
 pub use exchange::hold;
+use far::Servers;
 pub use format::{FormatKind, probe_storage};
 pub use hold::Access;
 use hold::Holds;
@@ -62,6 +64,9 @@ pub const CHAIN_LAYERS_MAX: usize = 256;
 
 /// How long closing waits for copy-on-read to keep what was read. No data is lost otherwise; it stays below.
 const KEEP_TIME: Duration = Duration::from_secs(5);
+
+/// Most times that one description waits for a server: twice for each layer.
+const SERVERS_MAX: usize = 2 * CHAIN_LAYERS_MAX;
 
 /// Longest name of a node, in bytes.
 pub const NODE_NAME_BYTES_MAX: usize = 31;
@@ -188,6 +193,8 @@ struct Shared {
     next: AtomicU64,
     /// One change of the graph at a time.
     turn: RangeLock,
+    /// Everything was closed.
+    closed: AtomicBool,
 }
 
 /// All nodes of a process. Cloning shares them.
@@ -206,6 +213,7 @@ impl Blockdevs {
             disks: Disks::default(),
             next: AtomicU64::new(0),
             turn: RangeLock::new(),
+            closed: AtomicBool::new(false),
         }))
     }
 
@@ -225,9 +233,32 @@ impl Blockdevs {
     }
 
     /// Opens what `options` describe, and gives the name of its top node (`blockdev-add`).
+    ///
+    /// Others change the graph while servers are waited for.
     pub async fn add(&self, options: BlockdevOptions) -> Result<String> {
-        let turn = self.change_graph().await;
-        self.add_in(&turn, options).await
+        self.add_telling(options, &|| {}).await
+    }
+
+    /// As [`Blockdevs::add`]; `far` is called before a server is waited for.
+    pub async fn add_telling(&self, options: BlockdevOptions, far: &dyn Fn()) -> Result<String> {
+        let mut servers = Servers::default();
+        for _ in 0..=SERVERS_MAX {
+            let turn = self.change_graph().await;
+            if self.0.closed.load(Ordering::Relaxed) {
+                bail!("everything is closed: the process is ending");
+            }
+            let mut opening = open::Opening::new(self, false).waiting_outside(servers);
+            let result = opening.open(options.clone(), false).await;
+            servers = opening.take_servers();
+            let Some(missing) = servers.take_missing() else {
+                return self.settle(opening, result).await;
+            };
+            opening.abandon().await;
+            drop(turn);
+            far();
+            servers.wait_for(missing).await;
+        }
+        bail!("it lies on more than {SERVERS_MAX} servers, or on other ones each time that it is opened")
     }
 
     /// As [`Blockdevs::add`]; an image that another process has is tried again for a moment, during which others change the
@@ -556,6 +587,7 @@ impl Blockdevs {
     /// Closes everything, each node after those that lie on it. Goes on after errors and gives the first one.
     pub async fn close_all(&self) -> Result<()> {
         let _turn = self.0.turn.exclusive(0, 1).await;
+        self.0.closed.store(true, Ordering::Relaxed);
         let mut failed = None;
         loop {
             let nodes = self.0.graph.list();

@@ -20,9 +20,10 @@ use infill_qmp::{
 };
 use infill_storage::journal::Journaling;
 use infill_storage::sync::lock;
-use infill_storage::{NullStorage, StorageHandle, rt};
+use infill_storage::{NullStorage, StorageHandle};
 
 use super::active::check_below;
+use super::far::{Servers, Wanted};
 use super::format::{FormatKind, FormatOptions, probe_storage};
 use super::hold::{Access, Holds};
 use super::journal::journaling;
@@ -30,9 +31,6 @@ use super::locate::{Located, locate};
 use super::name::resolve_backing;
 use super::secure::{Secured, secure};
 use super::{Blockdevs, CHAIN_LAYERS_MAX, Entry, Image, NODE_NAME_BYTES_MAX, NodeFacts, Recipe};
-
-/// How long to wait between two attempts to reach an NBD server that is not there yet (`open-timeout`).
-const NBD_OPEN_PAUSE: Duration = Duration::from_millis(200);
 
 /// One file or export, however it is called: a chain in which one comes twice is a loop.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -84,6 +82,8 @@ pub struct Opening<'a> {
     fenced: bool,
     /// Of an NBD node: it is not waited for until its server is there, for its size is known.
     awaited_bytes: Option<u64>,
+    /// Servers that were waited for before; those that are missing end the opening. `None`: they are waited for here.
+    servers: Option<Servers>,
 }
 
 impl<'a> Opening<'a> {
@@ -97,12 +97,23 @@ impl<'a> Opening<'a> {
             names: HashSet::new(),
             chain: Vec::new(),
             awaited_bytes: None,
+            servers: None,
         }
     }
 
     /// As `self`; the NBD export that is opened has so many bytes, and its server may be away.
     pub fn awaiting(self, bytes: u64) -> Opening<'a> {
         Opening { awaited_bytes: Some(bytes), ..self }
+    }
+
+    /// As `self`; servers are waited for by the caller, who has them in `servers` then.
+    pub fn waiting_outside(self, servers: Servers) -> Opening<'a> {
+        Opening { servers: Some(servers), ..self }
+    }
+
+    /// What was given to [`Opening::waiting_outside`], with what is missing.
+    pub fn take_servers(&mut self) -> Servers {
+        self.servers.take().unwrap_or_default()
     }
 
     /// Puts everything into the graph.
@@ -304,10 +315,19 @@ impl<'a> Opening<'a> {
                     },
                     ..ClientOptions::default()
                 };
-                let within = Duration::from_secs(open_timeout.unwrap_or(0).into());
-                let storage = match self.awaited_bytes {
-                    Some(bytes) => NbdStorage::await_export(connector(&address), client, bytes),
-                    None => connect_nbd(&address, client, within, auto_read_only).await?,
+                let wanted = Wanted {
+                    address,
+                    client,
+                    credentials: credentials.clone(),
+                    within: Duration::from_secs(open_timeout.unwrap_or(0).into()),
+                    auto_read_only,
+                };
+                let storage = match (self.awaited_bytes, &mut self.servers) {
+                    (Some(bytes), _) => {
+                        NbdStorage::await_export(connector(&wanted.address), wanted.client, bytes)
+                    }
+                    (None, Some(servers)) => servers.connection(wanted)?,
+                    (None, None) => wanted.connect().await?,
                 };
                 watch = Some(storage.watch());
                 StorageHandle::new(storage)
@@ -467,6 +487,9 @@ impl<'a> Opening<'a> {
             Some(storage) => below.on_storage(storage),
             None => StorageHandle::new(NodeStorage::new(below)),
         };
+        if format != FormatKind::Raw {
+            self.must_answer(&file)?;
+        }
         let read_only = open.read_only;
         // Until it is active, nobody has the right to write to it.
         open.read_only |= settings.active == Some(false);
@@ -497,6 +520,31 @@ impl<'a> Opening<'a> {
         let entry = Entry { recipe, ..Entry::without_storage(facts) };
         self.pending.push(Pending { name: name.clone(), node, entry, edge: None });
         Ok((name, backing))
+    }
+
+    /// Refuses to read what lies on a server, where servers are waited for elsewhere, until it has answered a read.
+    fn must_answer(&mut self, file: &str) -> Result<()> {
+        let Some(mut servers) = self.servers.take() else { return Ok(()) };
+        let storage = self.far_storage(file);
+        let answers = storage.map_or(Ok(()), |storage| servers.answers(&storage));
+        self.servers = Some(servers);
+        answers
+    }
+
+    /// The storage that a node lies on, file child by file child, if that is on a server.
+    fn far_storage(&self, name: &str) -> Option<StorageHandle> {
+        let facts = |name: &str| match self.pending.iter().find(|pending| pending.name == name) {
+            Some(pending) => Some(pending.entry.facts.clone()),
+            None => self.blockdevs.facts(name).ok(),
+        };
+        let mut bottom = name.to_owned();
+        loop {
+            let NodeFacts { driver, file, .. } = facts(&bottom)?;
+            match file {
+                Some(file) => bottom = file,
+                None => return self.storage_of(&bottom).filter(|_| driver == "nbd"),
+            }
+        }
     }
 
     /// Where the file of a node lies, if its image lock is taken.
@@ -633,6 +681,9 @@ impl<'a> Opening<'a> {
             Located::Protocol(mut protocol) => {
                 protocol.inherit(settings, ChildRole::Backing);
                 let file = self.open(protocol, true).await?;
+                if said.is_none() {
+                    self.must_answer(&file)?;
+                }
                 let format = match said {
                     Some(format) => format,
                     None => self.probe_backing(overlay, &name, backing, &file).await?,
@@ -708,30 +759,6 @@ pub(super) fn open_file(path: &Path, options: &BlockdevOptions) -> Result<FileSt
             FileStorage::open(path, FileOptions { read_only: true, ..open })
         }
         result => result,
-    }
-}
-
-/// Connects to an NBD server; tries again for as long as `within`. Where it cannot be written to and may be read-only, it
-/// is.
-async fn connect_nbd(
-    address: &Address,
-    mut options: ClientOptions,
-    within: Duration,
-    auto_read_only: bool,
-) -> Result<NbdStorage, OpenError> {
-    let begin = rt::now();
-    loop {
-        match NbdStorage::connect(connector(address), options.clone()).await {
-            Err(OpenError::Refused { .. }) if auto_read_only && !options.read_only => {
-                options.read_only = true
-            }
-            Err(OpenError::Io(error))
-                if error.kind() == ErrorKind::SourceLost && rt::now() - begin < within =>
-            {
-                rt::sleep(NBD_OPEN_PAUSE).await;
-            }
-            result => return result,
-        }
     }
 }
 

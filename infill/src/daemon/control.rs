@@ -339,12 +339,13 @@ impl Control {
         self.has_added(added).await
     }
 
-    /// A node that the state holds: it is tried again anyway.
+    /// A node that the state holds: it is tried again anyway. `far` is called before a server is waited for.
     pub(super) async fn blockdev_add_again(
         self: &Rc<Self>,
         options: BlockdevOptions,
+        far: &dyn Fn(),
     ) -> Result<(), QmpError> {
-        let added = self.blockdevs.add(options).await;
+        let added = self.blockdevs.add_telling(options, far).await;
         self.has_added(added).await
     }
 

@@ -261,6 +261,9 @@ impl Control {
         if servers == [false, false] {
             return Ok(());
         }
+        if let Some(state) = &self.state {
+            state.job_goes_far(copy.id);
+        }
         let patience = if is_backup { BACKUP_PATIENCE } else { SERVER_PATIENCE };
         let looked = Looked {
             map: &parts.map,

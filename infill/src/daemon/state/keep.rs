@@ -92,8 +92,9 @@ impl Control {
         let mut _turn = None;
         if let Some(key) = &key
             && state.held(key).is_some()
+            && let Some(at) = state.find(key)
         {
-            _turn = Some(state.restoring.exclusive(0, 1).await);
+            _turn = Some(state.restoring.exclusive(at, at + 1).await);
             if made.is_none() && state.held(key).is_some() {
                 return self.change_held(state, key, &command);
             }

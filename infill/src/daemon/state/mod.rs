@@ -56,8 +56,14 @@ pub struct State {
     /// Whether the map of a job that is over may be left.
     maps_left: Cell<bool>,
     committing: RangeLock,
-    /// One held entry is changed at a time.
+    /// Whoever makes or changes a held entry has its number.
     restoring: RangeLock,
+    /// Entries that are being made.
+    under_way: RefCell<BTreeSet<u64>>,
+    /// Those of them that wait for a server.
+    far: RefCell<BTreeSet<u64>>,
+    /// One more waits for a server.
+    gone_far: Signal,
     /// An entry was made, so that held ones may succeed.
     changed: Signal,
 }
@@ -93,6 +99,9 @@ impl State {
             maps_left: Cell::default(),
             committing: RangeLock::new(),
             restoring: RangeLock::new(),
+            under_way: RefCell::default(),
+            far: RefCell::default(),
+            gone_far: Signal::new(),
             changed: Signal::new(),
         })
     }

@@ -128,6 +128,15 @@ impl Record {
         read_command(&self.command, Members::of_parts(self.given.clone(), self.strings))
     }
 
+    /// Whether it can be made only when that is there.
+    pub fn needs(&self, key: &Key) -> bool {
+        match key.kind {
+            Kind::Server => self.key.kind == Kind::Export,
+            Kind::Node | Kind::Object => names(self.now.as_ref().unwrap_or(&self.given), &key.name),
+            Kind::Export | Kind::Job | Kind::Bitmap => false,
+        }
+    }
+
     /// The files that it names: by `filename` wherever that stands, and by `target`, which may be the name of a node.
     pub fn files(&self) -> Vec<String> {
         fn collect(members: &Map<String, Value>, files: &mut Vec<String>) {
@@ -150,6 +159,27 @@ impl Record {
     pub fn now(&self) -> Result<Command, QmpError> {
         let members = self.now.as_ref().unwrap_or(&self.given);
         read_command(&self.command, Members::of_parts(members.clone(), self.strings))
+    }
+}
+
+/// Members that name nothing that is kept, or what the record itself is of.
+const OWN_NAMES: [&str; 8] =
+    ["id", "name", "job-id", "node-name", "export", "filename", "description", "path"];
+
+/// Whether arguments name the node or object `wanted`.
+fn names(given: &Map<String, Value>, wanted: &str) -> bool {
+    let is_node_of_export = |key: &str| key == "node-name" && !given.contains_key("driver");
+    given.iter().any(|(key, value)| {
+        (is_node_of_export(key) || !OWN_NAMES.contains(&key.as_str())) && names_in(value, wanted)
+    })
+}
+
+fn names_in(value: &Value, wanted: &str) -> bool {
+    match value {
+        Value::String(name) => name == wanted,
+        Value::Array(values) => values.iter().any(|value| names_in(value, wanted)),
+        Value::Object(members) => names(members, wanted),
+        _ => false,
     }
 }
 

@@ -1,19 +1,22 @@
 //! Making what the state holds again, when a daemon starts.
 //!
-//! Entries are made one after the other, in the order in which they were first made. One that cannot be made now, because a
+//! Entries are made one after the other, in the order in which they were first made. One that waits for a server goes on by itself:
+//! what needs it waits with it, and everything else comes next at once ([`Record::needs`]). One that cannot be made now, because a
 //! file or a server is not there, is *held*: its record stays, those that need it are held with it, managers are told
 //! (`__infill_query-state`, `__INFILL_HELD`), and it is tried again, after [`RETRY_TIME_MIN`] and then ever later up to
 //! [`RETRY_TIME_MAX`], and whenever something was added. So the daemon comes up whatever is missing.
 
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
+use futures_util::future::{Either, select};
 use infill_qmp::command::Command;
 use infill_qmp::{BlockExportOptions, Driver, QmpError};
-use infill_storage::rt;
+use infill_storage::{RangeGuard, rt};
 use serde_json::json;
 
-use super::record::{JobRecord, Kind};
+use super::record::{JobRecord, Key, Kind};
 use super::{Entry, State};
 use crate::daemon::control::Control;
 
@@ -21,7 +24,7 @@ use crate::daemon::control::Control;
 const RETRY_TIME_MIN: Duration = Duration::from_millis(50);
 /// How long they wait at most.
 const RETRY_TIME_MAX: Duration = Duration::from_secs(15);
-/// How long a start waits for entries that are held, before it goes on without them.
+/// How long a start waits for entries that are held, or wait for a server, before it goes on without them.
 const START_PATIENCE: Duration = Duration::from_secs(2);
 
 impl State {
@@ -33,6 +36,36 @@ impl State {
     /// How many entries are held.
     pub fn held_count(&self) -> usize {
         self.held_entries().len()
+    }
+
+    /// The entry waits for a server: what does not need it does not wait for it.
+    pub fn goes_far(&self, at: u64) {
+        if self.under_way.borrow().contains(&at) && self.far.borrow_mut().insert(at) {
+            self.gone_far.notify(usize::MAX);
+        }
+    }
+
+    /// As [`State::goes_far`], of the job of that id.
+    pub fn job_goes_far(&self, id: &str) {
+        if let Some(at) = self.find(&Key::new(Kind::Job, id)) {
+            self.goes_far(at);
+        }
+    }
+
+    async fn until_far(&self, at: u64) {
+        loop {
+            let gone_far = self.gone_far.listen();
+            if self.far.borrow().contains(&at) {
+                return;
+            }
+            gone_far.await;
+        }
+    }
+
+    /// Whether the entry has to wait for one of these.
+    fn needs_one_of(&self, at: u64, waiting: &[Key]) -> bool {
+        let entries = self.entries.borrow();
+        entries.get(&at).is_some_and(|entry| waiting.iter().any(|key| entry.record.needs(key)))
     }
 }
 
@@ -50,6 +83,7 @@ impl Control {
         let restoring = rt::detached(self.clone().keep_restoring());
         if rt::timeout(START_PATIENCE, restoring).await.is_none() {
             let held = state.held_count();
+            self.tell_waiting(state);
             tracing::warn!("{held} entries of the state are held: see __infill_query-state");
         }
         self.forget_old_maps();
@@ -76,19 +110,67 @@ impl Control {
 
     /// Tries every held entry. Whether one was made.
     async fn restore_once(self: &Rc<Self>, state: &State) -> bool {
-        let mut made = false;
+        let (mut made, mut waiting) = (false, Vec::new());
         for at in state.held_entries() {
             if self.is_ending() {
                 return false;
             }
-            let _turn = state.restoring.exclusive(0, 1).await;
-            let outcome = self.restore_entry(state, at).await;
-            made |= self.note_outcome(state, at, outcome);
+            match self.try_entry(state, at, &waiting).await {
+                Some(is_made) => made |= is_made,
+                None => waiting.extend(state.entries.borrow().get(&at).map(|entry| entry.record.key.clone())),
+            }
         }
         if let Err(error) = self.settle().await {
             tracing::error!("{}", error.desc);
         }
         made
+    }
+
+    /// Tries an entry. Whether it was made; `None`: it waits, for a server or for one of `waiting`.
+    async fn try_entry(self: &Rc<Self>, state: &State, at: u64, waiting: &[Key]) -> Option<bool> {
+        if state.needs_one_of(at, waiting) {
+            return None;
+        }
+        // Else somebody makes or changes it.
+        let turn = state.restoring.try_exclusive(at, at + 1)?;
+        state.under_way.borrow_mut().insert(at);
+        let made = rt::detached(self.clone().make_entry(at, turn));
+        match select(pin!(made), pin!(state.until_far(at))).await {
+            Either::Left((made, _)) => Some(made),
+            Either::Right(((), _)) => None,
+        }
+    }
+
+    /// Makes an entry, if that can be. Whether it was made.
+    async fn make_entry(self: Rc<Self>, at: u64, turn: RangeGuard) -> bool {
+        let Some(state) = &self.state else { return false };
+        let outcome = self.restore_entry(state, at).await;
+        let made = self.note_outcome(state, at, outcome);
+        state.under_way.borrow_mut().remove(&at);
+        drop(turn);
+        if state.far.borrow_mut().remove(&at) {
+            if let Err(error) = self.settle().await {
+                tracing::error!("{}", error.desc);
+            }
+            if made {
+                state.changed.notify(usize::MAX);
+            }
+        }
+        made
+    }
+
+    /// Says of entries of which nothing else is known that they wait.
+    fn tell_waiting(&self, state: &State) {
+        for at in state.held_entries() {
+            if state.entries.borrow().get(&at).is_none_or(|entry| entry.held.as_deref() != Some("")) {
+                continue;
+            }
+            let why = match state.far.borrow().contains(&at) {
+                true => "its server has not answered yet",
+                false => "what it needs is not there yet",
+            };
+            self.note_outcome(state, at, Err(QmpError::generic(why)));
+        }
     }
 
     async fn restore_entry(self: &Rc<Self>, state: &State, at: u64) -> Result<(), QmpError> {
@@ -139,7 +221,9 @@ impl Control {
                     _ => {}
                 }
                 match command {
-                    Command::BlockdevAdd(node) => self.blockdev_add_again(*node).await,
+                    Command::BlockdevAdd(node) => {
+                        self.blockdev_add_again(*node, &|| state.goes_far(at)).await
+                    }
                     command => self.carry_out(command).await.map(drop),
                 }
             }
