@@ -374,8 +374,68 @@ fn a_backup_whose_server_hangs_keeps_no_other_disk_waiting_and_goes_on_when_it_a
     let (daemon, mut qmp) = place.start();
     read_other(&mut qmp);
     assert_eq!(held_reason(&mut qmp).as_deref(), Some("its server has not answered yet"));
+    // Meanwhile nobody takes its nodes away, or opens others in their place.
+    qmp.run("block-export-del", json!({"id": "e", "mode": "hard"}));
+    qmp.wait_for("BLOCK_EXPORT_DELETED");
+    for node in ["top", "copy"] {
+        let error = qmp.refused("blockdev-del", json!({"node-name": node}));
+        let why = format!("Node '{node}' is busy: block device is in use by block job: backup");
+        assert_eq!(error["desc"], json!(why));
+    }
     server.kill();
     let _server = place.serve(&["file", &copy]);
+    assert_eq!(place.end_backup(&mut qmp), None);
+    qmp.run("job-dismiss", json!({"id": "j"}));
+    daemon.quit(&mut qmp);
+    run("qemu-io", &["-f", "raw", "-c", &format!("read -P 1 0 {DISK_BYTES}"), &copy]);
+    assert_eq!(place.maps(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_backup_whose_disk_cannot_be_held_at_once_after_a_restart_goes_on_later() {
+    let place = Place::new();
+    let server = place.serve(&["file", &place.path("copy")]);
+    let (daemon, mut qmp) = place.start();
+    qmp.run("object-add", json!({"qom-type": "throttle-group", "id": "g"}));
+    let file = json!({"driver": "file", "filename": place.path("top")});
+    let file = json!({"driver": "throttle", "throttle-group": "g", "file": file});
+    qmp.run("blockdev-add", json!({"driver": "qcow2", "node-name": "top", "file": file}));
+    place.add_server(&mut qmp, "copy", "target.sock");
+    place.export(&mut qmp);
+    let backup = json!({"job-id": "j", "device": "top", "target": "copy", "sync": "full", "speed": SPEED,
+        "auto-dismiss": false});
+    qmp.run("blockdev-backup", backup);
+    Place::wait_until_stable(&mut qmp);
+    daemon.process.kill();
+    server.kill();
+    let copy = place.path("copy");
+    let server = place.serve(&["--filter=delay", "file", &copy, "delay-read=600"]);
+    let (daemon, mut qmp) = place.start();
+    // A guest's second write of what was copied waits for the limits.
+    let limit = |qmp: &mut Qmp, bytes: u64| {
+        let limits = json!({"path": "/objects/g", "property": "limits", "value": {"bps-write": bytes}});
+        qmp.run("qom-set", limits);
+    };
+    limit(&mut qmp, 1000);
+    place.write("write -P 7 1M 64k");
+    let disk = format!("nbd+unix:///disk?socket={}", place.path("nbd.sock"));
+    let mut guest = Command::new("qemu-io");
+    let mut guest = Process::start(guest.args(["-f", "raw", "-c", "write -P 7 2M 64k", &disk]));
+    let mut number = 0;
+    wait_until("the second write has begun", || {
+        number += 1;
+        let bitmap = json!({"node": "top", "name": format!("b{number}")});
+        qmp.ask("block-dirty-bitmap-add", bitmap).get("error").is_some()
+    });
+    server.kill();
+    let _server = place.serve(&["file", &copy]);
+    wait_until("the disk cannot be held", || {
+        held_reason(&mut qmp).is_some_and(|reason| reason.contains("did not end within"))
+    });
+    limit(&mut qmp, 0);
+    guest.wait_for_success();
+    // Whatever is new has it tried again at once.
+    qmp.run("blockdev-add", json!({"driver": "null-co", "node-name": "other", "size": MIB}));
     assert_eq!(place.end_backup(&mut qmp), None);
     qmp.run("job-dismiss", json!({"id": "j"}));
     daemon.quit(&mut qmp);

@@ -701,8 +701,15 @@ fn what_is_written_before_the_job_begins_again_is_seen() {
             assert_eq!((map.has_marked(5 * BLOCK, 1), map.is_live()), (!past, true));
             source.write(&Ctx::GUEST, 3 * BLOCK + 512, vec![1; 512], WriteFlags::empty()).await.unwrap();
             assert_eq!((map.has_marked(3 * BLOCK, 1), map.is_live()), (true, live));
-            // Dropped before it was used: nobody sees what is written now.
-            drop(KeptCopy::guarded(map, watching));
+            // Dropped before it was used: somebody who takes the guard back has it see what is written.
+            let back = Rc::new(RefCell::new(None));
+            let slot = back.clone();
+            let kept = KeptCopy::guarded(map.clone(), watching);
+            drop(kept.given_back_to(move |guard| *slot.borrow_mut() = Some(guard)));
+            source.write(&Ctx::GUEST, 7 * BLOCK, vec![1; 512], WriteFlags::empty()).await.unwrap();
+            assert_eq!((map.has_marked(7 * BLOCK, 1), map.is_live()), (!past, live));
+            // Where nobody does, nobody sees what is written now.
+            drop(KeptCopy::guarded(map, back.take().expect("the guard")));
             assert!(KeptMap::find(Arc::new(pages.clone()), owner(&pages)).is_err());
         }
     });

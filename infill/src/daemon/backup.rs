@@ -32,6 +32,8 @@ pub(super) struct Checked {
     owned: Option<Target>,
     /// What is kept of it.
     kept: Option<Kept>,
+    /// Its nodes, where they were taken before.
+    claims: Option<Claims>,
 }
 
 /// A backup of the disk as it is now, which is to be started.
@@ -86,6 +88,8 @@ impl Control {
     /// Starts a backup.
     pub(super) async fn start_one_backup(&self, mut checked: Checked) -> Result<(), QmpError> {
         let (id, device) = (checked.options.job.job_id.clone(), checked.options.device.clone());
+        // What follows may wait for a server: nobody takes the nodes away, or opens others in their place, meanwhile.
+        checked.claims = Some(self.claim_for(&checked.options)?);
         let goes_on = match self.found_map(&checked.copied()).await {
             Some(Ok(kept)) => {
                 checked.kept = Some(kept);
@@ -99,6 +103,7 @@ impl Control {
         };
         let held = hold(&device, &checked.source).await.map_err(|error| refused(&error))?;
         if goes_on && !checked.kept.as_ref().is_some_and(|(kept, _)| kept.map().is_live()) {
+            drop(checked);
             return self.end_lost(&id, JobType::Backup, "its disk was written to meanwhile");
         }
         let ready = self.prepare_backup(checked, &held)?;
@@ -136,6 +141,7 @@ impl Control {
         let kept = self.jobs().goes_on_as(id).unwrap_or_default();
         let (len, offset, speed) = (kept.len, kept.offset, kept.speed);
         // Whoever comes back is to see it.
+        self.drop_map(id);
         let kept = KeptJob { auto_dismiss: false, error: Some(error.clone()), map: None, ..kept };
         self.jobs().show_concluded(id, kind, kept).map_err(job_refused)?;
         let progress = BlockJobProgress { kind, device: id.to_owned(), len, offset, speed };
@@ -183,16 +189,25 @@ impl Control {
             return Err(self.busy(&options.device));
         }
         self.not_busy(&options.target)?;
-        Ok(Checked { options, source, target, bitmap, goes_on, owned: None, kept: None })
+        Ok(Checked { options, source, target, bitmap, goes_on, owned: None, kept: None, claims: None })
+    }
+
+    /// Takes its nodes, which must not have been checked longer than a moment ago.
+    fn claim_for(&self, options: &BlockdevBackup) -> Result<Claims, QmpError> {
+        let mut claims = Claims::new(self.blockdevs(), &options.job.job_id);
+        claims.take(&options.device, Access::Reader)?;
+        claims.take(&options.target, Access::Writer)?;
+        Ok(claims)
     }
 
     /// Takes hold of the disk as it is now.
     pub(super) fn prepare_backup(&self, checked: Checked, held: &Held) -> Result<Ready, QmpError> {
-        let Checked { options, source, bitmap, goes_on, owned, kept, .. } = checked;
+        let Checked { options, source, mut target, bitmap, goes_on, owned, kept, claims } = checked;
         let (kept, map) = kept.unzip();
-        let mut claims = Claims::new(self.blockdevs(), &options.job.job_id);
-        claims.take(&options.device, Access::Reader)?;
-        let mut target = claims.take(&options.target, Access::Writer)?;
+        let claims = match claims {
+            Some(claims) => claims,
+            None => self.claim_for(&options)?,
+        };
         if options.compress {
             target = NodeHandle::new(CompressNode::new(target));
         }

@@ -63,7 +63,8 @@ pub(super) fn written_until(map: &KeptMap) -> u64 {
     map.alive() + ALIVE_SLACK.as_secs()
 }
 
-/// A map that is kept true until its job begins again.
+/// A map that is kept true until its job begins again. It stays so where the job does not begin although it was found that it
+/// can: it is tried again then.
 struct Guarded {
     parts: Parts,
     node: WeakNode,
@@ -125,7 +126,7 @@ impl Places {
 #[derive(Default)]
 pub(super) struct Maps {
     /// Those whose jobs have not begun again, also while it is looked at whether they can.
-    guarded: RefCell<BTreeMap<String, Guarded>>,
+    guarded: Rc<RefCell<BTreeMap<String, Guarded>>>,
     /// Those whose jobs run, or are about to.
     running: RefCell<BTreeMap<String, Arc<KeptMap>>>,
     /// One looks for maps at a time: who has found one has it locked.
@@ -232,10 +233,15 @@ impl Control {
     }
 
     /// What is kept of a copy, for its job.
-    fn kept_of(&self, copy: &Copied<'_>, parts: Parts, guard: Option<Watching>) -> KeptCopy {
+    fn kept_of(&self, copy: &Copied<'_>, parts: Parts, guarded: Option<Guarded>) -> KeptCopy {
         let Parts { map, since, given } = parts;
-        let kept = match guard {
-            Some(guard) => KeptCopy::guarded(map, guard),
+        let kept = match guarded {
+            Some(Guarded { parts, node, watching, until }) => {
+                let (all, id) = (self.maps.guarded.clone(), copy.id.to_owned());
+                KeptCopy::guarded(map, watching).given_back_to(move |watching| {
+                    all.borrow_mut().insert(id, Guarded { parts, node, watching, until });
+                })
+            }
             None => KeptCopy::new(map),
         };
         kept.until_synced(self.server_of(copy.target).is_some())
@@ -330,9 +336,9 @@ impl Control {
             Err(why @ Unproven::NotNow(_)) if is_guarded => return Err(why),
             checked => checked,
         };
-        let guard = self.maps.guarded.borrow_mut().remove(copy.id).map(|guarded| guarded.watching);
+        let guarded = self.maps.guarded.borrow_mut().remove(copy.id);
         let checked = match checked {
-            Ok(()) if is_guarded && guard.is_none() => Err("it was given up meanwhile".into()),
+            Ok(()) if is_guarded && guarded.is_none() => Err("it was given up meanwhile".into()),
             checked => checked,
         };
         if let Err(why) = checked {
@@ -341,7 +347,7 @@ impl Control {
             return Err(why);
         }
         self.maps.running.borrow_mut().insert(copy.id.to_owned(), parts.map.clone());
-        Ok((self.kept_of(copy, parts, guard), name))
+        Ok((self.kept_of(copy, parts, guarded), name))
     }
 
     /// Where what is left to do of a copy is kept for the next daemon. Of one that goes on, where this one begins; an error says

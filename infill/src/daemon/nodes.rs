@@ -44,7 +44,12 @@ impl Control {
     pub(super) fn busy(&self, name: &str) -> QmpError {
         let users = self.blockdevs().graph().users(name);
         let id = users.iter().find_map(|user| user.strip_prefix("job '")?.strip_suffix('\''));
-        let kind = id.and_then(|id| self.jobs().get(id).ok()).map_or("stream", |job| job.kind().as_str());
+        let kind = id.and_then(|id| match self.jobs().get(id) {
+            Ok(job) => Some(job.kind()),
+            // It is about to begin again.
+            Err(_) => self.state.as_ref()?.kind_of_job(id),
+        });
+        let kind = kind.map_or("stream", |kind| kind.as_str());
         QmpError::generic(format!("Node '{name}' is busy: block device is in use by block job: {kind}"))
     }
 

@@ -66,10 +66,15 @@ pub(super) struct UnderWay {
     is_over: bool,
 }
 
-/// The map of a copy, for whoever starts the copy. Dropped before the copy has ended, it says no more: nobody keeps it true.
+/// Who takes the guard of a map back.
+type TakeBack = Box<dyn FnOnce(Watching)>;
+
+/// The map of a copy, for whoever starts the copy. Dropped before the copy has ended, it says no more, for nobody keeps it true;
+/// dropped before the copy has begun, its guard is given back, if somebody takes it ([`KeptCopy::given_back_to`]).
 pub struct KeptCopy {
     map: Arc<KeptMap>,
     guard: Option<Watching>,
+    take_back: Option<TakeBack>,
     until_synced: bool,
     from_server: bool,
     given: Option<Arc<GivenMap>>,
@@ -85,8 +90,12 @@ impl std::fmt::Debug for KeptCopy {
 
 impl Drop for KeptCopy {
     fn drop(&mut self) {
-        if !self.has_ended {
-            self.map.remove();
+        if self.has_ended {
+            return;
+        }
+        match (self.guard.take(), self.take_back.take()) {
+            (Some(guard), Some(take_back)) => take_back(guard),
+            _ => self.map.remove(),
         }
     }
 }
@@ -95,7 +104,16 @@ impl KeptCopy {
     /// A map that was begun for this copy.
     pub fn new(map: Arc<KeptMap>) -> KeptCopy {
         let (guard, until_synced, from_server, has_ended) = (None, false, false, false);
-        KeptCopy { map, guard, until_synced, from_server, given: None, since: None, has_ended }
+        KeptCopy {
+            map,
+            guard,
+            take_back: None,
+            until_synced,
+            from_server,
+            given: None,
+            since: None,
+            has_ended,
+        }
     }
 
     /// A map that was found, and what has kept it true since.
@@ -103,6 +121,12 @@ impl KeptCopy {
         let mut kept = KeptCopy::new(map);
         kept.guard = Some(guard);
         kept
+    }
+
+    /// A copy that does not begin gives its guard back, which keeps the map true for another attempt.
+    pub fn given_back_to(mut self, take_back: impl FnOnce(Watching) + 'static) -> KeptCopy {
+        self.take_back = Some(Box::new(take_back));
+        self
     }
 
     /// What was written to the target is there to stay only when a sync has covered it. For mirrors and commits alone.

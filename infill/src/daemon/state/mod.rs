@@ -159,6 +159,12 @@ impl State {
         self.entries.borrow().get(&at)?.record.job.as_ref()?.group
     }
 
+    /// What the job of that id does, if it is kept.
+    pub fn kind_of_job(&self, id: &str) -> Option<JobType> {
+        let at = self.find(&Key::new(Kind::Job, id))?;
+        Some(self.entries.borrow().get(&at)?.record.job.as_ref()?.kind)
+    }
+
     /// How many jobs of a group are not over, and how many have failed or were cancelled.
     pub fn members_of(&self, group: u64) -> (usize, usize) {
         let entries = self.entries.borrow();
