@@ -217,7 +217,7 @@ impl FileStorage {
         work: impl FnOnce(&OwnedFd) -> Result<T, Errno> + Send + 'static,
     ) -> Result<T, Errno> {
         let fd = self.fd.clone();
-        rt::offload(move || work(&fd)).await
+        rt::offload(move || work(&fd)).await.unwrap_or(Err(Errno::IO))
     }
 
     /// Fills `buf` from byte `at`; every byte must be in the file. Aligned if `direct`.

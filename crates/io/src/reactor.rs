@@ -185,7 +185,7 @@ impl rt::Runtime for OnRing {
     fn offload(&self, work: Box<dyn FnOnce() + Send>) -> LocalBoxFuture<'static, ()> {
         let done = compio::runtime::spawn_blocking(work);
         Box::pin(async move {
-            // An error is a panic of the work; the waiter then finds no result and panics itself.
+            // An error is a panic of the work, which is told to the waiter as none having come to its end.
             let _ = done.await;
         })
     }
@@ -202,9 +202,22 @@ mod tests {
             let before = rt::now();
             rt::sleep(Duration::from_millis(2)).await;
             assert!(rt::now() - before >= Duration::from_millis(2));
-            rt::offload(|| 41).await + 1
+            rt::offload(|| 41).await.unwrap() + 1
         });
         assert_eq!(value, 42);
+    }
+
+    #[test]
+    fn work_that_panics_is_an_error_and_its_reactor_lives_on() {
+        let reactors = Reactors::start(1).unwrap();
+        let values = reactors.block_on(|| async {
+            let beside = rt::offload(|| 1);
+            let failed = rt::offload(|| -> u32 { panic!("a planted mistake") }).await;
+            (failed.unwrap_err().to_string(), beside.await, rt::offload(|| 2).await)
+        });
+        let (why, beside, after) = values;
+        assert!(why.contains("a planted mistake"), "{why}");
+        assert_eq!((beside, after), (Ok(1), Ok(2)));
     }
 
     #[test]

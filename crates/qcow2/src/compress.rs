@@ -48,7 +48,8 @@ pub(crate) async fn read_cluster(
     let decoded = if size < OFFLOAD_BYTES_MIN {
         decode(compression, &source, size)
     } else {
-        rt::offload(move || decode(compression, &source, size)).await
+        let decoded = rt::offload(move || decode(compression, &source, size)).await;
+        decoded.map_err(|panicked| IoError::from(panicked).in_node(storage.name()))?
     };
     decoded.map_err(damaged)
 }

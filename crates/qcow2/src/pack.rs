@@ -132,7 +132,11 @@ impl Image {
             whole.resize(size, 0);
             compress(how, &whole)
         };
-        let packed = if size < OFFLOAD_BYTES_MIN { work() } else { rt::offload(work).await };
+        let packed = match size < OFFLOAD_BYTES_MIN {
+            true => work(),
+            // What could not be compressed is written as it is.
+            false => rt::offload(work).await.unwrap_or_default(),
+        };
         let saves = |packed: &Vec<u8>| align_up(packed.len() as u64, self.pack_unit()) < size as u64;
         packed.filter(saves).map(Bytes::from)
     }

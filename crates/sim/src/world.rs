@@ -364,7 +364,7 @@ mod tests {
         world.run(async move {
             rt::spawn(async move {
                 rt::sleep(Duration::from_millis(5)).await;
-                counter.set(rt::offload(|| 6 * 7).await);
+                counter.set(rt::offload(|| 6 * 7).await.unwrap());
             });
         });
         assert_eq!(done.get(), 0);

@@ -3,13 +3,17 @@
 //! A thread that runs Infill's tasks has one [`Runtime`] installed: a reactor of `infill-io`, or the simulated world of
 //! `infill-sim`. No crate above this seam knows which.
 
+use std::any::Any;
 use std::cell::RefCell;
+use std::fmt;
 use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
 use futures_util::future::{Either, LocalBoxFuture, select};
+use infill_base::{ErrorKind, IoError};
 
 /// What a thread's runtime can do.
 pub trait Runtime {
@@ -78,17 +82,51 @@ pub fn clock() -> Duration {
     CURRENT.with(|current| current.borrow().as_ref().map_or(Duration::ZERO, |runtime| runtime.now()))
 }
 
-/// Runs `work`, which computes or blocks for long, off the reactor, and gives its result.
-pub async fn offload<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+/// Work that was offloaded panicked: a mistake of the program, which its operation is told of. Whoever else is on the reactor
+/// goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Panicked {
+    said: String,
+}
+
+impl fmt::Display for Panicked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let said = &self.said;
+        write!(f, "a mistake of this program: work on a helper thread panicked ({said}); please report it")
+    }
+}
+
+impl std::error::Error for Panicked {}
+
+/// Most of what a panic says that is told, in characters.
+const SAID_CHARS_MAX: usize = 200;
+
+impl Panicked {
+    fn of(payload: &(dyn Any + Send)) -> Panicked {
+        let said = payload.downcast_ref::<&str>().copied();
+        let said = said.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+        Panicked { said: said.unwrap_or("it does not say why").chars().take(SAID_CHARS_MAX).collect() }
+    }
+}
+
+impl From<Panicked> for IoError {
+    fn from(panicked: Panicked) -> IoError {
+        IoError::new(ErrorKind::Io, panicked.to_string())
+    }
+}
+
+/// Runs `work`, which computes or blocks for long, off the reactor, and gives its result. Where it panics, that is an error:
+/// what it shares with others is behind locks whose content is valid at any moment ([`crate::sync::lock`]).
+pub async fn offload<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Panicked> {
     let result = std::sync::Arc::new(crate::sync::Mutex::new(None));
     let slot = result.clone();
     let done = current().offload(Box::new(move || {
-        let value = work();
-        *crate::sync::lock(&slot) = Some(value);
+        let value = catch_unwind(AssertUnwindSafe(work));
+        *crate::sync::lock(&slot) = Some(value.map_err(|payload| Panicked::of(payload.as_ref())));
     }));
     done.await;
     let value = crate::sync::lock(&result).take();
-    value.expect("the runtime ran the work to its end")
+    value.unwrap_or_else(|| Err(Panicked { said: "it did not run".into() }))
 }
 
 /// `future`'s output, or `None` if `duration` passed first. The future is dropped then: what it had started goes on.

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 
+use infill_base::IoError;
 use infill_io::{Accepted, Address, Listener, connector, stdio};
 use infill_qmp::chardev::ChardevBackend;
 use infill_qmp::{Members, QmpError, SocketAddress, Words, names};
@@ -299,7 +300,7 @@ impl Device {
 }
 
 /// What went wrong, in the system's words alone.
-fn in_short(error: &infill_base::IoError) -> String {
+fn in_short(error: &IoError) -> String {
     let text = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
     text.split(" (os error ").next().unwrap_or_default().to_owned()
 }
@@ -339,7 +340,7 @@ async fn bind_with(
 ) -> Result<Listener, QmpError> {
     let there = address.clone();
     // A port that is taken is waited for.
-    let bound = rt::offload(move || bind(&there)).await;
+    let bound = rt::offload(move || bind(&there)).await.map_err(IoError::from).flatten();
     bound.map_err(|error| {
         let what = match address {
             Address::Unix(_) => "bind socket to",

@@ -19,6 +19,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
+use infill_base::IoError;
 use infill_io::JournalDir;
 use infill_job::MapName;
 use infill_job::copy::{KeptMap, MapOwner};
@@ -195,6 +196,7 @@ impl Control {
                 ));
             }
             let map = rt::offload(move || KeptMap::begin(memory, owner, false)).await;
+            let map = map.map_err(IoError::from).flatten();
             Ok::<_, String>((Arc::new(map.map_err(|error| error.to_string())?), name))
         };
         match begun.await {
@@ -464,7 +466,11 @@ impl Control {
             return Err("its disk is another one, or has another size".into());
         }
         let (memory, owner) = self.bitmap_memory(name, kept.granularity)?;
-        let map = Arc::new(rt::offload(move || KeptMap::find(memory, owner)).await?);
+        let map = Arc::new(
+            rt::offload(move || KeptMap::find(memory, owner))
+                .await
+                .map_err(|panicked| panicked.to_string())??,
+        );
         let until = written_until(&map);
         let checked = self.blockdevs().disks().check(&name.identity, until);
         if checked.is_err() {

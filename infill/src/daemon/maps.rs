@@ -22,7 +22,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use infill_base::IoResult;
+use infill_base::{IoError, IoResult};
 use infill_io::JournalDir;
 use infill_job::copy::{
     GivenMap, KeptCopy, KeptMap, Looked, MapGuard, MapOwner, Unproven, has_what_it_should,
@@ -195,7 +195,7 @@ impl Control {
 
     async fn find_map(&self, id: &str, name: &MapName) -> Result<Parts, String> {
         let places = self.map_places(id, name)?;
-        rt::offload(move || places.find()).await
+        rt::offload(move || places.find()).await.map_err(|panicked| panicked.to_string())?
     }
 
     /// Refuses a map where the file of this node of its copy is another one than when the last daemon had ended, at `until`.
@@ -375,7 +375,7 @@ impl Control {
             Ok(places) => {
                 let all = copy.all;
                 let begun = rt::offload(move || places.begin(all)).await;
-                begun.map_err(|error| error.to_string())
+                begun.map_err(IoError::from).flatten().map_err(|error| error.to_string())
             }
             Err(why) => Err(why),
         };

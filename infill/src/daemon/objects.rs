@@ -12,7 +12,7 @@ impl Control {
         let objects = self.blockdevs().objects().clone();
         let made = match kind {
             ObjectKind::Secret(_) | ObjectKind::TlsCredsX509(_) => {
-                rt::offload(move || objects.make(&kind)).await
+                rt::offload(move || objects.make(&kind)).await.map_err(anyhow::Error::from).flatten()
             }
             // Limits begin with the reactor's clock.
             ObjectKind::IoThread | ObjectKind::ThrottleGroup(_) => objects.make(&kind),

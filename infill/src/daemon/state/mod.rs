@@ -258,7 +258,7 @@ impl State {
     pub async fn write_migration(&self, key: String, bytes: Vec<u8>) -> Result<()> {
         let _turn = self.committing.exclusive(0, 1).await;
         let store = self.store.clone();
-        rt::offload(move || store.write_migration(&key, &bytes)).await
+        rt::offload(move || store.write_migration(&key, &bytes)).await?
     }
 
     /// What is known of migrations.
@@ -285,7 +285,7 @@ impl State {
         };
         let changes = dirty.entries.iter().map(record).collect::<Result<Vec<_>>>()?;
         let store = self.store.clone();
-        rt::offload(move || store.write(&changes)).await?;
+        rt::offload(move || store.write(&changes)).await??;
         dirty.entries.clear();
         Ok(())
     }
