@@ -16,6 +16,7 @@ mod monitor;
 mod object_types;
 mod objects;
 mod out;
+mod patient;
 mod progress;
 mod size;
 mod tls;

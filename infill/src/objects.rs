@@ -5,7 +5,6 @@
 //! names an object would be worth nothing then.)
 
 use std::collections::BTreeMap;
-use std::io::Read as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,6 +18,7 @@ use serde_json::{Value, json};
 use zeroize::Zeroizing;
 
 use crate::object_types::{IOTHREAD, SECRET, THROTTLE_GROUP, TLS_CREDS_X509, TypeOfObject};
+use crate::patient::{self, PIPE_PATIENCE};
 use crate::tls::Credentials;
 
 /// What an id stands for.
@@ -57,8 +57,8 @@ impl Secret {
             SecretFrom::File(file) => {
                 let failed = |error: std::io::Error| anyhow!("Unable to read {file}: {error}");
                 let mut bytes = Zeroizing::new(Vec::new());
-                let opened = std::fs::File::open(file).map_err(failed)?;
-                opened.take(SECRET_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+                patient::read(Path::new(file), SECRET_BYTES_MAX, PIPE_PATIENCE, &mut bytes)
+                    .map_err(failed)?;
                 (bytes, Some(file.clone()))
             }
         };

@@ -9,8 +9,7 @@
 //!
 //! Files are read once, when the credentials are made; a key that is encrypted needs a secret. Messages are QEMU's where it has the same.
 
-use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,6 +17,7 @@ use anyhow::{Result, anyhow, bail};
 use infill_nbd::{ClientCredentials, ServerTls, TlsError, X509};
 
 use crate::objects::Secret;
+use crate::patient::{self, PIPE_PATIENCE};
 
 /// Longest file of credentials, in bytes: ten times what a system's whole list of authorities takes.
 const PEM_BYTES_MAX: u64 = 4 << 20;
@@ -117,15 +117,14 @@ impl Files {
 /// The content of a file; `None` where there is no such file.
 fn read(path: &Path) -> Result<Option<Vec<u8>>> {
     let mut content = Vec::new();
-    let result = File::open(path).and_then(|file| file.take(PEM_BYTES_MAX + 1).read_to_end(&mut content));
-    match result {
-        Ok(_) if content.len() as u64 > PEM_BYTES_MAX => {
+    match patient::read(path, PEM_BYTES_MAX, PIPE_PATIENCE, &mut content) {
+        Ok(()) if content.len() as u64 > PEM_BYTES_MAX => {
             bail!(
                 "{}: it has more than {PEM_BYTES_MAX} bytes, which no list of certificates has",
                 path.display()
             )
         }
-        Ok(_) => Ok(Some(content)),
+        Ok(()) => Ok(Some(content)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(no_access(path, &error.to_string())),
     }

@@ -294,6 +294,8 @@ fn errors_of_a_secret_tell_its_id_and_not_what_it_is() {
     fails_alone(&["--object", r#"{"qom-type": "secret", "id": "s", "data": "hush", "file": "f"}"#]);
     fails_alone(&["--config", text(&file)]);
     fails_with(&[&daemon[..], &["--object", "secret,id=s,data=a,hush"]].concat(), "a comma in a value");
+    fails_with(&[&daemon[..], &["secret,id=s,data=hush"]].concat(), "secret,id=…: Unexpected argument");
+    fails_with(&["qemu-nbd", "a", "secret,id=s,data=hush"], "unexpected argument 'secret,id=…'");
     let disk = dir.path().join("disk.raw");
     std::fs::write(&disk, [0; 512]).unwrap();
     let socket = dir.path().join("nbd.sock");

@@ -191,6 +191,14 @@ impl ObjectOptions {
         })
     }
 
+    /// An argument that has no place, as errors tell of it: nothing of what may be a description of a secret.
+    pub fn told_stray(argument: &str) -> String {
+        match argument.find(['=', '{']) {
+            Some(at) if argument.contains(DATA) => format!("{}…", &argument[..=at]),
+            _ => argument.to_owned(),
+        }
+    }
+
     /// An object as errors tell of the option that describes it: its type and its id, as far as they can be read.
     pub fn told(text: &str) -> String {
         let Ok(members) = Members::of_argument(text, Some(QOM_TYPE)) else { return "…".into() };

@@ -166,9 +166,10 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
         let kind = Kind::ALL.into_iter().find(|kind| kind.as_str() == name);
         if kind.is_none() && name != CONFIG && !OTHERS.contains(&name) {
             if name.starts_with('-') {
+                let name = ObjectOptions::told_stray(name);
                 bail!("unrecognized option '{name}'; `infill daemon --help` lists those that are known");
             }
-            bail!("{argument}: Unexpected argument");
+            bail!("{}: Unexpected argument", ObjectOptions::told_stray(&argument));
         }
         let value = match attached {
             Some(value) => Some(value),
@@ -382,6 +383,10 @@ mod tests {
         for (line, why) in [
             (&["--foo"][..], "unrecognized option '--foo'"),
             (&["foo"], "foo: Unexpected argument"),
+            (&["a=b"], "a=b: Unexpected argument"),
+            (&["secret,id=s,data=hush"], "secret,id=…: Unexpected argument"),
+            (&[r#"{"qom-type": "secret", "data": "hush"}"#], "{…: Unexpected argument"),
+            (&["-object=secret,id=s,data=hush"], "unrecognized option '-object=…'"),
             (&["--blockdev"], "option '--blockdev' requires an argument"),
             (&["--sandbox", "maybe"], "--sandbox maybe: it is on, off or auto"),
             (&["--daemonize=1"], "unrecognized option '--daemonize'"),

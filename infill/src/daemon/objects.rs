@@ -12,6 +12,9 @@ impl Control {
         let objects = self.blockdevs().objects().clone();
         let made = match kind {
             ObjectKind::Secret(_) | ObjectKind::TlsCredsX509(_) => {
+                if let Some(state) = &self.state {
+                    state.object_goes_far(&id);
+                }
                 rt::offload(move || objects.make(&kind)).await.map_err(anyhow::Error::from).flatten()
             }
             // Limits begin with the reactor's clock.

@@ -10,7 +10,7 @@ use std::rc::Rc;
 use anyhow::{Result, anyhow, bail};
 use clap::Parser;
 use infill_base::DiscardMode;
-use infill_qmp::{BlockdevOptions, Members};
+use infill_qmp::{BlockdevOptions, Members, ObjectOptions};
 use serde_json::{Map, Value, json};
 
 use snapshots::{SnapshotName, temporary_over};
@@ -308,11 +308,19 @@ pub struct OneDisk {
 
 /// Reads the arguments behind the subcommand.
 pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
+    let words: Vec<String> =
+        arguments.iter().filter_map(|argument| argument.to_str().map(str::to_owned)).collect();
     let arguments = std::iter::once("qemu-nbd".into()).chain(arguments);
     let options = match Options::try_parse_from(arguments) {
         Ok(options) => options,
         Err(error) if !error.use_stderr() => return Ok(Parsed::Print(error.to_string())),
-        Err(error) => bail!("{}", error.to_string().trim_start_matches("error: ").trim_end()),
+        Err(error) => {
+            // What it quotes may be a secret that stands in a wrong place.
+            let told = words
+                .iter()
+                .fold(error.to_string(), |told, word| told.replace(word, &ObjectOptions::told_stray(word)));
+            bail!("{}", told.trim_start_matches("error: ").trim_end())
+        }
     };
     options.refuse_what_is_not_built()?;
     if options.list {

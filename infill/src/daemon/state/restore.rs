@@ -1,6 +1,6 @@
 //! Making what the state holds again, when a daemon starts.
 //!
-//! Entries are made one after the other, in the order in which they were first made. One that waits for a server goes on by itself:
+//! Entries are made one after the other, in the order in which they were first made. One that waits for a server, or a file that may be far, goes on by itself:
 //! what needs it waits with it, and everything else comes next at once ([`Record::needs`]). One that cannot be made now, because a
 //! file or a server is not there, is *held*: its record stays, those that need it are held with it, managers are told
 //! (`__infill_query-state`, `__INFILL_HELD`), and it is tried again, after [`RETRY_TIME_MIN`] and then ever later up to
@@ -38,7 +38,7 @@ impl State {
         self.held_entries().len()
     }
 
-    /// The entry waits for a server: what does not need it does not wait for it.
+    /// The entry waits for a server, or a file that may be far: what does not need it does not wait for it.
     pub fn goes_far(&self, at: u64) {
         if self.under_way.borrow().contains(&at) && self.far.borrow_mut().insert(at) {
             self.gone_far.notify(usize::MAX);
@@ -48,6 +48,13 @@ impl State {
     /// As [`State::goes_far`], of the job of that id.
     pub fn job_goes_far(&self, id: &str) {
         if let Some(at) = self.find(&Key::new(Kind::Job, id)) {
+            self.goes_far(at);
+        }
+    }
+
+    /// As [`State::goes_far`], of the object of that id.
+    pub fn object_goes_far(&self, id: &str) {
+        if let Some(at) = self.find(&Key::new(Kind::Object, id)) {
             self.goes_far(at);
         }
     }
@@ -162,10 +169,12 @@ impl Control {
     /// Says of entries of which nothing else is known that they wait.
     fn tell_waiting(&self, state: &State) {
         for at in state.held_entries() {
-            if state.entries.borrow().get(&at).is_none_or(|entry| entry.held.as_deref() != Some("")) {
-                continue;
-            }
+            let kind = match state.entries.borrow().get(&at) {
+                Some(entry) if entry.held.as_deref() == Some("") => entry.record.key.kind,
+                _ => continue,
+            };
             let why = match state.far.borrow().contains(&at) {
+                true if kind == Kind::Object => "its file could not be read yet",
                 true => "its server has not answered yet",
                 false => "what it needs is not there yet",
             };
