@@ -408,6 +408,19 @@ fn a_machine_whose_migration_is_cancelled_after_its_disk_has_left_has_it_back() 
     scene.b.wait_for_state(&migration, "gave_back");
     drop(ready);
 
+    // The state of its devices is under way: it was told to go on, and the other machine has not answered.
+    let migration = scene.hold_disk(&["--post-copy"]);
+    let ready = scene.stands(&mut machine);
+    scene.switch(&migration);
+    ready.process.signal("STOP");
+    machine.go_on();
+    machine.wait_for_migration("device");
+    machine.cancel();
+    scene.goes_on_here(&mut machine);
+    assert!(scene.a.owns(&migration) && !scene.b.owns(&migration));
+    scene.b.wait_for_state(&migration, "gave_back");
+    drop(ready);
+
     // All is there, the machine and its disk, and does not run yet; when it does, it gets nowhere.
     let migration = scene.hold_disk(&[]);
     let mut ready = Machine::start(&scene.b, "halted", &["-incoming", "defer", "-S"]);
