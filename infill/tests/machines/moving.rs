@@ -25,6 +25,8 @@ const MEMORY_LIMIT: Duration = Duration::from_secs(240);
 const CRAWLING: u64 = 64 << 10;
 /// A pace that is no limit.
 const FAST: u64 = 1 << 30;
+/// How long a machine is not heard of before it is gone.
+const STANDS_STILL: Duration = Duration::from_secs(2);
 /// Records that the guest writes between one step and the next.
 const RECORDS: u64 = 8;
 
@@ -162,7 +164,7 @@ impl Machine {
     fn send_memory(&mut self, to: &Host, pace: u64) {
         // With a return path it has not succeeded before the other machine says so.
         let on = |name: &str| json!({"capability": name, "state": true});
-        let capabilities = [on("pause-before-switchover"), on("return-path")];
+        let capabilities = [on("pause-before-switchover"), on("return-path"), on("events")];
         self.qmp.run("migrate-set-capabilities", json!({"capabilities": capabilities}));
         self.qmp.run("migrate-set-parameters", json!({"max-bandwidth": pace}));
         self.qmp.run("migrate", json!({"uri": format!("tcp:{}:{MEMORY_PORT}", to.network.address)}));
@@ -408,18 +410,24 @@ fn a_machine_whose_migration_is_cancelled_after_its_disk_has_left_has_it_back() 
     scene.b.wait_for_state(&migration, "gave_back");
     drop(ready);
 
-    // The state of its devices is under way: it was told to go on, and the other machine has not answered.
+    // The state of its devices is under way: it was told to go on, and the other machine does not answer.
     let migration = scene.hold_disk(&["--post-copy"]);
     let ready = scene.stands(&mut machine);
     scene.switch(&migration);
     ready.process.signal("STOP");
-    machine.go_on();
-    machine.wait_for_migration("device");
-    machine.cancel();
+    std::thread::scope(|scope| {
+        // QEMU answers nobody while it cannot send all of that state: the other machine is not there for ever.
+        scope.spawn(|| {
+            std::thread::sleep(STANDS_STILL);
+            ready.process.kill();
+        });
+        machine.go_on();
+        machine.qmp.event(|event| event["event"] == "MIGRATION" && event["data"]["status"] == "device");
+        machine.cancel();
+    });
     scene.goes_on_here(&mut machine);
     assert!(scene.a.owns(&migration) && !scene.b.owns(&migration));
     scene.b.wait_for_state(&migration, "gave_back");
-    drop(ready);
 
     // All is there, the machine and its disk, and does not run yet; when it does, it gets nowhere.
     let migration = scene.hold_disk(&[]);
