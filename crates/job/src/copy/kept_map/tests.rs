@@ -114,6 +114,25 @@ fn a_word_that_was_changed_by_somebody_else_is_not_believed_anywhere() {
 }
 
 #[test]
+fn a_map_that_was_made_void_stays_void() {
+    for was_live in [false, true] {
+        let pages = pages();
+        let map = KeptMap::begin(pages.clone(), owner(), false).unwrap();
+        if was_live {
+            map.go_live();
+        }
+        map.void();
+        // As a sync of a backup's source does that ends only now.
+        map.go_live();
+        assert!(!map.is_live());
+        assert!(KeptMap::find(pages.clone(), owner()).is_err());
+        // The next job of that memory begins anew.
+        KeptMap::begin(pages.clone(), owner(), false).unwrap().go_live();
+        KeptMap::find(pages, owner()).unwrap();
+    }
+}
+
+#[test]
 fn a_map_that_is_cut_off_is_not_there() {
     let pages = pages();
     KeptMap::begin(pages.clone(), owner(), false).unwrap().go_live();
