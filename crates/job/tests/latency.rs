@@ -283,3 +283,21 @@ fn a_deadline_overrides_politeness() {
         assert_eq!(progress.current_progress, progress.total_progress);
     });
 }
+
+/// What a guest has written while a slow source answered is not asked for, although it was looked at before.
+#[test]
+fn what_a_guest_writes_before_a_slow_source_comes_to_it_is_not_fetched() {
+    block_on(async {
+        let scene = scene(2 * MIB, TRIP);
+        let job = scene.fill();
+        rt::sleep(Duration::from_secs(3)).await;
+        let before = scene.link.bytes_read.load(Ordering::Relaxed);
+        for at in (0..DISK).step_by(MIB as usize) {
+            scene.top.write(&Ctx::GUEST, at, vec![1; MIB as usize], WriteFlags::empty()).await.unwrap();
+        }
+        job.wait().await.unwrap();
+        let fetched = scene.link.bytes_read.load(Ordering::Relaxed) - before;
+        println!("{before} bytes before the guest has written all, {fetched} after");
+        assert!(before > 4 * MIB && fetched <= 4 * MIB, "{fetched}");
+    });
+}

@@ -5,18 +5,32 @@ use std::time::{Duration, Instant};
 use infill_io::{Direction, RelayOptions};
 use serde_json::json;
 
-use crate::common::wait_until;
+use crate::common::{run, wait_until};
 use crate::hosts::{BLOCK_BYTES, seed};
-use crate::site::{NO_COST, Site};
+use crate::site::{NO_COST, Site, of};
 
 /// Blocks of the disk: 64 MiB.
 const BLOCKS: u64 = 16384;
+/// What may come again after a silence, with the words of NBD around it.
+const TWICE_BYTES_MAX: u64 = 1 << 20;
 const MIB: f64 = 1024.0 * 1024.0;
 
 fn p99(took: &[Duration]) -> Duration {
     let mut took = took.to_vec();
     took.sort_unstable();
     took.get((took.len().max(1) - 1) * 99 / 100).copied().unwrap_or_default()
+}
+
+/// Bytes that the disk of a migration has at its target, as another program finds them in its image.
+fn present(site: &Site, id: &str) -> u64 {
+    let all = site.stations[1].migrations().unwrap();
+    let image = of(&all, id).unwrap()["disks"][0]["filename"].clone();
+    let file = json!({"driver": "file", "filename": image, "locking": "off"});
+    let alone = json!({"driver": "qcow2", "file": file, "backing": null});
+    let map = run("qemu-img", &["map", "-U", "--output=json", &format!("json:{alone}")]);
+    let map: Vec<serde_json::Value> = serde_json::from_str(&map).unwrap();
+    let here = map.iter().filter(|extent| extent["data"] == true);
+    here.map(|extent| extent["length"].as_u64().unwrap()).sum()
 }
 
 #[test]
@@ -87,6 +101,7 @@ fn a_minute_of_silence_fails_nothing_slows_no_write_and_is_over_within_a_second(
     }
     let during = write_for(&mut site, SILENCE);
     assert_eq!(site.state(1, &id), "owner");
+    let missing = allocated - present(&site, &id);
     let arrived = site.stations[0].data.bytes.to_client();
     for way in [&site.stations[0].data, &site.stations[1].words] {
         way.control.release(Direction::ToServer);
@@ -98,15 +113,20 @@ fn a_minute_of_silence_fails_nothing_slows_no_write_and_is_over_within_a_second(
     site.stations[0].data.control.become_link(NO_COST);
     wait_until("it is all there", || site.state(1, &id) == "local" && site.state(0, &id) == "released");
     let data = site.stations[0].data.bytes.to_client();
+    let twice = (data - arrived).saturating_sub(missing);
     println!(
-        "writes p99 before {:?} ({}), in the silence {:?} ({}); data flows after {resumed:?}; {:.2} MiB of {:.2} MiB travelled",
+        "writes p99 before {:?} ({}), in the silence {:?} ({}); data flows after {resumed:?}; {:.2} MiB of {:.2} MiB travelled, {:.2} MiB after the \
+         silence, when {:.2} MiB were missing",
         before.1,
         before.0,
         during.1,
         during.0,
         data as f64 / MIB,
         allocated as f64 / MIB,
+        (data - arrived) as f64 / MIB,
+        missing as f64 / MIB,
     );
+    assert!(twice < TWICE_BYTES_MAX, "{twice} bytes came twice");
     site.machines[0].knows.lock().unwrap().writes_only = false;
     site.work_and_judge(0, 1);
 }

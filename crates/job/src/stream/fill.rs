@@ -33,6 +33,8 @@ const NEAR_REQUESTS: u64 = 2;
 const LOOK_BYTES: u64 = 1 << 20;
 /// Runs that were looked at and are not asked for yet. So many that a distant source has said what comes next when they end.
 const RUNS_AHEAD: usize = 16;
+/// How long a look holds. A source that is away, or slow, leaves guests time to write what was looked at.
+const LOOK_AGE: Duration = Duration::from_secs(1);
 /// How often the fill's metadata have a round of their own.
 const SYNC_INTERVAL: Duration = Duration::from_secs(1);
 /// How often progress is told.
@@ -49,6 +51,12 @@ pub(super) struct FillPolicy {
     pub(super) on_error: OnError,
     pub(super) min_rate: u64,
     pub(super) finish_by: Option<Duration>,
+}
+
+/// What the walk found, and when it looked.
+struct Run {
+    piece: FillPiece,
+    looked: Duration,
 }
 
 /// Whole units that are linked at once.
@@ -159,7 +167,7 @@ struct Pass<'a> {
     cursor: Rc<RefCell<Option<StreamCursor>>>,
     mapping: bool,
     mapped_all: bool,
-    runs: VecDeque<FillPiece>,
+    runs: VecDeque<Run>,
     blocks: BTreeMap<u64, Block>,
     next_block: u64,
     /// Of the newest block: what was not asked for yet.
@@ -329,6 +337,7 @@ impl<'a> Pass<'a> {
         let board = self.fill.top.latency();
         let wrote = board.last(LatencyKind::Write).max(board.last(LatencyKind::Sync));
         self.control.set_last(self.source.latency().last(LatencyKind::Miss), wrote);
+        self.look_again(now);
         while !self.job.should_stop() {
             self.start_mapping();
             let window = self.control.window(now);
@@ -355,6 +364,18 @@ impl<'a> Pass<'a> {
             self.send(request, now);
         }
         wake
+    }
+
+    /// What was looked at long ago goes back to the walk.
+    fn look_again(&mut self, now: Duration) {
+        if self.runs.front().is_none_or(|run| run.looked + LOOK_AGE >= now) {
+            return;
+        }
+        // While a look is under way the walk is not here: it is tried again when that has ended.
+        if let Some(cursor) = self.cursor.borrow_mut().as_mut() {
+            self.runs.drain(..).rev().for_each(|run| cursor.put_back(run.piece));
+            self.mapped_all = false;
+        }
     }
 
     fn start_mapping(&mut self) {
@@ -405,7 +426,7 @@ impl<'a> Pass<'a> {
     fn next_block(&mut self, bytes: u64) -> Option<Request> {
         loop {
             let unit = self.fill.top.populate_unit();
-            match self.runs.front_mut()? {
+            match &mut self.runs.front_mut()?.piece {
                 FillPiece::Copy { at, len } => {
                     let size = align_down(bytes.min(REQUEST_BYTES_MAX), unit).max(unit).min(*len);
                     let start = *at;
@@ -465,7 +486,7 @@ impl<'a> Pass<'a> {
                 self.mapping = false;
                 self.skipped_bytes = skipped;
                 match result {
-                    Ok(Some(piece)) => self.runs.push_back(piece),
+                    Ok(Some(piece)) => self.runs.push_back(Run { piece, looked: rt::now() }),
                     Ok(None) => self.mapped_all = true,
                     Err(error) => return self.read_failed(error, None),
                 }
@@ -618,7 +639,7 @@ impl<'a> Pass<'a> {
 
     fn undo(&mut self, at: u64, len: u64, zero: bool) {
         if zero {
-            self.runs.push_front(FillPiece::Zero { at, len });
+            self.runs.push_front(Run { piece: FillPiece::Zero { at, len }, looked: rt::now() });
         } else {
             self.fetch_again(at, len);
         }

@@ -112,6 +112,11 @@ impl StreamCursor {
         }
     }
 
+    /// A piece that was given out last of those that are not worked on: it is given out again, as it is then.
+    pub fn put_back(&mut self, piece: FillPiece) {
+        self.pending.push_front(piece);
+    }
+
     /// Of `[at, at + len)`: how many bytes at its beginning are not absent any more, and how many after them are; whole units.
     async fn still_absent(&self, cx: &Ctx, at: u64, len: u64) -> IoResult<(u64, u64)> {
         let (unit, end) = (self.node.populate_unit(), at + len);
@@ -331,16 +336,25 @@ mod tests {
         let source = NodeHandle::new(Distant(Arc::default()));
         let top = NodeHandle::new(MemoryOverlay::new(1 << 20, 4096, Some(source)));
         let mut cursor = StreamCursor::new(&top, false);
-        let mut next = |max: u64| cursor.next(&Ctx::FILL, max).now_or_never().unwrap().unwrap();
-        assert_eq!(next(64 << 10), Some(FillPiece::Copy { at: 0, len: 64 << 10 }));
+        let next = |cursor: &mut StreamCursor, max: u64| {
+            cursor.next(&Ctx::FILL, max).now_or_never().unwrap().unwrap()
+        };
+        let copy = |at: u64, len: u64| Some(FillPiece::Copy { at: at << 10, len: len << 10 });
+        assert_eq!(next(&mut cursor, 64 << 10), copy(0, 64));
         fill(&top, 64 << 10, 8192);
         fill(&top, 96 << 10, 4096);
         fill(&top, 128 << 10, 128 << 10);
-        assert_eq!(next(64 << 10), Some(FillPiece::Copy { at: 72 << 10, len: 24 << 10 }));
-        assert_eq!(next(64 << 10), Some(FillPiece::Copy { at: 100 << 10, len: 28 << 10 }));
-        assert_eq!(next(u64::MAX), Some(FillPiece::Copy { at: 256 << 10, len: (1 << 20) - (256 << 10) }));
-        assert_eq!(next(u64::MAX), None);
+        assert_eq!(next(&mut cursor, 64 << 10), copy(72, 24));
+        assert_eq!(next(&mut cursor, 64 << 10), copy(100, 28));
+        assert_eq!(next(&mut cursor, u64::MAX), copy(256, 1024 - 256));
+        assert_eq!(next(&mut cursor, u64::MAX), None);
         assert_eq!(cursor.skipped_bytes(), (8192 + 4096) + (128 << 10));
+
+        // And since it was given out, where that was long ago.
+        cursor.put_back(FillPiece::Copy { at: 256 << 10, len: 768 << 10 });
+        fill(&top, 256 << 10, 256 << 10);
+        assert_eq!(next(&mut cursor, u64::MAX), copy(512, 512));
+        assert_eq!(next(&mut cursor, u64::MAX), None);
     }
 
     #[test]
