@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod authz;
 mod blockdev;
 mod commands;
 mod daemon;

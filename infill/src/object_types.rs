@@ -80,5 +80,17 @@ pub const TLS_CREDS_X509: TypeOfObject = TypeOfObject {
     properties: &[("endpoint", "QCryptoTLSCredsEndpoint"), ("dir", "string"), ("verify-peer", "bool")],
 };
 
+/// The one who may come in.
+pub const AUTHZ_SIMPLE: TypeOfObject =
+    TypeOfObject { name: "authz-simple", parent: "authz", properties: &[("identity", "string")] };
+
+/// Who may come in.
+pub const AUTHZ_LIST: TypeOfObject = TypeOfObject {
+    name: "authz-list",
+    parent: "authz",
+    properties: &[("policy", "QAuthZListPolicy"), ("rules", "QAuthZListRule")],
+};
+
 /// All types that can be made.
-pub const TYPES: &[&TypeOfObject] = &[&IOTHREAD, &SECRET, &THROTTLE_GROUP, &TLS_CREDS_X509];
+pub const TYPES: &[&TypeOfObject] =
+    &[&AUTHZ_SIMPLE, &AUTHZ_LIST, &IOTHREAD, &SECRET, &THROTTLE_GROUP, &TLS_CREDS_X509];

@@ -1,4 +1,4 @@
-//! Objects by id: I/O threads, which are names, limits that disks share, secrets, and credentials for TLS.
+//! Objects by id: I/O threads, which are names, limits that disks share, secrets, credentials for TLS, and who may come in.
 //!
 //! What never happens: an object goes while somebody uses it; credentials change. A user holds them; whoever takes an object
 //! away is told that it is in use. (QEMU lets the object go and its users keep it; a kept description of a node that
@@ -17,7 +17,10 @@ use infill_storage::sync::{Mutex, lock};
 use serde_json::{Value, json};
 use zeroize::Zeroizing;
 
-use crate::object_types::{IOTHREAD, SECRET, THROTTLE_GROUP, TLS_CREDS_X509, TypeOfObject};
+use crate::authz::Authz;
+use crate::object_types::{
+    AUTHZ_LIST, AUTHZ_SIMPLE, IOTHREAD, SECRET, THROTTLE_GROUP, TLS_CREDS_X509, TypeOfObject,
+};
 use crate::patient::{self, PIPE_PATIENCE};
 use crate::tls::Credentials;
 
@@ -32,6 +35,8 @@ pub enum Object {
     Tls(Arc<Credentials>),
     /// What nobody else is to know.
     Secret(Arc<Secret>),
+    /// Who may come in.
+    Authz(Arc<Authz>),
 }
 
 /// Longest secret, in bytes.
@@ -81,12 +86,16 @@ impl Secret {
 }
 
 impl Object {
-    const fn kind(&self) -> &'static TypeOfObject {
+    fn kind(&self) -> &'static TypeOfObject {
         match self {
             Object::IoThread => &IOTHREAD,
             Object::Throttle(_) => &THROTTLE_GROUP,
             Object::Tls(_) => &TLS_CREDS_X509,
             Object::Secret(_) => &SECRET,
+            Object::Authz(authz) => match **authz {
+                Authz::Simple(_) => &AUTHZ_SIMPLE,
+                Authz::List(_) => &AUTHZ_LIST,
+            },
         }
     }
 
@@ -96,6 +105,7 @@ impl Object {
             Object::Throttle(group) => Arc::strong_count(group) > 1,
             Object::Tls(credentials) => Arc::strong_count(credentials) > 1,
             Object::Secret(secret) => Arc::strong_count(secret) > 1,
+            Object::Authz(authz) => Arc::strong_count(authz) > 1,
         }
     }
 }
@@ -126,6 +136,8 @@ impl Objects {
                 Object::Tls(Arc::new(credentials?))
             }
             ObjectKind::Secret(options) => Object::Secret(Arc::new(Secret::read(options)?)),
+            ObjectKind::AuthzSimple(identity) => Object::Authz(Arc::new(Authz::Simple(identity.clone()))),
+            ObjectKind::AuthzList(list) => Object::Authz(Arc::new(Authz::List(list.clone()))),
         })
     }
 
@@ -171,6 +183,7 @@ impl Objects {
             (Object::Secret(secret), "format") => Some(json!(if secret.base64 { "base64" } else { "raw" })),
             (Object::Secret(secret), "file") => Some(json!(secret.file.as_deref().unwrap_or_default())),
             (Object::Secret(_), _) => None,
+            (Object::Authz(authz), name) => authz.property(name),
         }
     }
 
@@ -194,6 +207,14 @@ impl Objects {
             None => bail!("No TLS credentials with id '{id}'"),
             Some(Object::Tls(credentials)) => Ok(credentials.clone()),
             Some(_) => bail!("Object with id '{id}' is not TLS credentials"),
+        }
+    }
+
+    /// What says who may come in, of that id, which is in use as long as it is held.
+    pub fn authz(&self, id: &str) -> Result<Arc<Authz>> {
+        match lock(&self.0).get(id) {
+            Some(Object::Authz(authz)) => Ok(authz.clone()),
+            _ => bail!("Cannot find QAuthZ object ID {id}"),
         }
     }
 

@@ -277,7 +277,7 @@ fn what_is_not_built_is_refused_by_name() {
         (&["-l", "snapshot.id=7", text(&top)], "Failed to load snapshot: Can't find snapshot"),
         (&["-l", "snapshot.bad=7", text(&top)], "Failed in parsing snapshot param `snapshot.bad=7'"),
         (&["-l", "snap", "-f", "raw", text(&top)], "Failed to load snapshot"),
-        (&["--tls-authz", "a", text(&top)], "--tls-authz is not supported"),
+        (&["--tls-authz", "a", text(&top)], "--tls-authz is not permitted without --tls-creds"),
         (&["--cache=none", text(&place.path("base"))], "say -f raw"),
         (&["--cache=none", "nbd://localhost/x"], "--image-opts"),
         (&["--cache=some", "-f", "qcow2", text(&top)], "--cache=some"),

@@ -14,5 +14,5 @@ pub use client::{ClientOptions, ListedExport, NbdStorage, OnLost, SourceState, S
 #[cfg(any(test, feature = "fuzzing"))]
 pub use server::fuzz::fuzz_server;
 pub use server::{Export, ExportError, ExportStatus, Exports, Removal, RemoveMode, Server, ServerLimits};
-pub use tls::{ClientCredentials, ClientTls, ServerTls, TlsError, X509};
+pub use tls::{Admission, ClientCredentials, ClientTls, ServerTls, TlsError, X509};
 pub use uri::{DEFAULT_PORT, NbdUri, ServerAddress, UriError, UriTls};

@@ -21,6 +21,8 @@ pub struct NbdServerOptions {
     pub max_connections: Option<u32>,
     /// The credentials object with which TLS is asked for; `None` is in the clear.
     pub tls_creds: Option<String>,
+    /// The object that says who may come in; `None`: whoever shows a certificate that the credentials accept.
+    pub tls_authz: Option<String>,
     /// How long a client may take for its handshake, in seconds; `None` is the server's own limit.
     pub handshake_max_seconds: Option<u32>,
 }
@@ -42,15 +44,17 @@ impl NbdServerOptions {
     ) -> Result<NbdServerOptions, QmpError> {
         let handshake_max_seconds = members.opt_u32("handshake-max-seconds")?;
         let tls_creds = members.opt_str("tls-creds")?;
-        members.refuse(
-            "tls-authz",
-            "clients with a certificate from ca-cert.pem come in, so let an authority of its own sign theirs; leave it out",
-        )?;
+        let tls_authz = members.opt_str("tls-authz")?;
         let max_connections = members.opt_u32("max-connections")?.unwrap_or(NBD_CONNECTIONS_DEFAULT);
         let addr = address(members.object("addr")?)?;
         members.finish()?;
         let max_connections = (max_connections > 0).then_some(max_connections);
-        Ok(NbdServerOptions { addr, max_connections, tls_creds, handshake_max_seconds })
+        if tls_authz.is_some() && tls_creds.is_none() {
+            let why =
+                "'tls-authz' is not permitted without 'tls-creds': in the clear nobody says who they are";
+            return Err(QmpError::generic(why));
+        }
+        Ok(NbdServerOptions { addr, max_connections, tls_creds, tls_authz, handshake_max_seconds })
     }
 }
 

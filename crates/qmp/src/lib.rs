@@ -53,6 +53,9 @@ pub use export::{
 };
 pub use filters::BlkdebugOptions;
 pub use members::{Alternate, Members, Object, Words};
-pub use object::{ObjectKind, ObjectOptions, SecretFrom, SecretOptions, TlsCredsX509, without_secret};
+pub use object::{
+    AuthzFormat, AuthzList, AuthzRule, ObjectKind, ObjectOptions, SecretFrom, SecretOptions, TlsCredsX509,
+    without_secret,
+};
 pub use output::{Event, answer, encode};
 pub use session::{Incoming, Request, Session};

@@ -1,4 +1,5 @@
-//! Objects that a manager may make (`object-add`, `--object`): `iothread`, `secret`, `throttle-group` and `tls-creds-x509`.
+//! Objects that a manager may make (`object-add`, `--object`): `authz-simple`, `authz-list`, `iothread`, `secret`, `throttle-group`
+//! and `tls-creds-x509`.
 
 use infill_base::ThrottleLimits;
 use serde_json::{Map, Value};
@@ -33,6 +34,79 @@ pub enum ObjectKind {
     TlsCredsX509(TlsCredsX509),
     /// Something that nobody else is to know.
     Secret(SecretOptions),
+    /// The one who may come in, by name.
+    AuthzSimple(String),
+    /// Who may come in.
+    AuthzList(AuthzList),
+}
+
+/// `authz-list`: the first rule that matches decides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuthzList {
+    /// Whether those may come in whom no rule matches.
+    pub allows: bool,
+    /// In order.
+    pub rules: Vec<AuthzRule>,
+}
+
+/// A rule of an [`AuthzList`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuthzRule {
+    /// Whom it matches.
+    pub matches: String,
+    /// Whether they may come in.
+    pub allows: bool,
+    /// How it matches, where that is said.
+    pub format: Option<AuthzFormat>,
+}
+
+/// How a rule matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AuthzFormat {
+    /// As it stands; this is so where nothing is said.
+    Exact,
+    /// `*` stands for anything, `?` for one character.
+    Glob,
+}
+
+impl Words for AuthzFormat {
+    const WORDS: &'static [(&'static str, AuthzFormat)] =
+        &[("exact", AuthzFormat::Exact), ("glob", AuthzFormat::Glob)];
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum AuthzPolicy {
+    Deny,
+    Allow,
+}
+
+impl Words for AuthzPolicy {
+    const WORDS: &'static [(&'static str, AuthzPolicy)] =
+        &[("deny", AuthzPolicy::Deny), ("allow", AuthzPolicy::Allow)];
+}
+
+/// Most rules of a list.
+const AUTHZ_RULES_MAX: usize = 4096;
+
+impl AuthzList {
+    /// Reads what these alone take.
+    fn read(mut members: Members) -> Result<AuthzList, QmpError> {
+        let policy = members.opt_word("policy")?.unwrap_or(AuthzPolicy::Deny);
+        let rules = members.opt_objects("rules")?.unwrap_or_default();
+        members.finish()?;
+        if rules.len() > AUTHZ_RULES_MAX {
+            return Err(QmpError::generic(format!("'rules' has more than {AUTHZ_RULES_MAX} rules")));
+        }
+        let read = |mut rule: Members| {
+            let matches = rule.str("match")?;
+            let policy: AuthzPolicy = rule.word("policy")?;
+            let format = rule.opt_word("format")?;
+            rule.finish()?;
+            Ok(AuthzRule { matches, allows: policy == AuthzPolicy::Allow, format })
+        };
+        let rules = rules.into_iter().map(read).collect::<Result<_, QmpError>>()?;
+        Ok(AuthzList { allows: policy == AuthzPolicy::Allow, rules })
+    }
 }
 
 /// `secret`.
@@ -149,7 +223,7 @@ macro_rules! kinds {
 
 impl Words for Kind {
     const WORDS: &'static [(&'static str, Kind)] =
-        kinds!["iothread", "secret", "throttle-group", "tls-creds-x509"];
+        kinds!["authz-list", "authz-simple", "iothread", "secret", "throttle-group", "tls-creds-x509"];
 
     fn of(word: &str) -> Option<&'static Kind> {
         Self::WORDS.iter().chain(UNBUILT).find(|(name, _)| *name == word).map(|(_, kind)| kind)
@@ -158,10 +232,8 @@ impl Words for Kind {
 
 /// Types that QEMU knows and that are not built.
 const UNBUILT: &[(&str, Kind)] = kinds![
-    "authz-list",
     "authz-list-file",
     "authz-pam",
-    "authz-simple",
     "main-loop",
     "secret_keyring",
     "tls-creds-anon",
@@ -228,6 +300,18 @@ impl ObjectOptions {
                 members.finish()?;
                 ObjectKind::IoThread
             }
+            "authz-simple" => {
+                let identity = members.str("identity")?;
+                members.finish()?;
+                ObjectKind::AuthzSimple(identity)
+            }
+            "authz-list" => ObjectKind::AuthzList(AuthzList::read(members)?),
+            "authz-list-file" | "authz-pam" => {
+                return Err(QmpError::generic(format!(
+                    "objects of type '{}' are not supported: use authz-list, with the rules in 'rules'",
+                    kind.0
+                )));
+            }
             "secret" => ObjectKind::Secret(SecretOptions::read(members)?),
             "tls-creds-x509" => ObjectKind::TlsCredsX509(TlsCredsX509::read(members)?),
             "throttle-group" => {
@@ -249,7 +333,8 @@ impl ObjectOptions {
             }
             other => {
                 return Err(QmpError::generic(format!(
-                    "objects of type '{other}' are not supported yet: only iothread, secret, throttle-group and tls-creds-x509 are"
+                    "objects of type '{other}' are not supported yet: only authz-list, authz-simple, iothread, secret, throttle-group and \
+                     tls-creds-x509 are"
                 )));
             }
         };
@@ -288,6 +373,33 @@ mod tests {
             panic!()
         };
         assert!(read.server && !read.verify_peer && !read.sanity_check);
+    }
+
+    #[test]
+    fn lists_of_who_may_come_in_are_read_as_managers_write_them() {
+        let kind = ObjectKind::AuthzSimple("CN=a,O=b".into());
+        let read_kind = |text: &str| read(text).map(|object| object.kind);
+        assert_eq!(read_kind("authz-simple,id=a,identity=CN=a,,O=b"), Ok(kind));
+        let rule = |matches: &str, allows, format| AuthzRule { matches: matches.into(), allows, format };
+        let rules = vec![rule("CN=*", false, Some(AuthzFormat::Glob)), rule("b", true, None)];
+        let list = ObjectKind::AuthzList(AuthzList { allows: true, rules });
+        for text in [
+            "authz-list,id=a,policy=allow,rules.0.match=CN=*,rules.0.policy=deny,rules.0.format=glob,\
+             rules.1.match=b,rules.1.policy=allow",
+            r#"{"qom-type": "authz-list", "id": "a", "policy": "allow", "rules": [
+                {"match": "CN=*", "policy": "deny", "format": "glob"}, {"match": "b", "policy": "allow"}]}"#,
+        ] {
+            assert_eq!(read_kind(text), Ok(list.clone()));
+        }
+        let none = AuthzList { allows: false, rules: Vec::new() };
+        assert_eq!(read_kind("authz-list,id=a"), Ok(ObjectKind::AuthzList(none)));
+        for (text, why) in [
+            ("authz-simple,id=a", "Parameter 'identity' is missing"),
+            ("authz-list,id=a,rules.0.match=b", "Parameter 'rules[0].policy' is missing"),
+            ("authz-list,id=a,policy=zz", "Parameter 'policy' does not accept value 'zz'"),
+        ] {
+            assert_eq!(read_kind(text), Err(why.into()), "{text}");
+        }
     }
 
     #[test]
@@ -344,7 +456,8 @@ mod tests {
             ("tls-creds-x509,id=a,dir=/d,priority=SECURE256", "'priority' is"),
             ("tls-creds-psk,id=a,dir=/d", "'tls-creds-psk' are not supported"),
             ("tls-creds-anon,id=a", "'tls-creds-anon' are not supported"),
-            ("authz-simple,id=a", "'authz-simple' are not supported yet"),
+            ("authz-pam,id=a,service=x", "'authz-pam' are not supported"),
+            ("authz-list-file,id=a,filename=x", "'authz-list-file' are not supported"),
         ] {
             assert!(read(text).unwrap_err().contains(why), "{text}");
         }

@@ -132,8 +132,7 @@ const OTHERS: [&str; 8] = [
     "--log-format",
 ];
 
-const OBJECTS: &str =
-    "List of user creatable objects:\n  iothread\n  secret\n  throttle-group\n  tls-creds-x509\n";
+const OBJECTS: &str = "List of user creatable objects:\n  authz-list\n  authz-simple\n  iothread\n  secret\n  throttle-group\n  tls-creds-x509\n";
 
 /// Reads the arguments behind the subcommand.
 pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
@@ -282,19 +281,23 @@ Serves many disks, controlled over QMP. Options, commands and events are those o
                          put a QMP monitor on a character device
 
   --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>
-               [,tls-creds=<id>][,max-connections=<n>]
+               [,tls-creds=<id>][,tls-authz=<id>][,max-connections=<n>]
   --nbd-server addr.type=unix,addr.path=<path>
-               [,tls-creds=<id>][,max-connections=<n>]
+               [,tls-creds=<id>][,tls-authz=<id>][,max-connections=<n>]
   --nbd-server addr.type=fd,addr.str=<fd>
-               [,tls-creds=<id>][,max-connections=<n>]
+               [,tls-creds=<id>][,tls-authz=<id>][,max-connections=<n>]
                          start the NBD server
 
   --object help          list the types of objects
   --object iothread,id=<id>
   --object tls-creds-x509,id=<id>,dir=<dir>[,endpoint=server|client]
            [,verify-peer=on|off][,sanity-check=on|off][,passwordid=<id>]
+  --object authz-simple,id=<id>,identity=<name>
+  --object authz-list,id=<id>[,policy=deny|allow][,rules.<n>.match=<name>,
+           rules.<n>.policy=deny|allow[,rules.<n>.format=exact|glob]]...
   --object secret,id=<id>,data=<text>|file=<file>[,format=raw|base64]
-                         add an object: a name for exports, or the credentials in
+                         add an object: a name for exports, who may come in by
+                         the names in certificates (tls-authz), or the credentials in
                          <dir> (ca-cert.pem, ca-crl.pem, server-cert.pem,
                          server-key.pem, client-cert.pem, client-key.pem)
 

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use super::chardev::{bind, inherit};
 use super::control::{Control, refused};
+use crate::authz::Authz;
 use crate::blockdev::Access;
 use crate::listen::Listening;
 use crate::tls::Credentials;
@@ -47,6 +48,8 @@ pub struct Exported {
     server: RefCell<Option<NbdServer>>,
     /// The credentials of the server, which are in use while it is there.
     credentials: RefCell<Option<Arc<Credentials>>>,
+    /// And what says who may come in.
+    authz: RefCell<Option<Arc<Authz>>>,
     /// By id.
     entries: RefCell<BTreeMap<String, Entry>>,
     /// Whether options are all carried out.
@@ -87,7 +90,18 @@ impl Control {
         let credentials = options.tls_creds.as_ref().map(|id| self.blockdevs().objects().tls(id)).transpose();
         let credentials = credentials.map_err(|error| refused(&error))?;
         let tls = credentials.as_ref().map(|credentials| credentials.server_tls()).transpose();
-        let tls = tls.map_err(|error| refused(&error))?;
+        let mut tls = tls.map_err(|error| refused(&error))?;
+        let authz = options.tls_authz.as_ref().map(|id| self.blockdevs().objects().authz(id)).transpose();
+        let authz = authz.map_err(|error| refused(&error))?;
+        if let Some(authz) = &authz {
+            if credentials.as_ref().is_some_and(|credentials| !credentials.verify_peer) {
+                return Err(QmpError::generic(
+                    "'tls-authz' needs credentials with verify-peer=on: else anybody can show any name",
+                ));
+            }
+            let decides = authz.clone();
+            tls = tls.map(|tls| tls.admitting(Arc::new(move |identity| decides.allows(identity))));
+        }
         let listener = match &options.addr {
             SocketAddress::Inet { host, port } => {
                 bind(&Address::Tcp { host: host.clone(), port: *port }).await?
@@ -107,6 +121,7 @@ impl Control {
         };
         *self.exported.server.borrow_mut() = Some(server);
         *self.exported.credentials.borrow_mut() = credentials;
+        *self.exported.authz.borrow_mut() = authz;
         Ok(())
     }
 
@@ -131,6 +146,7 @@ impl Control {
             listening.drained().await;
         }
         *self.exported.credentials.borrow_mut() = None;
+        *self.exported.authz.borrow_mut() = None;
         Ok(())
     }
 

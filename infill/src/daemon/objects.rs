@@ -18,7 +18,7 @@ impl Control {
                 rt::offload(move || objects.make(&kind)).await.map_err(anyhow::Error::from).flatten()
             }
             // Limits begin with the reactor's clock.
-            ObjectKind::IoThread | ObjectKind::ThrottleGroup(_) => objects.make(&kind),
+            _ => objects.make(&kind),
         };
         let added = made.and_then(|object| self.blockdevs().objects().insert(&id, object));
         added.map_err(|error| refused(&error))

@@ -120,7 +120,8 @@ struct Options {
     /// Tell what another server exports, at the address of -k, or -b and -p.
     #[arg(short = 'L', long)]
     list: bool,
-    #[arg(long, hide = true)]
+    /// The object that says which of the clients with certificates may come in.
+    #[arg(long, value_name = "ID")]
     tls_authz: Option<String>,
     /// With --list: the name that the server's certificate is for.
     #[arg(long, value_name = "NAME")]
@@ -137,11 +138,6 @@ impl Options {
         for (given, option, advice) in [
             (self.connect.is_some(), "-c/--connect", device),
             (self.disconnect, "-d/--disconnect", device),
-            (
-                self.tls_authz.is_some(),
-                "--tls-authz",
-                "let an authority of its own sign the clients' certificates",
-            ),
             (self.selinux_label.is_some(), "--selinux-label", "label the socket's directory"),
             (self.trace.is_some(), "-T/--trace", "RUST_LOG=debug in the environment tells more"),
         ] {
@@ -343,6 +339,12 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
     });
     if let Some(id) = &options.tls_creds {
         server["tls-creds"] = json!(id);
+    }
+    if let Some(id) = &options.tls_authz {
+        if options.tls_creds.is_none() {
+            bail!("--tls-authz is not permitted without --tls-creds");
+        }
+        server["tls-authz"] = json!(id);
     }
     line.options.push(Opt { kind: Kind::NbdServer, text: server.to_string() });
     let mut export = Map::new();

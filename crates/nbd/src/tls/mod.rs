@@ -11,6 +11,7 @@
 mod encrypted;
 mod explain;
 mod stream;
+mod subject;
 #[cfg(test)]
 mod tests;
 mod verify;
@@ -19,7 +20,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use bytes::BytesMut;
-use infill_base::IoResult;
+use infill_base::{ErrorKind, IoError, IoResult};
 use infill_storage::stream::Connection;
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
@@ -182,9 +183,16 @@ fn unusable(error: rustls::Error) -> TlsError {
     }
 }
 
+/// Who may come in, of those whose certificates are accepted, by their distinguished names.
+pub type Admission = Arc<dyn Fn(&str) -> bool + Send + Sync>;
+
 /// Credentials of a server. Cloning shares them.
 #[derive(Clone)]
-pub struct ServerTls(Arc<ServerConfig>);
+pub struct ServerTls {
+    config: Arc<ServerConfig>,
+    verifies: bool,
+    admission: Option<Admission>,
+}
 
 impl fmt::Debug for ServerTls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -210,16 +218,47 @@ impl ServerTls {
         let mut config = builder.with_single_cert(chain, key).map_err(unusable)?;
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        Ok(ServerTls(Arc::new(config)))
+        Ok(ServerTls { config: Arc::new(config), verifies: verify_peer, admission: None })
+    }
+
+    /// Lets only those in of whom `admission` says so. Those whose certificates are not verified never come in then.
+    pub fn admitting(self, admission: Admission) -> ServerTls {
+        ServerTls { admission: Some(admission), ..self }
+    }
+
+    fn admit(&self, shown: Option<&[CertificateDer<'_>]>) -> IoResult<()> {
+        let Some(admission) = &self.admission else { return Ok(()) };
+        let denied = |why: String| Err(IoError::new(ErrorKind::NotPermitted, why));
+        let shown = shown.filter(|_| self.verifies).and_then(<[_]>::first);
+        match shown.map(|own| subject::distinguished_name(own)) {
+            None => denied("the client is refused: it shows no certificate that tells who it is".into()),
+            Some(None) => denied(
+                "the client is refused: its certificate has no distinguished name that can be written for certain (plain \
+                 attributes as UTF8String or PrintableString can)"
+                    .into(),
+            ),
+            Some(Some(name)) if !admission(&name) => {
+                denied(format!("the client is refused: TLS x509 authz check for {} is denied", printable(&name)))
+            }
+            Some(Some(_)) => Ok(()),
+        }
     }
 
     /// The server's side of the handshake, over a connection on which TLS was agreed (by STARTTLS, or because nothing else is
     /// ever spoken there). `received` is what has come behind that. How long it may take is the caller's to say.
     pub async fn accept(&self, connection: Connection, received: BytesMut) -> IoResult<Connection> {
         let tls =
-            ServerConnection::new(self.0.clone()).map_err(|error| explain::failure(&error, "client"))?;
-        stream::handshake(tls.into(), connection, received, "client").await
+            ServerConnection::new(self.config.clone()).map_err(|error| explain::failure(&error, "client"))?;
+        stream::handshake(tls.into(), connection, received, "client", |tls| {
+            self.admit(tls.peer_certificates())
+        })
+        .await
     }
+}
+
+/// A name as logs may have it.
+fn printable(name: &str) -> String {
+    name.chars().map(|char| if char.is_control() { char::REPLACEMENT_CHARACTER } else { char }).collect()
 }
 
 /// Credentials of a client, for any server. Cloning shares them.
@@ -291,6 +330,6 @@ impl ClientTls {
     pub async fn connect(&self, connection: Connection, received: BytesMut) -> IoResult<Connection> {
         let tls = ClientConnection::new(self.config.clone(), self.name.clone());
         let tls = tls.map_err(|error| explain::failure(&error, "server"))?;
-        stream::handshake(tls.into(), connection, received, "server").await
+        stream::handshake(tls.into(), connection, received, "server", |_| Ok(())).await
     }
 }

@@ -39,12 +39,14 @@ const LAST_WORDS_TIME: Duration = Duration::from_secs(1);
 /// What a peer that was refused may still send until it has heard why, in bytes.
 const LAST_WORDS_BYTES: usize = 256 << 10;
 
-/// Agrees on TLS over `connection`, on which `received` has come already. `peer` is who is at the other end.
+/// Agrees on TLS over `connection`, on which `received` has come already. `peer` is who is at the other end, whom `admit` may
+/// refuse by what it has shown.
 pub(super) async fn handshake(
     mut tls: Tls,
     connection: Connection,
     received: BytesMut,
     peer: &'static str,
+    admit: impl FnOnce(&Tls) -> IoResult<()>,
 ) -> IoResult<Connection> {
     tls.set_buffer_limit(Some(SEND_BYTES));
     let Connection { reader: raw_reader, writer: raw_writer, peer: name } = connection;
@@ -64,6 +66,12 @@ pub(super) async fn handshake(
             refuse(reader, writer).await;
             return Err(error);
         }
+    }
+    let admitted = admit(&tls.borrow());
+    if let Err(error) = admitted {
+        tls.borrow_mut().send_close_notify();
+        refuse(reader, writer).await;
+        return Err(error);
     }
     Ok(Connection { reader: Box::new(reader), writer: Box::new(writer), peer: name })
 }
