@@ -319,7 +319,10 @@ fn tls_daemon(certs: &Certs, dir: &Path, options: &[&str]) -> Daemon {
     let fixed = ["--object", &object, "--blockdev", &file, "--nbd-server", &server];
     let export = ["--export", "nbd,id=e,node-name=disk,writable=on"];
     let options: Vec<&str> = fixed.into_iter().chain(export).chain(options.iter().copied()).collect();
-    Daemon::start(Program::Infill, dir, &options)
+    let daemon = Daemon::start(Program::Infill, dir, &options);
+    // The monitor is there before it.
+    wait_until("the NBD server is there", || dir.join("nbd.sock").exists());
+    daemon
 }
 
 #[test]
