@@ -11,5 +11,6 @@ mod away;
 mod links;
 
 mod measures;
+mod medium;
 mod site;
 mod soak;

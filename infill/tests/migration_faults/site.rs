@@ -1,6 +1,7 @@
 //! Two hosts that may die at any moment, with a TCP relay before each of their sockets, and the machines that use their disks.
 #![allow(dead_code, reason = "each kind of trouble uses a part of it")]
 
+use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use serde_json::{Value, json};
 
 use crate::common::{INFILL, Process, SERVER_LIMIT, run, text, wait_until};
 use crate::hosts::{BLOCK_BYTES, Random, record};
+use crate::medium::Media;
 
 /// Blocks of a small disk.
 pub const BLOCKS: u64 = 384;
@@ -53,15 +55,18 @@ pub struct Station {
     pub words: Way,
     pub data: Way,
     process: Option<Process>,
+    /// Goes after the daemon.
+    pub media: Option<Media>,
 }
 
 impl Station {
-    pub fn new(reactors: &Reactors, dir: PathBuf, options: RelayOptions) -> Station {
+    pub fn new(reactors: &Reactors, dir: PathBuf, options: RelayOptions, on_media: bool) -> Station {
         std::fs::create_dir(&dir).unwrap();
+        let media = if on_media { Media::mount(&dir) } else { None };
         let journal = tempfile::tempdir_in("/dev/shm").expect("a tmpfs at /dev/shm");
         let words = way_to(reactors, dir.join("peers.sock"), options);
         let data = way_to(reactors, dir.join("data.sock"), options);
-        let mut station = Station { dir, journal, words, data, process: None };
+        let mut station = Station { dir, journal, words, data, process: None, media };
         station.start(None);
         let path = station.dir.join("nbd.sock");
         station.must("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": path}}}));
@@ -104,6 +109,15 @@ impl Station {
         if let Some(process) = self.process.take() {
             process.kill();
         }
+    }
+
+    /// The power is cut, and back: its daemon is dead, and what was not synced is gone.
+    fn power_cut(&mut self) {
+        self.kill();
+        for entry in std::fs::read_dir(self.journal.path()).unwrap().flatten() {
+            std::fs::remove_file(entry.path()).unwrap();
+        }
+        self.media.iter().for_each(Media::lose_power);
     }
 
     /// It stands still for a while.
@@ -161,6 +175,7 @@ impl Station {
         let export =
             json!({"type": "nbd", "id": node, "node-name": node, "name": machine.name, "writable": true});
         self.must("block-export-add", export);
+        self.media.iter().flat_map(Media::all).for_each(|medium| medium.settle());
     }
 }
 
@@ -171,6 +186,10 @@ pub struct Knows {
     newest: Vec<u64>,
     /// The one that may not have landed.
     unsure: Option<(u64, u64)>,
+    /// Of each block that was written since the last flush, the records one of which a power cut leaves.
+    unsynced: BTreeMap<u64, Vec<u64>>,
+    /// Blocks that a power cut has left with one of these records.
+    left: BTreeMap<u64, Vec<u64>>,
     stamp: u64,
     random: u64,
     /// It reads nothing.
@@ -187,6 +206,8 @@ pub struct Machine {
     pub name: String,
     pub knows: Arc<Mutex<Knows>>,
     running: Option<Running>,
+    /// Where it ran last.
+    last_at: usize,
 }
 
 struct Running {
@@ -205,6 +226,8 @@ impl Machine {
         let knows = Knows {
             newest: vec![0; blocks as usize],
             unsure: None,
+            unsynced: BTreeMap::new(),
+            left: BTreeMap::new(),
             stamp: 0,
             random: seed | 1,
             writes_only: false,
@@ -212,7 +235,7 @@ impl Machine {
             violation: None,
         };
         let name = format!("6f1c2f0e-4d8a-4a63-9d0b-5a4f0f7f{:04x}", 0x7000 + nth);
-        Machine { nth, name, knows: Arc::new(Mutex::new(knows)), running: None }
+        Machine { nth, name, knows: Arc::new(Mutex::new(knows)), running: None, last_at: 0 }
     }
 
     pub fn blocks(&self) -> u64 {
@@ -246,7 +269,7 @@ impl Machine {
                 let mut mine = knows.lock().unwrap().clone();
                 let ended = work(&address, nth, name, &mut mine, &told, &counted).await;
                 if let Err(error) = &ended
-                    && error.kind() != ErrorKind::SourceLost
+                    && !matches!(error.kind(), ErrorKind::SourceLost | ErrorKind::NoSpace)
                 {
                     mine.violation.get_or_insert(format!("the guest was told: {error}"));
                 }
@@ -255,6 +278,7 @@ impl Machine {
             })
         });
         self.running = Some(Running { at, stop, steps, thread });
+        self.last_at = at;
     }
 
     /// Stops it as a hypervisor does: with nothing in flight, flushed. Whether that was so.
@@ -284,7 +308,25 @@ impl Machine {
 }
 
 impl Knows {
+    /// The power of its host was cut, and its daemon is dead.
+    fn lose(&mut self) {
+        self.unsure = None;
+        self.left.append(&mut self.unsynced);
+    }
+
+    /// It is about to write a record.
+    fn begin(&mut self, block: u64, stamp: u64) {
+        let before = self.left.remove(&block).unwrap_or_else(|| vec![self.newest[block as usize]]);
+        self.unsynced.entry(block).or_insert(before).push(stamp);
+        self.unsure = Some((block, stamp));
+    }
+
     fn look(&mut self, nth: u64, block: u64, found: &[u8]) {
+        if let Some(left) = self.left.remove(&block)
+            && let Some(stamp) = left.iter().find(|stamp| content(nth, block, **stamp) == found)
+        {
+            self.newest[block as usize] = *stamp;
+        }
         let newest = self.newest[block as usize];
         if let Some((_, stamp)) = self.unsure.take_if(|(other, _)| *other == block)
             && content(nth, block, stamp) == found
@@ -344,11 +386,14 @@ async fn work(
         let (block, what) = (random.below(knows.newest.len() as u64), random.below(8));
         knows.random = random.0;
         match what {
-            0 => disk.sync(&Ctx::GUEST).await?,
+            0 => {
+                disk.sync(&Ctx::GUEST).await?;
+                knows.unsynced.clear();
+            }
             1..=3 if !knows.writes_only => read(knows, block).await?,
             _ => {
                 knows.stamp += 1;
-                knows.unsure = Some((block, knows.stamp));
+                knows.begin(block, knows.stamp);
                 let (data, began) = (Bytes::from(content(nth, block, knows.stamp)).into(), Instant::now());
                 disk.write(&Ctx::GUEST, block * BLOCK_BYTES, data, WriteFlags::empty()).await?;
                 knows.took.push(began.elapsed());
@@ -359,7 +404,9 @@ async fn work(
         steps.fetch_add(1, Ordering::SeqCst);
         infill_storage::rt::sleep(Duration::from_micros(300)).await;
     }
-    disk.sync(&Ctx::GUEST).await
+    disk.sync(&Ctx::GUEST).await?;
+    knows.unsynced.clear();
+    Ok(())
 }
 
 /// Both of them.
@@ -374,14 +421,34 @@ impl Site {
         Site::over(dir, machines, seed, NO_COST, BLOCKS)
     }
 
+    /// As [`Site::new`], on file systems that can be full and lose their power, where one may mount.
+    pub fn on_media(dir: &Path, machines: u64, seed: u64) -> Site {
+        Site::of(dir, machines, seed, NO_COST, BLOCKS, true)
+    }
+
     /// As [`Site::new`], over such links.
     pub fn over(dir: &Path, machines: u64, seed: u64, options: RelayOptions, blocks: u64) -> Site {
+        Site::of(dir, machines, seed, options, blocks, false)
+    }
+
+    fn of(dir: &Path, machines: u64, seed: u64, options: RelayOptions, blocks: u64, on_media: bool) -> Site {
         let reactors = Arc::new(Reactors::start(1).unwrap());
-        let stations = ["a", "b"].map(|name| Station::new(&reactors, dir.join(name), options));
+        let stations = ["a", "b"].map(|name| Station::new(&reactors, dir.join(name), options, on_media));
         let machines: Vec<Machine> =
             (0..machines).map(|nth| Machine::new(nth, seed + 2 * nth, blocks)).collect();
         machines.iter().for_each(|machine| stations[0].make_disk(machine));
         Site { reactors, stations, machines }
+    }
+
+    /// The power of a station is cut, and back. Its daemon is dead.
+    pub fn power_cut(&mut self, nth: usize) {
+        self.stations[nth].kill();
+        for machine in self.machines.iter_mut().filter(|machine| machine.last_at == nth) {
+            // It has lost its host's daemon.
+            machine.halt();
+            machine.knows.lock().unwrap().lose();
+        }
+        self.stations[nth].power_cut();
     }
 }
 
@@ -398,6 +465,13 @@ pub fn owner(all: &[Value], id: &str) -> bool {
     of(all, id).is_some_and(|one| one["owner"] == true)
 }
 
+/// Whether a disk is owned there, whichever migration says so.
+pub fn serves(all: &[Value], disk: &str) -> bool {
+    let names =
+        |one: &Value| one["disks"].as_array().is_some_and(|of| of.iter().any(|of| of["name"] == *disk));
+    all.iter().any(|one| one["owner"] == true && names(one))
+}
+
 impl Site {
     /// Has the disks of machines move from station `from`; gives the migration's id.
     pub fn begin(&self, from: usize, machines: &[usize], mode: &str, auto_switch: bool) -> String {
@@ -412,6 +486,11 @@ impl Site {
 
     pub fn state(&self, at: usize, id: &str) -> String {
         self.stations[at].migrations().map_or_else(String::new, |all| state(&all, id))
+    }
+
+    pub fn phase(&self, at: usize, id: &str) -> String {
+        let all = self.stations[at].migrations().unwrap_or_default();
+        of(&all, id).and_then(|one| one["phase"].as_str()).unwrap_or_default().to_owned()
     }
 
     pub fn owns(&self, at: usize, id: &str) -> bool {

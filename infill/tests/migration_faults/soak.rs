@@ -1,5 +1,5 @@
 //! Disks go to and fro while everything fails that can: daemons end themselves before and after each step, are killed and
-//! stand still; links are silent, cut, reset, slow, and damage what the daemons say. Machines that write numbered records
+//! stand still, lose their power and have no space; links are silent, cut, reset, slow, and damage what the daemons say. Machines that write numbered records
 //! decide whether anything was lost, and no two hosts may ever own a disk.
 
 use std::collections::BTreeMap;
@@ -9,7 +9,7 @@ use infill_io::{Direction, RelayOptions};
 use serde_json::{Value, json};
 
 use crate::hosts::{Random, seed};
-use crate::site::{NO_COST, Site, Station, owner, state};
+use crate::site::{NO_COST, Site, Station, owner, serves, state};
 
 /// Machines of a site: the first two disks move by one record.
 const MACHINES: u64 = 4;
@@ -111,6 +111,8 @@ struct Soak {
     faults: u64,
     /// Links that get well again, and when.
     healing: Vec<(Instant, usize)>,
+    /// Stations that have space again, and when; whether the state's file system was full.
+    full: Vec<(Instant, usize, bool)>,
 }
 
 impl Soak {
@@ -127,6 +129,10 @@ impl Soak {
     fn restart(&mut self, nth: usize, source: bool) {
         let arm = self.faults < FAULTS_OF_A_ROUND && self.random.below(4) > 0;
         self.armed[nth] = arm.then(|| point(&mut self.random, source));
+        if let Some(media) = &self.site.stations[nth].media {
+            // A daemon that cannot write its state does not start.
+            media.state.free();
+        }
         let point = self.armed[nth].clone();
         self.site.stations[nth].start(point.as_deref());
     }
@@ -179,7 +185,38 @@ impl Soak {
                 self.healing.push((Instant::now() + time, link));
                 self.fault("slow");
             }
+            9 if self.site.stations[nth].media.is_some() => {
+                self.site.power_cut(nth);
+                self.fault("power cut");
+                self.restart(nth, nth == source);
+            }
+            what @ (10 | 11) => {
+                let Some(media) = &self.site.stations[nth].media else { return };
+                let is_state = what == 11;
+                if is_state {
+                    media.state.fill()
+                } else {
+                    media.images.fill()
+                }
+                self.full.push((Instant::now() + time, nth, is_state));
+                self.fault(if is_state { "no space for records" } else { "no space for images" });
+            }
             _ => {}
+        }
+    }
+
+    /// There is space again. A daemon that could not write a record holds its disks until it is started again.
+    fn make_space(&mut self, source: usize, all: bool) {
+        let now = Instant::now();
+        let (due, later) = self.full.drain(..).partition::<Vec<_>, _>(|(when, ..)| all || *when <= now);
+        self.full = later;
+        for (_, nth, is_state) in due {
+            let Some(media) = &self.site.stations[nth].media else { continue };
+            media.all().iter().for_each(|medium| medium.free());
+            if is_state || self.random.below(2) == 0 {
+                self.site.stations[nth].kill();
+                self.restart(nth, nth == source);
+            }
         }
     }
 
@@ -213,8 +250,13 @@ impl Soak {
         self.faults = 0;
         for nth in 0..2 {
             if self.random.below(2) == 0 {
-                self.site.stations[nth].kill();
-                self.fault("killed");
+                if self.random.below(3) == 0 && self.site.stations[nth].media.is_some() {
+                    self.site.power_cut(nth);
+                    self.fault("power cut");
+                } else {
+                    self.site.stations[nth].kill();
+                    self.fault("killed");
+                }
                 self.restart(nth, nth == from);
             }
         }
@@ -246,6 +288,7 @@ impl Soak {
             self.revive(from);
             self.trouble(from);
             self.heal(self.faults >= FAULTS_OF_A_ROUND);
+            self.make_space(from, self.faults >= FAULTS_OF_A_ROUND);
             for (one, begun) in moves.iter().zip(&mut begun).filter(|(_, begun)| !**begun) {
                 let disks: Vec<Value> =
                     one.machines.iter().map(|nth| json!({"name": self.site.machines[*nth].name})).collect();
@@ -275,6 +318,7 @@ impl Soak {
             self.follow(from, to, &mut moves, &mut asked);
         }
         self.heal(true);
+        self.make_space(from, true);
         let ends: Vec<usize> = moves.iter().map(|one| if one.aborted { from } else { to }).collect();
         let end = ends[0];
         // For the next round all of them go on from one host: those that went another way follow it.
@@ -297,6 +341,14 @@ impl Soak {
         else {
             return;
         };
+        for (nth, told) in [(from, &here), (to, &there)] {
+            let held = |one: &Value| one["error"].as_str().is_some_and(|why| why.contains("until a restart"));
+            if told.iter().any(held) && !self.full.iter().any(|(_, full, _)| *full == nth) {
+                self.site.stations[nth].kill();
+                self.restart(nth, nth == from);
+                return;
+            }
+        }
         let again = asked.elapsed() > Duration::from_millis(300);
         if again {
             *asked = Instant::now();
@@ -305,7 +357,9 @@ impl Soak {
             let (at_target, at_source) = (state(&there, &one.id), state(&here, &one.id));
             let both = owner(&there, &one.id) && owner(&here, &one.id);
             assert!(!both || one.back, "two owners of {}: {at_source}, {at_target}", one.id);
-            if at_source == "serving" && owner(&here, &one.id) {
+            // After a restart an earlier record of the same epoch may be the one that says so.
+            let served = one.machines.iter().all(|nth| serves(&here, &self.site.machines[*nth].name));
+            if at_source == "serving" && served {
                 // It was handed back, or the target could not begin.
                 (one.aborted, one.over) = (true, true);
             } else if at_source == "released" && at_target == "local" {
@@ -365,10 +419,17 @@ fn soak(faults: u64, time: Duration) {
     let (since, mut tally, mut random) = (Instant::now(), Tally::default(), Random(seed | 1));
     while tally.all() < faults && since.elapsed() < time {
         let dir = tempfile::tempdir().unwrap();
-        let site = Site::new(dir.path(), MACHINES, random.next());
+        let site = Site::on_media(dir.path(), MACHINES, random.next());
         let random_here = Random(random.next() | 1);
-        let mut soak =
-            Soak { site, random: random_here, tally, armed: [None, None], faults: 0, healing: Vec::new() };
+        let mut soak = Soak {
+            site,
+            random: random_here,
+            tally,
+            armed: [None, None],
+            faults: 0,
+            healing: Vec::new(),
+            full: Vec::new(),
+        };
         let mut at = 0;
         for _ in 0..ROUNDS_OF_A_SITE {
             let back = soak.random.below(4) == 0;

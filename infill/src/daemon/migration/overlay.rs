@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use infill_base::{Ctx, ExtentKind, IoResult};
+use infill_job::IoStatus;
 use infill_migrate::{DiskId, Gate, Plan};
 use infill_node::{BackingRef, NodeHandle};
 use infill_qmp::{BlockExportOptions, BlockdevOptions, Members};
@@ -13,7 +14,7 @@ use infill_storage::{StorageHandle, rt};
 use serde_json::{Map, Value, json};
 
 use super::gate::DiskGate;
-use super::{Local, LocalDisk, live_name, node_name, sync_directory};
+use super::{Local, LocalDisk, Told, live_name, node_name, sync_directory};
 use crate::blockdev::{FormatKind, Image, Located, locate};
 use crate::daemon::control::Control;
 use crate::daemon::create::make_file;
@@ -22,6 +23,10 @@ use crate::daemon::create::make_file;
 const CLUSTER_BYTES: u64 = 16 << 10;
 /// How often it is looked whether a job has ended.
 const LOOK: Duration = Duration::from_millis(20);
+/// How often it is looked how far a fill is.
+const LOOK_AT_FILL: Duration = Duration::from_millis(100);
+/// How long a fill that found no space is left alone.
+const SPACE_AGAIN: Duration = Duration::from_secs(2);
 
 /// Makes the overlays, on the source's live exports, and exports them: their gates let nothing in but reads of the source.
 pub(super) async fn prepare_disks(
@@ -179,6 +184,29 @@ fn export(control: &Rc<Control>, disk: DiskId, local: &LocalDisk, live: Option<&
 /// The job that fills the disk's overlay.
 pub(super) fn job_of(disk: DiskId) -> String {
     format!("migrate-{disk}")
+}
+
+/// Tells how far the job that fills the disk's overlay is, to its end. Where there is no space for what it has fetched it
+/// stands still, which is told, and goes on when there is some.
+pub(super) async fn watch_fill(control: &Rc<Control>, disk: DiskId, told: &Told) {
+    let full = "there is no space for the disk's data: make some, and it goes on";
+    while let Ok(job) = control.jobs().get(&job_of(disk)) {
+        let info = job.info();
+        told.missing_bytes.set(info.total_progress.saturating_sub(info.current_progress));
+        let io = job.block_info();
+        if io.as_ref().is_some_and(|io| io.paused && io.io_status == IoStatus::NoSpace) {
+            told.error.replace(Some(full.into()));
+            rt::sleep(SPACE_AGAIN).await;
+            // Somebody else may have seen to it.
+            let _resumed = job.resume();
+        } else if io.is_some_and(|io| io.io_status == IoStatus::Ok)
+            && told.error.borrow().as_deref() == Some(full)
+        {
+            told.error.replace(None);
+        }
+        rt::sleep(LOOK_AT_FILL).await;
+    }
+    rt::sleep(LOOK_AT_FILL).await;
 }
 
 /// Ends the job that fills the disk's overlay, if it runs.

@@ -27,7 +27,7 @@ use super::link::Link;
 use super::missed::OnHold;
 use super::overlay::{
     Below, close_source, drop_disk, end_job, export_description, job_of, lay_on, open_source,
-    overlay_description, prepare_disks, tidy_up,
+    overlay_description, prepare_disks, tidy_up, watch_fill,
 };
 use super::warm::{copy_absent, copy_blocks};
 use super::{
@@ -655,7 +655,7 @@ impl TargetDriver {
         let begun = self
             .control
             .begin_stream(BlockStream {
-                job_id: job_id.clone(),
+                job_id,
                 device: disk.local.node.clone(),
                 end: StreamEnd::All,
                 backing_file: None,
@@ -675,13 +675,9 @@ impl TargetDriver {
             }
         }
         let (control, inbox, told) = (self.control.clone(), self.inbox.clone(), self.told.clone());
+        let id = disk.id;
         rt::spawn(async move {
-            while let Ok(job) = control.jobs().get(&job_id) {
-                let info = job.info();
-                told.missing_bytes.set(info.total_progress.saturating_sub(info.current_progress));
-                rt::sleep(AGAIN / 5).await;
-            }
-            rt::sleep(AGAIN / 5).await;
+            watch_fill(&control, id, &told).await;
             inbox.push(ToTarget::JobEnded);
         });
     }
