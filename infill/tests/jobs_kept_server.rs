@@ -374,6 +374,11 @@ fn a_backup_whose_server_hangs_keeps_no_other_disk_waiting_and_goes_on_when_it_a
     let (daemon, mut qmp) = place.start();
     read_other(&mut qmp);
     assert_eq!(held_reason(&mut qmp).as_deref(), Some("its server has not answered yet"));
+    // Its end is one in order, and the backup is for the next one.
+    daemon.quit(&mut qmp);
+    let (daemon, mut qmp) = place.start();
+    read_other(&mut qmp);
+    assert_eq!(held_reason(&mut qmp).as_deref(), Some("its server has not answered yet"));
     // Meanwhile nobody takes its nodes away, or opens others in their place.
     qmp.run("block-export-del", json!({"id": "e", "mode": "hard"}));
     qmp.wait_for("BLOCK_EXPORT_DELETED");

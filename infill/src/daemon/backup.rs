@@ -90,7 +90,9 @@ impl Control {
         let (id, device) = (checked.options.job.job_id.clone(), checked.options.device.clone());
         // What follows may wait for a server: nobody takes the nodes away, or opens others in their place, meanwhile.
         checked.claims = Some(self.claim_for(&checked.options)?);
-        let goes_on = match self.found_map(&checked.copied()).await {
+        let found = self.found_map(&checked.copied()).await;
+        self.not_ending()?;
+        let goes_on = match found {
             Some(Ok(kept)) => {
                 checked.kept = Some(kept);
                 true
@@ -183,7 +185,7 @@ impl Control {
         // A disk may have several backups at once.
         let is_backup = |user: &String| {
             let id = user.strip_prefix("job '").and_then(|rest| rest.strip_suffix('\''));
-            id.is_none_or(|id| self.jobs().get(id).is_ok_and(|job| job.kind() == JobType::Backup))
+            id.is_none_or(|id| self.kind_of_job(id) == Some(JobType::Backup))
         };
         if !self.blockdevs().graph().users(&options.device).iter().all(is_backup) {
             return Err(self.busy(&options.device));

@@ -113,6 +113,7 @@ impl Control {
             renews: None,
         };
         let found = self.found_map(&copied).await;
+        self.not_ending()?;
         let (kept, bitmap) = match (found, bitmap) {
             // What the bitmap said stands in the map. One that is gone, or that a kill has left inconsistent, is not cleared.
             (Some(Ok(kept)), bitmap) => (Some(kept), bitmap.unwrap_or_default()),
@@ -367,7 +368,7 @@ impl Control {
             is_whole: true,
             renews: None,
         };
-        let (kept, map) = self.map_of(copied).await.unzip();
+        let (kept, map) = self.map_of(copied).await?.unzip();
         let mut commit = CommitOptions {
             kept,
             backing,

@@ -18,10 +18,12 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::path::PathBuf;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use futures_util::future::{Either, select};
 use infill_base::{IoError, IoResult};
 use infill_io::JournalDir;
 use infill_job::copy::{
@@ -29,6 +31,7 @@ use infill_job::copy::{
 };
 use infill_job::{JobStatus, JobType, MapName};
 use infill_node::{NodeHandle, Watching, WeakNode};
+use infill_qmp::QmpError;
 use infill_storage::journal::JournalMemory;
 use infill_storage::{RangeLock, rt};
 
@@ -278,10 +281,15 @@ impl Control {
             is_of_the_past: is_backup,
             from_server: servers[0],
         };
-        let looking = has_what_it_should(looked, copy.node, copy.copy);
-        rt::timeout(patience, looking).await.unwrap_or_else(|| {
-            Err(Unproven::NotNow(format!("its server has not answered all that was asked in {patience:?}")))
-        })
+        let looking = rt::timeout(patience, has_what_it_should(looked, copy.node, copy.copy));
+        // Who ends the daemon does not wait for a server, and nothing is known of the copy then.
+        match select(pin!(looking), pin!(self.asked_to_quit())).await {
+            Either::Left((looked, _)) => looked.unwrap_or_else(|| {
+                let why = format!("its server has not answered all that was asked in {patience:?}");
+                Err(Unproven::NotNow(why))
+            }),
+            Either::Right(((), _)) => Err(Unproven::NotNow("the daemon is ending".into())),
+        }
     }
 
     /// Refuses a map that cannot be relied on. `guarded` is the node whose guard keeps it true.
@@ -333,7 +341,7 @@ impl Control {
         let is_guarded = node.is_some();
         let checked = self.check_map(copy, &name, &parts, until, node).await;
         let checked = match checked {
-            Err(why @ Unproven::NotNow(_)) if is_guarded => return Err(why),
+            Err(why @ Unproven::NotNow(_)) if is_guarded || self.is_ending() => return Err(why),
             checked => checked,
         };
         let guarded = self.maps.guarded.borrow_mut().remove(copy.id);
@@ -397,13 +405,23 @@ impl Control {
     }
 
     /// The map of a mirror or commit: where it can go on, the one that was kept.
-    pub(super) async fn map_of(&self, copy: Copied<'_>) -> Option<Kept> {
-        match self.found_map(&copy).await {
-            Some(Ok(kept)) => return Some(kept),
+    pub(super) async fn map_of(&self, copy: Copied<'_>) -> Result<Option<Kept>, QmpError> {
+        let found = self.found_map(&copy).await;
+        self.not_ending()?;
+        match found {
+            Some(Ok(kept)) => return Ok(Some(kept)),
             Some(Err(reason)) => tracing::warn!(job = copy.id, %reason, "everything is copied again"),
             None => {}
         }
-        self.new_map(&copy).await
+        Ok(self.new_map(&copy).await)
+    }
+
+    /// Refuses a copy once the daemon is asked to end: what is kept of it is for the next one.
+    pub(super) fn not_ending(&self) -> Result<(), QmpError> {
+        match self.is_ending() {
+            true => Err(QmpError::generic("the daemon is ending: the copy goes on in the next one")),
+            false => Ok(()),
+        }
     }
 
     /// Has the maps of jobs that are to go on kept true from now on, where their disks are there. To be called when a node

@@ -300,6 +300,8 @@ async fn end(control: &Rc<Control>) -> Result<()> {
     match &control.state {
         None => control.jobs().shut_down().await,
         Some(state) => {
+            // Those that are about to begin again give their nodes back.
+            rt::timeout(FAREWELL_TIME, state.no_job_under_way()).await;
             control.jobs().suspend().await;
             state.note_progress(control.jobs());
         }

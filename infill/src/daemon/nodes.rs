@@ -1,5 +1,6 @@
 //! `blockdev-del` and `query-named-block-nodes`.
 
+use infill_job::JobType;
 use infill_qmp::QmpError;
 use serde_json::{Map, Value, json};
 
@@ -44,13 +45,17 @@ impl Control {
     pub(super) fn busy(&self, name: &str) -> QmpError {
         let users = self.blockdevs().graph().users(name);
         let id = users.iter().find_map(|user| user.strip_prefix("job '")?.strip_suffix('\''));
-        let kind = id.and_then(|id| match self.jobs().get(id) {
-            Ok(job) => Some(job.kind()),
-            // It is about to begin again.
-            Err(_) => self.state.as_ref()?.kind_of_job(id),
-        });
+        let kind = id.and_then(|id| self.kind_of_job(id));
         let kind = kind.map_or("stream", |kind| kind.as_str());
         QmpError::generic(format!("Node '{name}' is busy: block device is in use by block job: {kind}"))
+    }
+
+    /// What the job of that id is, which may be about to begin again.
+    pub(super) fn kind_of_job(&self, id: &str) -> Option<JobType> {
+        match self.jobs().get(id) {
+            Ok(job) => Some(job.kind()),
+            Err(_) => self.state.as_ref()?.kind_of_job(id),
+        }
     }
 
     /// Refuses a node that a job works on, or whose disk changes hosts.

@@ -24,6 +24,8 @@ use crate::daemon::control::Control;
 const RETRY_TIME_MIN: Duration = Duration::from_millis(50);
 /// How long they wait at most.
 const RETRY_TIME_MAX: Duration = Duration::from_secs(15);
+/// How often a daemon that ends looks whether an entry is still being made.
+const UNDER_WAY_LOOK: Duration = Duration::from_millis(5);
 /// How long a start waits for entries that are held, or wait for a server, before it goes on without them.
 const START_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -56,6 +58,15 @@ impl State {
     pub fn object_goes_far(&self, id: &str) {
         if let Some(at) = self.find(&Key::new(Kind::Object, id)) {
             self.goes_far(at);
+        }
+    }
+
+    /// Returns when no job is about to begin again.
+    pub async fn no_job_under_way(&self) {
+        let is_job =
+            |at: &u64| self.entries.borrow().get(at).is_some_and(|entry| entry.record.key.kind == Kind::Job);
+        while self.under_way.borrow().iter().any(is_job) {
+            rt::sleep(UNDER_WAY_LOOK).await;
         }
     }
 
