@@ -27,7 +27,8 @@ const FIRST_READ_BYTES: u32 = 512;
 pub(super) struct Wanted {
     pub(super) address: Address,
     pub(super) client: ClientOptions,
-    pub(super) credentials: Option<Arc<Credentials>>,
+    /// In use as long as this waits. The name says which they are: those of a directory are read anew for each opening.
+    pub(super) _credentials: Option<Arc<Credentials>>,
     /// How long it is tried to reach the server.
     pub(super) within: Duration,
     pub(super) auto_read_only: bool,
@@ -39,8 +40,7 @@ impl Wanted {
             let ClientOptions { name, read_only, on_lost, .. } = &wanted.client;
             (name.clone(), *read_only, *on_lost, wanted.auto_read_only)
         };
-        let credentials = |wanted: &Wanted| wanted.credentials.as_ref().map(Arc::as_ptr);
-        how(self) == how(other) && credentials(self) == credentials(other)
+        how(self) == how(other)
     }
 
     /// Connects; tries again for as long as `within`. Where the export cannot be written to and may be read-only, it is.

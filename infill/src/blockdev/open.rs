@@ -318,7 +318,7 @@ impl<'a> Opening<'a> {
                 let wanted = Wanted {
                     address,
                     client,
-                    credentials: credentials.clone(),
+                    _credentials: credentials.clone(),
                     within: Duration::from_secs(open_timeout.unwrap_or(0).into()),
                     auto_read_only,
                 };

@@ -368,7 +368,8 @@ impl<'a> Pass<'a> {
 
     /// What was looked at long ago goes back to the walk.
     fn look_again(&mut self, now: Duration) {
-        if self.runs.front().is_none_or(|run| run.looked + LOOK_AGE >= now) {
+        // Of a source that is known to be away it is asked when that is back: a look says nothing of it.
+        if self.source_lost || self.runs.front().is_none_or(|run| run.looked + LOOK_AGE >= now) {
             return;
         }
         // While a look is under way the walk is not here: it is tried again when that has ended.

@@ -1,7 +1,7 @@
 //! Making what the state holds again, when a daemon starts.
 //!
 //! Entries are made one after the other, in the order in which they were first made. One that waits for a server, or a file that may be far, goes on by itself:
-//! what needs it waits with it, and everything else comes next at once ([`Record::needs`]). One that cannot be made now, because a
+//! what needs it waits with it, and everything else comes next at once (`Record::needs`). One that cannot be made now, because a
 //! file or a server is not there, is *held*: its record stays, those that need it are held with it, managers are told
 //! (`__infill_query-state`, `__INFILL_HELD`), and it is tried again, after [`RETRY_TIME_MIN`] and then ever later up to
 //! [`RETRY_TIME_MAX`], and whenever something was added. So the daemon comes up whatever is missing.
