@@ -374,8 +374,14 @@ fn a_backup_whose_server_hangs_keeps_no_other_disk_waiting_and_goes_on_when_it_a
     let (daemon, mut qmp) = place.start();
     read_other(&mut qmp);
     assert_eq!(held_reason(&mut qmp).as_deref(), Some("its server has not answered yet"));
-    // Its end is one in order, and the backup is for the next one.
-    daemon.quit(&mut qmp);
+    // Its end is one in order, once the server has taken what was written to it, and the backup is for the next one.
+    daemon.process.signal("TERM");
+    server.kill();
+    let answers = place.serve(&["file", &copy]);
+    let mut process = daemon.process;
+    process.wait_for_success();
+    answers.kill();
+    let server = place.serve(&["--filter=delay", "file", &copy, "delay-read=600"]);
     let (daemon, mut qmp) = place.start();
     read_other(&mut qmp);
     assert_eq!(held_reason(&mut qmp).as_deref(), Some("its server has not answered yet"));
